@@ -1,0 +1,251 @@
+"""What a normalization method is, and the two pipelines that most of them share."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast, dataclass_transform, final
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm import devices, running
+from jaxnorm.axes import Axes, Shape
+from jaxnorm.dtypes import as_floating
+from jaxnorm.moments import Moments, moments
+from jaxnorm.normalize import normalize
+from jaxnorm.standardize import standardize
+
+Params = Mapping[str, ArrayLike]  # {"scale", "bias"} for most methods
+Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def method(cls):
+    """A frozen dataclass: comparable, hashable, and safe as a static argument."""
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@method
+class Norm(abc.ABC):
+    """Settings of a normalization, and the pure function that they configure.
+
+    `epsilon` is added to the variance. With `axis_name` (one name or several), the
+    statistics are pooled over the devices along those axes of a shard_map, pmap or
+    vmap; with `axis_index_groups`, within each group of their indices.
+    """
+
+    epsilon: float = 1e-6
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    params: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    center: ClassVar[bool] = True
+
+    def __post_init__(self):
+        hashable = {
+            "axis_name": devices.as_axis_name(self.axis_name),
+            "axis_index_groups": devices.as_groups(self.axis_index_groups),
+        }
+        for name, value in vars(self).items():
+            value = hashable.get(name, value)
+            hashable[name] = tuple(value) if isinstance(value, list) else value
+        for name, value in hashable.items():
+            object.__setattr__(self, name, value)
+        if isinstance(self.epsilon, int | float) and not self.epsilon >= 0:
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+
+    @abc.abstractmethod
+    def axes(self, shape: Shape) -> Axes:
+        """Which axes of an array of `shape` are reduced and which carry parameters."""
+
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
+        """Ones for the scale, zeros for the bias, in the shape of the features."""
+        fill = {"scale": jnp.ones, "bias": jnp.zeros}
+        return {k: fill[k](feature_shape, dtype) for k in self.params}
+
+    @abc.abstractmethod
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
+        """The statistics before any step; empty for a method that keeps none."""
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether the method keeps running statistics."""
+        return bool(jax.eval_shape(lambda: self.init_stats((1,))))
+
+    @abc.abstractmethod
+    def apply(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        use_running_average: bool | Array,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """What `__call__` does, and no error for a variance of single values."""
+
+    @final
+    def __call__(
+        self,
+        x: ArrayLike,
+        params: Params,
+        stats: Stats,
+        *,
+        use_running_average: bool | ArrayLike = False,
+        mask: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the normalized array, in `dtype` or that of `x`, and the statistics.
+
+        With `use_running_average` (which may be traced) a method with running
+        statistics normalizes by these and returns them as they are. `mask` is boolean,
+        or 0 and 1, and broadcasts to `x`: what it excludes counts for nothing and comes
+        out as 0. Integers are read as float32.
+
+        Raises ValueError or TypeError where shapes, dtypes or settings do not fit, and
+        where each variance would be that of a single value.
+        """
+        x = as_floating(x)
+        flag = as_flag(use_running_average)
+        problem = self.lone_values(x.shape, flag)
+        if problem:
+            raise ValueError(problem)
+        return self.apply(
+            x, params, stats, use_running_average=flag, mask=mask, dtype=dtype
+        )
+
+    def lone_values(self, shape: Shape, flag: bool | Array) -> str | None:
+        """What to say if each statistic of an array of `shape` has a single value."""
+        if not self.center or flag is True:
+            return None
+        size = self.axes(shape).size
+        count = devices.group_size(
+            devices.as_axis_name(self.axis_name),
+            devices.as_groups(self.axis_index_groups),
+        )
+        if size * count != 1:
+            return None
+        return (
+            f"{type(self).__name__} over an input of shape {shape} would take each "
+            "variance of one single value, so that everything becomes 0: give it more "
+            "examples or positions, pool over devices with axis_name, or, for a method "
+            "with running statistics, pass use_running_average=True"
+        )
+
+    def local(self) -> Self:
+        """The same method on one device, as needed while a module initializes."""
+        return dataclasses.replace(
+            cast(Any, self), axis_name=None, axis_index_groups=None
+        )
+
+
+def as_flag(value: Any) -> bool | Array:
+    """`value` as a bool where it is known, else as the traced boolean scalar it is."""
+    if not isinstance(value, jax.core.Tracer):
+        return bool(value)
+    if value.shape or value.dtype != jnp.bool_:
+        raise TypeError(
+            "use_running_average must be a boolean scalar, got "
+            f"{value.dtype} of shape {value.shape}"
+        )
+    return cast(Array, value)
+
+
+@method
+class StatelessNorm(Norm):
+    """A norm by the moments of the array at hand, at training and evaluation alike."""
+
+    @final
+    def init_stats(self, feature_shape, dtype=jnp.float32):
+        """Nothing: the method keeps no statistics."""
+        return {}
+
+    @final
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
+        y, _ = normalize(
+            x,
+            params,
+            self.axes(x.shape),
+            epsilon=self.epsilon,
+            center=self.center,
+            mask=mask,
+            axis_name=devices.as_axis_name(self.axis_name),
+            axis_index_groups=devices.as_groups(self.axis_index_groups),
+            dtype=dtype,
+        )
+        return y, dict(stats)
+
+
+@method
+class RunningNorm(Norm):
+    """A norm by batch moments at training and by their moving average at evaluation.
+
+    `momentum` is the weight of the old statistics at each step; None keeps the average
+    over all batches instead. With `unbiased` the variance kept is the unbiased one, as
+    in PyTorch; the batch is always normalized by the biased one.
+    """
+
+    momentum: float | None = 0.99
+    unbiased: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.momentum, int | float) and not 0 <= self.momentum <= 1:
+            raise ValueError(
+                f"momentum is the weight of the old statistics, from 0 to 1, got "
+                f"{self.momentum}: PyTorch's momentum m is 1 - m here"
+            )
+
+    @final
+    def init_stats(self, feature_shape, dtype=jnp.float32):
+        """Mean 0 and variance 1, and a count where `momentum` is None."""
+        return running.init_stats(feature_shape, momentum=self.momentum, dtype=dtype)
+
+    @final
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
+        axes = self.axes(x.shape)
+        if use_running_average is True:
+            m = running.read(stats, axes, x.dtype)
+            return self._standardize(x, m, params, axes, mask, dtype), dict(stats)
+        if use_running_average is False:
+            y, m = normalize(
+                x,
+                params,
+                axes,
+                epsilon=self.epsilon,
+                mask=mask,
+                axis_name=devices.as_axis_name(self.axis_name),
+                axis_index_groups=devices.as_groups(self.axis_index_groups),
+                dtype=dtype,
+            )
+            return y, self._update(stats, m, axes)
+        m = moments(x, axes, mask=mask)
+        m = devices.sync(m, self.axis_name, self.axis_index_groups)
+        new = self._update(stats, m, axes)
+        old = running.read(stats, axes, x.dtype)
+        chosen = running.select(use_running_average, old._asdict(), m._asdict())
+        y = self._standardize(x, Moments(**chosen), params, axes, mask, dtype)
+        return y, running.select(use_running_average, stats, new)
+
+    def _update(self, stats, m, axes):
+        return running.update_stats(
+            stats, m, axes, momentum=self.momentum, unbiased=self.unbiased
+        )
+
+    def _standardize(self, x, m, params, axes, mask, dtype):
+        return standardize(
+            x,
+            m.mean,
+            m.rstd(self.epsilon),
+            axes,
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )

@@ -1,0 +1,180 @@
+"""Where devices meet: moments pooled over named axes, with one collective each way."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxnorm.moments import Moments, pool
+
+AxisName = str | tuple[str, ...]
+Groups = tuple[tuple[int, ...], ...]
+
+# Up to this many bytes of slots, one collective is cheaper than two small ones.
+MAX_SLOT_BYTES = 2**20
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """Number of devices along `axis_name`; raises ValueError if it is not bound."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        pass
+    names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()
+    bound = ", ".join(repr(n) for n in names) or "none"
+    raise ValueError(
+        f"axis_name={axis_name!r} is not bound here (bound axes: {bound}). Either call "
+        "inside jax.shard_map, jax.pmap or jax.vmap with an axis of that name; or, "
+        "under plain jit, leave axis_name=None, where the statistics of sharded arrays "
+        "are global already; or evaluate with use_running_average=True"
+    )
+
+
+def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
+    """The least number of devices that any device shares statistics with."""
+    if axis_name is None:
+        return 1
+    size = axis_size(axis_name)
+    if groups is None:
+        return size
+    if sorted(i for g in groups for i in g) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={groups} must hold each index of axis_name="
+            f"{axis_name!r}, 0 to {size - 1}, exactly once"
+        )
+    return min(len(g) for g in groups)
+
+
+def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
+    """`axis_name` as a hashable value; an empty sequence means None."""
+    if axis_name is None or isinstance(axis_name, str):
+        return axis_name
+    return tuple(axis_name) or None
+
+
+def as_groups(groups: Sequence[Sequence[int]] | None) -> Groups | None:
+    """`groups` as a hashable value."""
+    return None if groups is None else tuple(tuple(map(int, g)) for g in groups)
+
+
+def sync(
+    m: Moments,
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Moments over every device along `axis_name`, whatever the size on each.
+
+    `axis_name` is one name or several; with `axis_index_groups`, a partition of the
+    indices along it, each device gets the moments of its own group. Works wherever
+    `jax.lax.psum` does: shard_map (check_vma on and off), pmap, vmap.
+
+    One collective forward and one backward: each device writes its moments into its
+    own slot of an array of zeros, (devices, 2 to 4, statistics), and one psum of that
+    gives every device all of them, to pool exactly. Past 1 MiB of slots (512 channels
+    on 256 devices, say, or 32 on 4096) two psums of (2 or 3, statistics) replace it.
+
+    Raises ValueError if `axis_name` is not bound, or the groups are no partition.
+    """
+    name = as_axis_name(axis_name)
+    if name is None:
+        return m
+    groups = as_groups(axis_index_groups)
+    group_size(name, groups)
+    static = isinstance(m.size, int)
+    mean, var, size = _sync(name, groups, m.mean, m.var, m.size)
+    if static and groups is None:
+        size = m.size * axis_size(name)
+    return Moments(mean, var, size)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sync(
+    name: AxisName, groups: Groups | None, mean: Array, var: Array, size: Any
+) -> tuple[Array, Array, Array]:
+    m = Moments(mean, var, jnp.broadcast_to(jnp.asarray(size), var.shape))
+    slots = axis_size(name) * 4 * var.size * mean.dtype.itemsize
+    if groups is None and slots > MAX_SLOT_BYTES:
+        return tuple(pool(m, lambda v: lax.psum(v, name)))
+    return tuple(_pool_slots(m, name, groups))
+
+
+@_sync.defjvp
+def _sync_jvp(name, groups, primals, tangents):
+    mean, var, size = _sync(name, groups, *primals)
+    own_mean, own_var, own_size = primals
+    dmean, dvar, _ = tangents
+    weight = jnp.asarray(own_size).astype(var.dtype)
+    weight = weight / jnp.maximum(size, 1).astype(var.dtype)
+    # The mean of the means' tangents drops out of dvar: the weighted distances from
+    # the pooled mean sum to zero.
+    dvar = dvar + 2 * ((own_mean - mean).conj() * dmean).real
+    shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(mean.dtype))]
+    dmean, dvar = _group_sum(jnp.stack(shares), name, groups)
+    # The size has no tangent; float0 is what JAX wants for an integer.
+    dsize = np.zeros(size.shape, jax.dtypes.float0)
+    return (mean, var, size), (dmean, dvar.real, dsize)
+
+
+def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:
+    """Pools what every device of the group wrote into a slot of its own."""
+    # A float32 holds integers up to 2**24 exactly, so a size travels in two parts.
+    high, low = m.size >> 16, m.size & 0xFFFF
+    parts = jnp.stack([v.astype(m.mean.dtype) for v in (m.mean, m.var, high, low)])
+    members, place = axis_size(name), lax.axis_index(name)
+    if groups is not None:
+        members, place = max(map(len, groups)), jnp.asarray(_places(groups))[place]
+    slots = jnp.zeros((members, *parts.shape), parts.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, parts, place, 0)
+    mean, var, high, low = jnp.moveaxis(_group_sum(slots, name, groups), 1, 0)
+    size = (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)
+    pooled = pool(Moments(mean, var.real, size), lambda v: v.sum(0, keepdims=True))
+    return Moments(*(v[0] for v in pooled))
+
+
+def _group_sum(v: Array, name: AxisName, groups: Groups | None) -> Array:
+    """The sum of `v` over the devices of this device's group, by one psum.
+
+    psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
+    """
+    if groups is None:
+        return lax.psum(v, name)
+    group = jnp.asarray(_group_of(groups))[lax.axis_index(name)]
+    slots = jnp.zeros((len(groups), *v.shape), v.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
+    slots = lax.psum(slots, name)
+    return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
+
+
+def _group_of(groups: Groups) -> np.ndarray:
+    """The group that each index along the axis belongs to."""
+    table = {i: g for g, group in enumerate(groups) for i in group}
+    return np.array([table[i] for i in range(len(table))])
+
+
+def _places(groups: Groups) -> np.ndarray:
+    """The place of each index along the axis within its group."""
+    table = {i: place for group in groups for place, i in enumerate(group)}
+    return np.array([table[i] for i in range(len(table))])
+
+
+def vary_together(k: Array, b: Array, like: Array) -> tuple[Array, Array]:
+    """`k` and `b`, marked as varying over the mesh axes that `like` varies over.
+
+    JAX marks them by itself where they meet `like` (in shard_map with check_vma), and
+    each mark is a psum when transposed. Marked together they cost one.
+    """
+    missing = _varying(like) - (_varying(k) | _varying(b))
+    if not missing:
+        return k, b
+    both = jnp.stack(jnp.broadcast_arrays(k, b))
+    both = lax.pcast(both, tuple(sorted(missing)), to="varying")
+    return both[0], both[1]
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying

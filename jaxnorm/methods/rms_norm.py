@@ -1,0 +1,73 @@
+"""Root mean square norm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm import axes
+from jaxnorm.base import StatelessNorm, method
+
+
+@method
+class RMSNorm(StatelessNorm):
+    """Divides each example by its root mean square over `reduction_axes`."""
+
+    params = ("scale",)
+    center = False
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+
+    def axes(self, shape):
+        return axes.over(shape, self.reduction_axes, self.feature_axes)
+
+
+def rms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    reduction_axes: int | Sequence[int] = -1,
+    feature_axes: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Array:
+    """Divides `x` by its root mean square over `reduction_axes`; no mean is subtracted.
+
+        y = x / sqrt((x**2).mean(reduction_axes, keepdims=True) + epsilon) * scale
+
+    Args:
+        x: array of numbers; integers are read as float32.
+        scale: of the shape of `feature_axes`, or (batch, *features) for one per
+            example; None is 1.
+        reduction_axes: the axes that share a mean square.
+        feature_axes: the axes that the scale varies along.
+        epsilon: added to the mean square.
+        mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
+            nothing and comes out as 0.
+        axis_name: mapped axis, or several, over whose devices `x` is split.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+
+    Returns:
+        y, of the shape and dtype of x; the mean square is taken in at least float32.
+
+    Raises:
+        ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
+            do not fit.
+
+    Source: Zhang and Sennrich, 2019.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> print(jaxnorm.rms_norm(jnp.array([[3.0, 4.0], [30.0, 40.0]])).round(3))
+    [[0.849 1.131]
+     [0.849 1.131]]
+    """
+    norm = RMSNorm(
+        reduction_axes=reduction_axes,
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+    return norm(x, {"scale": scale}, {}, mask=mask)[0]

@@ -1,0 +1,206 @@
+"""Step 2: mean, variance and number of the elements that share statistics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxnorm.axes import Axes
+from jaxnorm.dtypes import as_floating, at_least_float32
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance and number of elements of each set that shares them.
+
+    All three broadcast against the array in its folded shape. `mean` and `var` are at
+    least float32. `size` is exact: a Python integer where nothing is masked, so that it
+    is known while tracing, and an int32 array where the mask decides.
+    """
+
+    mean: Array
+    var: Array
+    size: Any
+
+    def rstd(self, epsilon: ArrayLike) -> Array:
+        """`1 / sqrt(var + epsilon)`."""
+        return lax.rsqrt(self.var + jnp.asarray(epsilon, self.var.dtype))
+
+
+def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """`mask` as booleans; raises if it does not broadcast to `shape`."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if not (mask.dtype == jnp.bool_ or jnp.isrealobj(mask)):
+        raise TypeError(f"mask must be boolean, or 0 and 1, got dtype {mask.dtype}")
+    try:
+        fits = np.broadcast_shapes(mask.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask of shape {mask.shape} does not broadcast to the input of shape "
+            f"{shape}: each of its axes must be 1 or that of the input, from the last "
+            "on; add axes of 1 at its end to mask whole examples"
+        )
+    return mask.astype(bool)
+
+
+def fold(x: Array, mask: Array | None, axes: Axes) -> Array:
+    """`x` in its folded shape, in at least float32, with masked elements read as 0."""
+    if mask is not None:
+        # Before any arithmetic: a NaN masked later would still poison gradients.
+        x = jnp.where(_aligned(mask, axes.shape), x, jnp.zeros((), x.dtype))
+    return x.astype(at_least_float32(x.dtype)).reshape(axes.folded)
+
+
+def moments(
+    x: ArrayLike, axes: Axes, *, mask: ArrayLike | None = None, center: bool = True
+) -> Moments:
+    """Mean, biased variance and size of the elements of `x` over `axes.reduce`.
+
+    With `center=False` the mean is taken as 0, so that `var` is the mean square. The
+    same as
+
+        x = x.astype(promote_types(x.dtype, float32)).reshape(axes.folded)
+        mean = x.mean(axes.reduce, keepdims=True, where=mask)
+        var = (abs(x - mean) ** 2).mean(axes.reduce, keepdims=True, where=mask)
+
+    but with one pass over `x` for both sums where nothing is masked. The sums are
+    taken of `x - pivot`, where the pivot is the mean of a sixteenth or more of the
+    elements (of all of them under a mask), so that the subtraction of the squared mean
+    magnifies the rounding of the sums at most 16 times, whatever the mean (Chan, Golub
+    and LeVeque, 1983). Where nothing is valid, mean, variance and size are 0.
+
+    `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError
+    if it does not, and TypeError if `x` holds no numbers.
+    """
+    x = as_floating(x)
+    if x.shape != axes.shape:
+        raise ValueError(f"axes are for an array of shape {axes.shape}, got {x.shape}")
+    mask = as_mask(mask, x.shape)
+    size = axes.size if mask is None else _count(mask, axes)
+    mean, var = _mean_and_var(axes, center, x, mask, _divisor(size))
+    return Moments(mean, var, size)
+
+
+def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
+    """Moments of the union of disjoint sets, each with its own size, without rounding
+    the variance by the distance of the means from 0 (Chan, Golub and LeVeque, 1983).
+
+    `total` sums over the sets: `lambda v: v.sum(0, keepdims=True)` for sets along the
+    leading axis. Sets of size 0 count for nothing.
+    """
+    dtype = m.var.dtype
+    own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
+    size = total(own)
+    weight = own.astype(dtype)
+    whole = jnp.maximum(size, 1).astype(dtype)
+    rough = total(_times(weight, m.mean)) / whole
+    apart = m.mean - rough  # second-order below: exact for equal means
+    shift = total(_times(weight, apart)) / whole
+    spread = total(weight * (m.var + abs_square(apart))) / whole
+    var = jnp.maximum(spread - abs_square(shift), 0)
+    return Moments(rough + shift, var, size)
+
+
+def abs_square(x: Array) -> Array:
+    """`abs(x) ** 2`, real also where `x` is complex."""
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def _times(weight: Array, x: Array) -> Array:
+    return weight.astype(x.dtype) * x
+
+
+def _aligned(mask: Array, shape: tuple[int, ...]) -> Array:
+    """`mask` with leading 1s, so that it has the rank of `shape`."""
+    return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+
+
+def _count(mask: Array, axes: Axes) -> Array:
+    """Valid elements per statistic, in int32: float32 cannot count past 2**24."""
+    whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
+    return whole.sum(axes.reduce, keepdims=True, dtype=jnp.int32)
+
+
+def _divisor(size: Any) -> Any:
+    return max(size, 1) if isinstance(size, int) else jnp.maximum(size, 1)
+
+
+def _mean(x: Array, axes: Axes, divisor: Any) -> Array:
+    """The sum of folded `x` over `axes.reduce`, divided."""
+    for step in axes.reduce_in_order:
+        x = x.sum(step, keepdims=True) if step else x
+    return x / jnp.asarray(divisor, x.real.dtype).astype(x.dtype)
+
+
+def _pivot(x: Array, axes: Axes) -> Array:
+    """The mean of at least a sixteenth of the elements of each statistic.
+
+    The variance between that part and the rest is part of the whole variance, so the
+    pivot is within sqrt(1 / part - 1) standard deviations of the mean.
+    """
+    along = _slab_axis(x, axes)
+    if along is None:
+        return _mean(x, axes, max(axes.size, 1))
+    # The last axis is contiguous in memory, where every 16th element costs all of them.
+    part = -(-x.shape[along] // 16)
+    step = 1 if along == x.ndim - 1 else 16
+    slab = lax.slice_in_dim(x, 0, (part - 1) * step + 1, step, along)
+    return slab.mean(axes.reduce, keepdims=True)
+
+
+def _slab_axis(x: Array, axes: Axes) -> int | None:
+    """The reduced axis to take every 16th element of, space before the batch.
+
+    None where there is no axis to choose, or the sharding (known in a mesh of explicit
+    axes) would make a slice move data between devices.
+    """
+    spec = tuple(getattr(jax.typeof(x).sharding, "spec", ()))
+    sharded = {a for a, name in enumerate(spec) if name is not None}
+    usable = [a for a in axes.reduce if x.shape[a] > 1 and a not in sharded]
+    return min(usable, key=lambda a: a == 0, default=None)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _mean_and_var(
+    axes: Axes, center: bool, x: Array, mask: Array | None, divisor: Any
+) -> tuple[Array, Array]:
+    x = fold(x, mask, axes)
+    if not center:
+        var = _mean(abs_square(x), axes, divisor)
+        return jnp.zeros_like(var, x.dtype), var
+    pivot = _pivot(x, axes) if mask is None else _mean(x, axes, divisor)
+    shifted = x - pivot
+    if mask is not None:
+        whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
+        shifted = jnp.where(whole, shifted, jnp.zeros((), x.dtype))
+    shift = _mean(shifted, axes, divisor)
+    var = _mean(abs_square(shifted), axes, divisor) - abs_square(shift)
+    return pivot + shift, jnp.maximum(var, 0)
+
+
+@_mean_and_var.defjvp
+def _mean_and_var_jvp(axes, center, primals, tangents):
+    mean, var = _mean_and_var(axes, center, *primals)
+    x, mask, divisor = primals
+    # Recomputed, not kept: only x in its own dtype and the mean stay for the backward.
+    tangent = jax.checkpoint(
+        functools.partial(_mean_and_var_tangent, axes, center), prevent_cse=False
+    )
+    return (mean, var), tangent(x, mask, divisor, mean, tangents[0])
+
+
+def _mean_and_var_tangent(axes, center, x, mask, divisor, mean, dx):
+    centered = fold(x, mask, axes) - mean
+    dx = fold(dx, mask, axes)
+    dvar = _mean(2 * (centered.conj() * dx).real, axes, divisor)
+    return (_mean(dx, axes, divisor) if center else jnp.zeros_like(mean)), dvar

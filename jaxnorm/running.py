@@ -1,0 +1,120 @@
+"""Step 4: the moving statistics that stand in for the batch at evaluation."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm.axes import Axes
+from jaxnorm.dtypes import at_least_float32, promote
+from jaxnorm.moments import Moments
+
+Stats = dict[str, Array]
+
+
+def init_stats(
+    feature_shape: int | tuple[int, ...],
+    *,
+    momentum: ArrayLike | None = 0.99,
+    dtype: DTypeLike = jnp.float32,
+) -> Stats:
+    """Statistics before any batch: {"mean": zeros, "var": ones}.
+
+    `feature_shape` is the number of features, or the shape of several feature axes.
+    With `momentum=None` there is also "count", the number of batches averaged so far,
+    in int32, one per feature. `dtype` is at least float32; complex for complex inputs.
+    """
+    shape = (feature_shape,) if isinstance(feature_shape, int) else feature_shape
+    dtype = at_least_float32(dtype)
+    stats = {"mean": jnp.zeros(shape, dtype), "var": jnp.zeros(shape, dtype).real + 1}
+    if momentum is None:
+        stats["count"] = jnp.zeros(shape, jnp.int32)
+    return stats
+
+
+def read(stats: Mapping[str, ArrayLike], axes: Axes, dtype: DTypeLike) -> Moments:
+    """The running statistics as moments to standardize an input of `dtype` with."""
+    check(stats, axes, ("mean", "var"))
+    mean, var = (jnp.asarray(stats[k]) for k in ("mean", "var"))
+    mean = mean.astype(promote(dtype, mean.dtype, jnp.float32))
+    var = var.astype(mean.real.dtype)
+    shape = axes.param_shape()
+    return Moments(mean.reshape(shape), var.reshape(shape), 1)
+
+
+def update_stats(
+    stats: Mapping[str, ArrayLike],
+    m: Moments,
+    axes: Axes,
+    *,
+    momentum: ArrayLike | None,
+    unbiased: bool = False,
+) -> Stats:
+    """`momentum * old + (1 - momentum) * new` for each statistic, without gradient.
+
+    With `momentum=None`, the average over all batches so far. With `unbiased`, the
+    variance kept is `var * size / (size - 1)`, PyTorch's convention; else the biased
+    one, Flax's. Dtypes never change. A feature with fewer than two valid elements keeps
+    its statistics, and a batch with any statistic that is not finite leaves all as they
+    were, bit for bit.
+    """
+    check(stats, axes, ("mean", "var") + (("count",) if momentum is None else ()))
+    old = {k: jnp.asarray(v) for k, v in stats.items()}
+    if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(old["mean"]):
+        raise TypeError(
+            f"the running mean is {old['mean'].dtype} and cannot hold the mean of a "
+            f"complex input: initialize the statistics with dtype={m.mean.dtype}"
+        )
+    mean, var, size = _per_feature(m, axes)
+    finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
+    counted = finite & (size > 1)
+    if unbiased:
+        size = jnp.maximum(size, 2).astype(var.dtype)
+        var = var * (size / (size - 1))
+    keep, new = momentum, dict(old)
+    if keep is None:
+        count = old["count"]
+        keep = count.astype(var.dtype) / (count + 1).astype(var.dtype)
+        new["count"] = jnp.where(counted, count + 1, count)
+    for name, value in (("mean", mean), ("var", var)):
+        moved = _blend(old[name], value, keep)
+        new[name] = jnp.where(counted, moved, old[name])
+    return new
+
+
+def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
+    missing = [k for k in names if k not in stats]
+    if missing:
+        raise ValueError(
+            f"stats lacks {missing}, it holds {sorted(stats)}: start from init_stats, "
+            "with momentum=None for a cumulative average"
+        )
+    for k in names:
+        if jnp.shape(stats[k]) != axes.feature_shape:
+            raise ValueError(
+                f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but the features of an "
+                f"input of shape {axes.shape} are {axes.feature_shape}"
+            )
+
+
+def _per_feature(m: Moments, axes: Axes) -> tuple[Array, Array, Array]:
+    """`m` in the features' shape, out of reach of gradients."""
+    size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
+    shaped = (v.reshape(axes.feature_shape) for v in (m.mean, m.var, size))
+    mean, var, size = (lax.stop_gradient(v) for v in shaped)
+    return mean, var, size
+
+
+def _blend(old: Array, new: Array, keep: ArrayLike) -> Array:
+    dtype = promote(old.dtype, new.dtype)
+    keep = jnp.asarray(keep, dtype)
+    moved = keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)
+    return moved.astype(old.dtype)
+
+
+def select(flag: Array, on_true: Mapping, on_false: Mapping) -> Stats:
+    """`on_true` where `flag`, else `on_false`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), dict(on_true), on_false)

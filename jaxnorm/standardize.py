@@ -1,0 +1,112 @@
+"""Step 3: subtract the mean, divide by the deviation, then scale and shift."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm.axes import Axes
+from jaxnorm.devices import vary_together
+from jaxnorm.dtypes import as_floating, promote
+from jaxnorm.moments import as_mask, fold
+
+
+def standardize(
+    x: ArrayLike,
+    mean: Array,
+    rstd: Array,
+    axes: Axes,
+    *,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """`(x - mean) * rstd * scale + bias`, and 0 where `mask` is false.
+
+    `mean` and `rstd` (the reciprocal of the deviation) broadcast against `x` in its
+    folded shape, as `Moments` do, and set the precision: at least float32. `scale` and
+    `bias` have the shape of the features, or one of these per example, (batch,
+    *features). The result has `dtype`, that of `x` by default.
+
+    Only `x`, in its own dtype, and arrays the size of the statistics and parameters
+    are kept for the backward pass. Raises ValueError or TypeError where shapes or
+    dtypes do not fit.
+    """
+    x = as_floating(x)
+    mask = as_mask(mask, x.shape)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    scale = _as_param("scale", scale, axes, mean.dtype)
+    bias = _as_param("bias", bias, axes, mean.dtype)
+    return _standardize(axes, dtype, x, mask, mean, rstd, scale, bias)
+
+
+def _as_param(
+    name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike
+) -> Array | None:
+    """A parameter in the precision of the statistics, broadcasting against folded x."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} is {value.dtype}, but the input is real")
+    per_example = (*axes.shape[:1], *axes.feature_shape)
+    if value.shape == axes.feature_shape:
+        shape = axes.param_shape()
+    elif value.shape == per_example and 0 not in axes.feature:
+        shape = axes.param_shape(0)
+    else:
+        raise ValueError(
+            f"{name} has shape {value.shape}, but the features of an input of shape "
+            f"{axes.shape} are {axes.feature_shape}: pass that shape, or {per_example} "
+            "for one per example"
+        )
+    return value.astype(promote(dtype, value.dtype)).reshape(shape)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _standardize(axes, dtype, x, mask, mean, rstd, scale, bias):
+    y = (fold(x, mask, axes) - mean) * _slope(mean, rstd, scale)
+    y = y if bias is None else y + bias
+    return _unfold(y, mask, axes, dtype)
+
+
+@_standardize.defjvp
+def _standardize_jvp(axes, dtype, primals, tangents):
+    x, mask, mean, rstd, scale, bias = primals
+    dx, _, *rest = tangents
+    # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
+    tangent = jax.checkpoint(
+        functools.partial(_tangent, axes, dtype), prevent_cse=False
+    )
+    dy = tangent(x, mask, mean, rstd, scale, dx, *rest)
+    return _standardize(axes, dtype, *primals), dy
+
+
+def _tangent(axes, dtype, x, mask, mean, rstd, scale, dx, dmean, drstd, dscale, dbias):
+    """slope * dx + centered * dslope + dshift, whose transpose sums x's cotangent
+    twice, once weighted by `centered`, whatever the statistics depend on."""
+    centered = fold(x, mask, axes) - mean
+    slope = _slope(mean, rstd, scale)
+    dslope = _slope(mean, drstd, scale)
+    if dscale is not None:
+        dslope = dslope + rstd.astype(mean.dtype) * dscale
+    dshift = -slope * dmean
+    if dbias is not None:
+        dshift = dshift + dbias
+    dslope, dshift = vary_together(dslope, dshift, x)
+    dy = slope * fold(dx, mask, axes) + centered * dslope + dshift
+    return _unfold(dy, mask, axes, dtype)
+
+
+def _slope(mean, rstd, scale):
+    """`rstd * scale` in the dtype of `mean`, which is complex where x is."""
+    rstd = rstd.astype(mean.dtype)
+    return rstd if scale is None else rstd * scale
+
+
+def _unfold(y, mask, axes, dtype):
+    y = y.reshape(axes.shape).astype(dtype)
+    return y if mask is None else jnp.where(mask, y, jnp.zeros((), dtype))

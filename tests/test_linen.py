@@ -1,0 +1,1118 @@
+"""jaxnorm.linen against flax.linen: a user changes one import, and nothing else.
+
+Flax is the reference wherever it is right. It is asked for its two-pass variance, so
+that agreement means agreement with the definition; where it is wrong, or stricter than
+its own documentation, the tests at the end of this file say what holds instead.
+"""
+
+import dataclasses
+import functools
+import inspect
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm
+import jaxnorm.linen
+
+SHAPE = (4, 3, 2, 6)
+NAMES = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+
+# What a class needs before it can be called on an array of SHAPE.
+NEEDED = {
+    "BatchNorm": {"use_running_average": False},
+    "GroupNorm": {"num_groups": 2},
+}
+
+# One settings value per class, for the generic module.
+SETTINGS = {
+    "BatchNorm": jaxnorm.BatchNorm(momentum=0.9),
+    "LayerNorm": jaxnorm.LayerNorm(),
+    "RMSNorm": jaxnorm.RMSNorm(),
+    "GroupNorm": jaxnorm.GroupNorm(num_groups=2),
+    "InstanceNorm": jaxnorm.InstanceNorm(),
+}
+
+# Constructor arguments that change the result, with at least one row for each of them.
+CASES = [
+    ("BatchNorm", {"momentum": 0.9}),
+    ("BatchNorm", {"axis": 1, "epsilon": 1e-2}),
+    ("BatchNorm", {"axis": (3, 1), "momentum": 0.5}),
+    ("BatchNorm", {"use_running_average": True}),
+    ("BatchNorm", {"use_running_average": True, "axis": (1, 3), "use_bias": False}),
+    ("BatchNorm", {"use_scale": False, "use_bias": False}),
+    ("BatchNorm", {"use_fast_variance": False, "force_float32_reductions": False}),
+    ("LayerNorm", {}),
+    ("LayerNorm", {"reduction_axes": (1, 2, 3), "epsilon": 1e-2}),
+    ("LayerNorm", {"reduction_axes": [1, 2], "feature_axes": -1}),
+    ("LayerNorm", {"reduction_axes": (-1, 1), "feature_axes": (-1, 1)}),
+    ("LayerNorm", {"reduction_axes": 3, "feature_axes": (2, 3), "use_scale": False}),
+    ("LayerNorm", {"use_bias": False, "force_float32_reductions": False}),
+    ("RMSNorm", {}),
+    ("RMSNorm", {"reduction_axes": (1, 2, 3), "epsilon": 1e-2}),
+    ("RMSNorm", {"reduction_axes": 3, "feature_axes": (1, 3)}),
+    ("RMSNorm", {"use_scale": False, "use_fast_variance": False}),
+    ("GroupNorm", {"num_groups": 3, "epsilon": 1e-2}),
+    ("GroupNorm", {"num_groups": None, "group_size": 3}),
+    ("GroupNorm", {"reduction_axes": (1, 3)}),
+    ("GroupNorm", {"reduction_axes": (-1,), "use_bias": False}),
+    ("GroupNorm", {"reduction_axes": (0, 1, 2, 3), "use_scale": False}),
+    ("InstanceNorm", {}),
+    ("InstanceNorm", {"feature_axes": 1, "epsilon": 1e-2}),
+    ("InstanceNorm", {"feature_axes": (3, 1), "use_bias": False}),
+    ("InstanceNorm", {"use_scale": False, "force_float32_reductions": False}),
+]
+
+cases = pytest.mark.parametrize(
+    ("name", "kwargs"), CASES, ids=[f"{name}-{kwargs}" for name, kwargs in CASES]
+)
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def sample(shape=SHAPE, seed=0):
+    """Float32 values whose mean is not 0 and whose deviation is not 1."""
+    return 2 * jax.random.normal(jax.random.key(seed), shape) + 1
+
+
+def mask_of(shape=SHAPE):
+    """A fixed mask with valid and invalid elements in every statistic."""
+    pattern = np.random.default_rng(1).permutation(np.arange(np.prod(shape)))
+    # The first two features are valid everywhere or nearly so, thus no row is empty.
+    mask = (pattern % 3 > 0).reshape(shape)
+    mask[..., 0] = mask[:, :, 0, 1] = mask[:, 0, :, 2:] = True
+    mask[:, 2, 1, 5] = False
+    return jnp.asarray(mask)
+
+
+def theirs(name, **kwargs):
+    """Flax's module, with the variance that is right."""
+    kwargs = {**NEEDED.get(name, {}), "use_fast_variance": False, **kwargs}
+    return getattr(nn, name)(**kwargs)
+
+
+def ours(name, **kwargs):
+    return getattr(jaxnorm.linen, name)(**{**NEEDED.get(name, {}), **kwargs})
+
+
+def generic(name, **kwargs):
+    return jaxnorm.linen.Norm(SETTINGS[name], use_running_average=False, **kwargs)
+
+
+def init(module, x, seed=0, **call):
+    """Initial variables; Flax may promote ranks, jaxnorm must not need to."""
+    promotion = "allow" if type(module).__module__.startswith("flax.") else "raise"
+    with jax.numpy_rank_promotion(promotion):
+        return module.init(jax.random.key(seed), x, **call)
+
+
+def randomize(variables, seed=0):
+    """The same tree with every leaf moved off its initial value, kept positive."""
+    rng = np.random.default_rng(seed)
+
+    def move(a):
+        return jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype)
+
+    return jax.tree.map(move, variables)
+
+
+def apply(module, variables, x, **call):
+    """Output and updated collections."""
+    promotion = "allow" if type(module).__module__.startswith("flax.") else "raise"
+    with jax.numpy_rank_promotion(promotion):
+        return module.apply(variables, x, mutable=["batch_stats"], **call)
+
+
+def outcome(module, variables, x, mask=None):
+    """Output, updated collections, and gradients by the parameters and the input."""
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    # What stands at masked elements is padding: a loss does not read it.
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
+
+    def loss(params, x):
+        y, updated = apply(module, {**variables, "params": params}, x, mask=mask)
+        return jnp.sum(weights * y), (y, updated)
+
+    by = jax.grad(loss, (0, 1), has_aux=True)
+    gradients, (y, updated) = jax.jit(by)(variables.get("params", {}), x)
+    return y, updated, gradients
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Equal trees of finite numbers, up to a few hundred float32 roundoffs."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.shape == w.shape
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        # Apart from the comparison, to which NaN equals NaN.
+        assert np.isfinite(g).all() and np.isfinite(w).all()
+        np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+def assert_identical(got, want):
+    """Equal trees: names, shapes, dtypes and every bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        assert np.isfinite(np.asarray(g, np.float64)).all()
+        assert np.array_equal(g, w)
+
+
+def described(tree):
+    """The tree with shapes and dtypes in place of arrays."""
+    return jax.tree.map(lambda a: (tuple(a.shape), str(a.dtype)), tree)
+
+
+# The same constructor and call arguments.
+
+
+def assert_extends(flax_function, our_function):
+    """Flax's parameters first, unchanged; the rest keyword-only and optional."""
+    flax_parameters = list(inspect.signature(flax_function).parameters.values())
+    our_parameters = list(inspect.signature(our_function).parameters.values())
+    count = len(flax_parameters)
+    for f, o in zip(flax_parameters, our_parameters, strict=False):
+        assert (o.name, o.kind) == (f.name, f.kind)
+        assert o.default is f.default or o.default == f.default, f.name
+    assert len(our_parameters) >= count
+    for o in our_parameters[count:]:
+        assert o.kind is inspect.Parameter.KEYWORD_ONLY, o.name
+        assert o.default is not inspect.Parameter.empty, o.name
+
+
+@names
+def test_signatures_extend_flax(name):
+    flax_class, our_class = getattr(nn, name), getattr(jaxnorm.linen, name)
+    assert_extends(flax_class, our_class)
+    assert_extends(flax_class.__call__, our_class.__call__)
+    # Fields are what `clone`, `copy` and pretty printers see.
+    flax_fields = [f.name for f in dataclasses.fields(flax_class)]
+    our_fields = [f.name for f in dataclasses.fields(our_class)]
+    assert [f for f in our_fields if f in flax_fields] == flax_fields
+
+
+def test_signature_of_the_generic_module():
+    parameters = inspect.signature(jaxnorm.linen.Norm).parameters
+    expected = {
+        "norm": inspect.Parameter.empty,
+        "use_running_average": None,
+        "dtype": None,
+        "param_dtype": jnp.float32,
+        "use_scale": True,
+        "use_bias": True,
+        "scale_init": None,
+        "bias_init": None,
+    }
+    found = {k: p.default for k, p in list(parameters.items())[: len(expected)]}
+    assert list(found) == list(expected)
+    assert found == expected
+
+
+def test_arguments_in_flax_positions():
+    x = sample()
+    module = jaxnorm.linen.BatchNorm(None, 1, 0.5, 1e-2, jnp.bfloat16, jnp.bfloat16)
+    variables = module.init(jax.random.key(0), x, True)
+    reference = nn.BatchNorm(None, 1, 0.5, 1e-2, jnp.bfloat16, jnp.bfloat16)
+    assert described(variables) == described(init(reference, x, 0, **_training))
+    assert module.apply(variables, x, True).dtype == jnp.bfloat16
+    # The torch habit: the first position of Flax's layer norm is epsilon.
+    assert jaxnorm.linen.LayerNorm(12).epsilon == 12
+
+
+_training = {"use_running_average": False}
+
+
+def test_own_arguments_survive_cloning():
+    module = jaxnorm.linen.BatchNorm(use_running_average=False, unbiased=True)
+    clone = module.clone(momentum=0.5)
+    assert (clone.unbiased, clone.momentum) == (True, 0.5)
+    assert clone == jaxnorm.linen.BatchNorm(False, momentum=0.5, unbiased=True)
+    assert hash(clone) == hash(clone.clone())
+
+
+@pytest.mark.parametrize("call", [None, False, True])
+@pytest.mark.parametrize("constructor", [None, False, True])
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_use_running_average_once(which, constructor, call):
+    x = sample()
+    reference = nn.BatchNorm(constructor, momentum=0.9, use_fast_variance=False)
+    if which == "BatchNorm":
+        module = jaxnorm.linen.BatchNorm(constructor, momentum=0.9)
+    else:
+        module = jaxnorm.linen.Norm(SETTINGS["BatchNorm"], constructor)
+    variables = randomize(init(nn.BatchNorm(False), x))
+    try:
+        expected = apply(reference, variables, x, use_running_average=call)
+    except ValueError as error:
+        assert (constructor is None) == (call is None)
+        with pytest.raises(type(error), match="use_running_average"):
+            apply(module, variables, x, use_running_average=call)
+        with pytest.raises(type(error), match="use_running_average"):
+            module.init(jax.random.key(0), x, use_running_average=call)
+    else:
+        assert_close(apply(module, variables, x, use_running_average=call), expected)
+
+
+def test_training_needs_a_mutable_collection():
+    x = sample()
+    module, reference = ours("BatchNorm"), theirs("BatchNorm")
+    variables = init(reference, x)
+    with pytest.raises(Exception) as expected:
+        reference.apply(variables, x)
+    with pytest.raises(expected.type, match="batch_stats"):
+        module.apply(variables, x)
+    # Evaluation does not.
+    module.clone(use_running_average=True).apply(variables, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("GroupNorm", {"num_groups": 4}),
+        ("GroupNorm", {"num_groups": None, "group_size": 4}),
+        ("GroupNorm", {"num_groups": None}),
+        ("GroupNorm", {"group_size": 3}),
+        ("GroupNorm", {"num_groups": 0}),
+        ("GroupNorm", {"reduction_axes": (1, 2)}),
+        ("InstanceNorm", {"feature_axes": 0}),
+        ("InstanceNorm", {"feature_axes": (0, 3)}),
+    ],
+)
+def test_what_flax_refuses(name, kwargs):
+    x = sample()
+    with pytest.raises(ValueError):
+        init(theirs(name, **kwargs), x)
+    with pytest.raises(ValueError):
+        init(ours(name, **kwargs), x)
+
+
+# The same variables.
+
+
+@cases
+def test_variables_are_flax_variables(name, kwargs):
+    x = sample()
+    expected = init(theirs(name, **kwargs), x)
+    assert_identical(init(ours(name, **kwargs), x), expected)
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@names
+def test_random_initializers_draw_what_flax_draws(name, param_dtype):
+    x = sample()
+    kwargs = {"param_dtype": param_dtype, "scale_init": nn.initializers.normal(1.0)}
+    if name != "RMSNorm":
+        kwargs["bias_init"] = nn.initializers.uniform(1.0)
+    expected = init(theirs(name, **kwargs), x, seed=3)
+    assert_identical(init(ours(name, **kwargs), x, seed=3), expected)
+    assert_identical(init(generic(name, **kwargs), x, seed=3), expected)
+
+
+def test_initializers_are_called_as_flax_calls_them():
+    calls = []
+
+    def recorded(key, shape, dtype):
+        calls.append((jax.random.key_data(key).shape, tuple(shape), dtype))
+        return jnp.full(shape, 3, dtype)
+
+    kwargs = {"scale_init": recorded, "bias_init": recorded, "axis": (1, 3)}
+    kwargs["param_dtype"] = jnp.bfloat16
+    x = sample()
+    expected = init(theirs("BatchNorm", **kwargs), x)
+    from_flax, calls = calls, []
+    found = init(ours("BatchNorm", **kwargs), x)
+    assert calls == from_flax
+    assert_identical(found, expected)
+
+
+@names
+def test_partitioned_parameters(name):
+    x = sample()
+    box = functools.partial(nn.with_partitioning, names=("model",))
+    logical = functools.partial(nn.with_logical_partitioning, names=("embed",))
+    kwargs = {"scale_init": box(nn.initializers.normal(1.0))}
+    if name != "RMSNorm":
+        kwargs["bias_init"] = logical(nn.initializers.normal(1.0))
+    expected = init(theirs(name, **kwargs), x)
+    for module in (ours(name, **kwargs), generic(name, **kwargs)):
+        variables = init(module, x)
+        # The structure of the tree holds the boxes and their names.
+        assert_identical(variables, expected)
+        assert isinstance(variables["params"]["scale"], nn.Partitioned)
+        assert nn.get_partition_spec(variables) == nn.get_partition_spec(expected)
+        y, _ = apply(module, variables, x)
+        unboxed, _ = apply(module, nn.unbox(variables), x)
+        assert_identical(y, unboxed)
+    assert_close(y, apply(theirs(name, **kwargs), expected, x)[0], 1e-4)
+
+
+def test_partitioned_bias_in_a_sharded_model():
+    """`nn.with_partitioning` on a mesh: parameters come out on their devices."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    ones = nn.with_partitioning(nn.initializers.ones, ("model",), mesh=mesh)
+    module = jaxnorm.linen.LayerNorm(scale_init=ones)
+    x = sample()
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    scale = nn.unbox(variables)["params"]["scale"]
+    assert scale.sharding.spec == P("model")
+    expected = apply(theirs("LayerNorm"), init(theirs("LayerNorm"), x), x)
+    assert_close(apply(module, variables, x), expected)
+
+
+# The same numbers.
+
+
+@cases
+def test_values_and_gradients_are_flax(name, kwargs):
+    """With variables that Flax made, moved off their initial values."""
+    x = sample()
+    reference = theirs(name, **kwargs)
+    variables = randomize(init(reference, x))
+    found = outcome(ours(name, **kwargs), variables, x)
+    assert_close(found, outcome(reference, variables, x))
+
+
+@cases
+def test_masked_values_and_gradients_are_flax(name, kwargs):
+    if kwargs == {"reduction_axes": (-1,), "use_bias": False}:
+        kwargs = {**kwargs, "num_groups": 1}  # three features may all be masked
+    x, mask = sample(), mask_of()
+    reference = theirs(name, **kwargs)
+    variables = randomize(init(reference, x))
+    y, updated, gradients = outcome(ours(name, **kwargs), variables, x, mask)
+    y_flax, *rest = outcome(reference, variables, x, mask)
+    assert_close(y, jnp.where(mask, y_flax, 0))
+    assert_close((updated, gradients), tuple(rest))
+
+
+@names
+def test_rank_one_and_two_inputs(name):
+    """`x` without a batch axis (vmapped models) and with nothing but one."""
+    shapes = {
+        "BatchNorm": [(5, 6)],
+        "GroupNorm": [(5, 6)],
+        "InstanceNorm": [(5, 4, 6)],
+    }.get(name, [(6,), (5, 6)])
+    for shape in shapes:
+        x = sample(shape)
+        variables = randomize(init(theirs(name), x))
+        found = outcome(ours(name), variables, x)
+        assert_close(found, outcome(theirs(name), variables, x))
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "int32"])
+@names
+def test_output_dtypes_are_flax(name, x_dtype):
+    """Shapes and dtypes only: nothing is computed."""
+    x = jnp.zeros(SHAPE, x_dtype)
+    variants = [{}, {"use_scale": False}]
+    if name != "RMSNorm":
+        variants += [{"use_bias": False}, {"use_scale": False, "use_bias": False}]
+    variants.append({"force_float32_reductions": False})
+    if name == "BatchNorm":
+        variants.append({"use_running_average": True})
+    for variant in variants:
+        for dtype in (None, jnp.float32, jnp.bfloat16):
+            for param_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+                kwargs = {**variant, "dtype": dtype, "param_dtype": param_dtype}
+                flax_y, flax_variables = jax.eval_shape(
+                    theirs(name, **kwargs).init_with_output, jax.random.key(0), x
+                )
+                module = ours(name, **kwargs)
+                y, variables = jax.eval_shape(
+                    module.init_with_output, jax.random.key(0), x
+                )
+                assert (y.shape, y.dtype) == (SHAPE, flax_y.dtype), kwargs
+                params = described(flax_variables.get("params", {}))
+                assert described(variables.get("params", {})) == params, kwargs
+                y, updated = jax.eval_shape(
+                    functools.partial(apply, module), variables, x
+                )
+                assert y.dtype == flax_y.dtype, kwargs
+                # Running statistics stay what they are, and at least float32.
+                stats = variables.get("batch_stats", {})
+                assert described(updated.get("batch_stats", {})) == described(stats)
+                for a in jax.tree.leaves(stats):
+                    assert a.dtype == jnp.float32, kwargs
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@names
+def test_half_precision_values_are_flax(name, dtype):
+    """Half-precision inputs and outputs; what lies between is not."""
+    x = (3 * sample()).astype(dtype)
+    unit = float(jnp.finfo(dtype).eps)
+    reference = theirs(name, dtype=dtype)
+    variables = randomize(init(reference, x))
+    y, updated = apply(ours(name, dtype=dtype), variables, x)
+    y_flax, updated_flax = apply(reference, variables, x)
+    assert y.dtype == dtype
+    # One rounding of the same float32 number, which may fall to either side.
+    assert_close(y, y_flax, unit)
+    assert_close(updated, updated_flax)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_integer_inputs_are_flax(dtype):
+    x = jax.random.randint(jax.random.key(0), SHAPE, -9, 9)
+    for name in NAMES:
+        variables = randomize(init(theirs(name), x))
+        y, updated = apply(ours(name, dtype=dtype), variables, x)
+        y_flax, updated_flax = apply(theirs(name, dtype=dtype), variables, x)
+        assert y.dtype == y_flax.dtype
+        assert_close(y, y_flax, 1e-5 if dtype is None else 2**-7)
+        assert_close(updated, updated_flax)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_running_statistics_after_each_step(axis):
+    """Against Flax and the definition, after 1, 2 and 5 steps."""
+    module = ours("BatchNorm", axis=axis, momentum=0.8)
+    reference = theirs("BatchNorm", axis=axis, momentum=0.8)
+    variables = flax_variables = init(reference, sample())
+    features = SHAPE[axis]
+    mean, var = np.zeros(features), np.ones(features)
+    others = tuple(a for a in range(4) if a != axis % 4)
+    for step in range(5):
+        x = sample(seed=step)
+        mean = 0.8 * mean + 0.2 * np.mean(x, others, np.float64)
+        var = 0.8 * var + 0.2 * np.var(np.asarray(x, np.float64), others)
+        variables = {**variables, **apply(module, variables, x)[1]}
+        flax_variables = {**flax_variables, **apply(reference, flax_variables, x)[1]}
+        assert_close(variables, flax_variables)
+        assert_close(variables["batch_stats"], {"mean": mean, "var": var})
+
+
+# Inside models.
+
+
+def network(lib):
+    """A small residual network, written for the namespace `lib`."""
+
+    class Block(nn.Module):
+        norm: type
+
+        @nn.compact
+        def __call__(self, x):
+            y = nn.relu(self.norm()(nn.Dense(6)(x)))
+            return x + self.norm(scale_init=nn.initializers.zeros_init())(y)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            # Flax's own examples pass the norm on as such a partial.
+            norm = functools.partial(
+                lib.BatchNorm, use_running_average=not train, momentum=0.9
+            )
+            x = norm(name="first")(nn.Dense(6)(x))
+            x = Block(norm)(x)
+            x = x + lib.LayerNorm()(x) + lib.RMSNorm()(x)
+            x = lib.GroupNorm(num_groups=3)(x) + lib.InstanceNorm()(x)
+            x = lib.LayerNorm(scale_init=nn.initializers.normal(1.0))(x)
+            return nn.Dense(3)(x.mean((1, 2)))
+
+    return Network()
+
+
+def test_a_model_moves_over():
+    """Same names, initial values, training and evaluation with one changed import."""
+    x, flax_model, model = sample(), network(nn), network(jaxnorm.linen)
+    flax_variables = flax_model.init(jax.random.key(0), x, train=True)
+    variables = model.init(jax.random.key(0), x, train=True)
+    assert_identical(variables, flax_variables)
+    assert "BatchNorm_0" in variables["params"]["Block_0"]
+    assert set(variables["params"]) > {"LayerNorm_0", "LayerNorm_1", "RMSNorm_0"}
+
+    def step(model, variables, x):
+        def loss(params):
+            y, updated = model.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean((y - 1) ** 2), updated
+
+        by = jax.grad(loss, has_aux=True)
+        gradients, updated = by(variables["params"])
+        move = jax.tree.map(
+            lambda p, g: p - 0.05 * g, variables["params"], gradients
+        )
+        return {**updated, "params": move}
+
+    for seed in range(3):
+        batch = sample(seed=seed)
+        flax_variables = jax.jit(step, static_argnums=0)(
+            flax_model, flax_variables, batch
+        )
+        variables = jax.jit(step, static_argnums=0)(model, variables, batch)
+    # Flax's fast variance is in there, and three steps amplify its roundoff.
+    assert_close(variables, flax_variables, 1e-3)
+    # A checkpoint of either model goes into the other.
+    for trained in (variables, flax_variables):
+        y = model.apply(trained, x, train=False)
+        assert_close(y, flax_model.apply(trained, x, train=False), 1e-4)
+
+
+def test_automatic_names():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in NAMES:
+                x = ours(name)(x)
+                x = generic(name)(x)
+            return x
+
+    params = Model().init(jax.random.key(0), sample())["params"]
+    own = {f"{name}_0" for name in NAMES}
+    assert set(params) == own | {f"Norm_{i}" for i in range(len(NAMES))}
+
+
+@pytest.mark.parametrize("lib", [nn, jaxnorm.linen], ids=["flax", "jaxnorm"])
+def test_one_module_called_twice_updates_twice(lib):
+    """A siamese network: each call moves the running statistics once."""
+
+    class Twice(nn.Module):
+        def setup(self):
+            self.norm = lib.BatchNorm(use_running_average=False, momentum=0.5)
+
+        def __call__(self, a, b):
+            return self.norm(a) + self.norm(b)
+
+    a, b = sample(seed=1), sample(seed=2)
+    variables = Twice().init(jax.random.key(0), a, b)
+    _, updated = Twice().apply(variables, a, b, mutable=["batch_stats"])
+    axes = (0, 1, 2)
+    expected = 0.5 * (0.5 * np.mean(a, axes)) + 0.5 * np.mean(b, axes)
+    assert_close(updated["batch_stats"]["norm"]["mean"], expected)
+
+
+# Under Flax's transforms.
+
+
+def lifted(transform, lib):
+    """A model that applies batch norm under the named transform."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            x = nn.Dense(6)(x)
+            return lib.BatchNorm(use_running_average=False, momentum=0.9)(x), None
+
+    stacked = {"params": 0, "batch_stats": 0}
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if transform == "scan over layers":
+                layers = nn.scan(
+                    Layer, variable_axes=stacked, split_rngs={"params": True}, length=3
+                )
+                return layers()(x, None)[0]
+            if transform == "remat":
+                return nn.remat(Layer)()(x)[0]
+            if transform == "remat of the norm":
+                return nn.remat(lib.BatchNorm)(False, momentum=0.9)(x)
+            if transform == "remat scan":
+                return nn.remat_scan(Layer if False else Single, (2, 2))()(x)
+            if transform == "vmap over ensembles":
+                ensemble = nn.vmap(
+                    Layer, variable_axes=stacked, split_rngs={"params": True}
+                )
+                return ensemble()(x)[0]
+            if transform == "vmap over examples":
+                shared = nn.vmap(
+                    lib.BatchNorm,
+                    variable_axes={"params": None, "batch_stats": None},
+                    split_rngs={"params": False},
+                    axis_name="example",
+                )
+                return shared(False, momentum=0.9, axis_name="example")(x)
+            return nn.jit(Layer)()(x)[0]
+
+    class Single(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Layer()(x)[0]
+
+    return Model()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        "scan over layers",
+        "remat",
+        "remat of the norm",
+        "remat scan",
+        "vmap over ensembles",
+        "vmap over examples",
+        "jit",
+    ],
+)
+def test_transforms_are_flax(transform):
+    x = sample()
+    reference, module = lifted(transform, nn), lifted(transform, jaxnorm.linen)
+    flax_variables = init(reference, x)
+    variables = init(module, x)
+    assert_identical(variables, flax_variables)
+    # One update also under remat, which runs the forward pass twice.
+    assert_close(
+        outcome(module, variables, x), outcome(reference, variables, x), 1e-4
+    )
+
+
+@pytest.mark.parametrize("lib", [nn, jaxnorm.linen], ids=["flax", "jaxnorm"])
+def test_scan_over_time_carries_the_statistics(lib):
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, carry, x):
+            y = lib.BatchNorm(use_running_average=False, momentum=0.5)(x)
+            return carry + y.sum(), y
+
+    scanned = nn.scan(
+        Cell,
+        variable_broadcast="params",
+        variable_carry="batch_stats",
+        split_rngs={"params": False},
+    )
+    xs = sample()
+    variables = Cell().init(jax.random.key(0), 0.0, xs[0])
+    _, updated = scanned().apply(variables, 0.0, xs, mutable=["batch_stats"])
+    mean = np.zeros(6)
+    for x in xs:
+        mean = 0.5 * mean + 0.5 * np.mean(x, (0, 1))
+    assert_close(updated["batch_stats"]["BatchNorm_0"]["mean"], mean)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("module", [ours("BatchNorm"), generic("BatchNorm")])
+def test_state_is_a_fixed_carry(module, x64):
+    """`lax.scan` over steps: structure, shapes and dtypes do not drift."""
+    with jax.enable_x64(x64):
+        xs = sample((3, 5, 6)).astype(jnp.float64 if x64 else jnp.float32)
+        variables = module.init(jax.random.key(0), xs[0])
+
+        def step(stats, x):
+            y, updated = module.apply(
+                {**variables, "batch_stats": stats}, x, mutable=["batch_stats"]
+            )
+            return updated["batch_stats"], y
+
+        final, ys = jax.lax.scan(step, variables["batch_stats"], xs)
+        assert ys.dtype == xs.dtype
+        assert described(final) == described(variables["batch_stats"])
+
+
+# Across devices.
+
+
+@names
+def test_axis_name_is_flax(name):
+    """Shards of equal size, unmasked: the case in which Flax is right."""
+    module, reference = ours(name, axis_name="d"), theirs(name, axis_name="d")
+    x = sample((4, 2, 3, 6))
+    variables = randomize(init(theirs(name), x[0]))
+
+    def run(module):
+        return jax.vmap(lambda x: apply(module, variables, x), axis_name="d")(x)
+
+    assert_close(run(module), run(reference))
+
+
+def test_axis_name_in_shard_map():
+    """Replicated statistics leave shard_map as such, with its checks on."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    x = sample((8, 6))
+    module = ours("BatchNorm", axis_name="d", momentum=0.9)
+    variables = randomize(module.init(jax.random.key(0), x))
+    run = jax.shard_map(
+        functools.partial(apply, module),
+        mesh=mesh,
+        in_specs=(P(), P("d")),
+        out_specs=(P("d"), P()),
+    )
+    expected = apply(theirs("BatchNorm", momentum=0.9), variables, x)
+    assert_close(jax.jit(run)(variables, x), expected)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+def test_axis_index_groups_are_flax(name):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    x = sample((8, 6))
+    groups = [[0, 1], [2, 3]]
+    variables = randomize(init(theirs(name), x))
+
+    def run(module):
+        mapped = jax.shard_map(
+            lambda x: apply(module, variables, x)[0],
+            mesh=mesh,
+            in_specs=P("d"),
+            out_specs=P("d"),
+            check_vma=False,
+        )
+        return jax.jit(mapped)(x)
+
+    kwargs = {"axis_name": "d", "axis_index_groups": groups}
+    y = run(ours(name, **kwargs))
+    assert_close(y, run(theirs(name, **kwargs)))
+    # And the groups do matter.
+    assert np.abs(y - run(ours(name, axis_name="d"))).max() > 0.1
+
+
+def test_one_example_per_device_is_a_batch():
+    """A vmapped example holds one value per channel; the named axis holds the rest."""
+    x = sample((8, 6))
+    module = ours("BatchNorm", axis_name="batch")
+    variables = randomize(init(theirs("BatchNorm"), x))
+    run = jax.vmap(lambda x: apply(module, variables, x), axis_name="batch")
+    y, updated = run(x)
+    expected, updated_flax = apply(theirs("BatchNorm"), variables, x)
+    assert_close(y, expected)
+    assert_close(jax.tree.map(lambda a: a[0], updated), updated_flax)
+
+
+@names
+def test_no_axis_is_needed_while_initializing(name):
+    x = sample()
+    expected = init(ours(name), x)
+    assert_identical(init(ours(name, axis_name="absent"), x), expected)
+    norm = dataclasses.replace(SETTINGS[name], axis_name="absent")
+    module = jaxnorm.linen.Norm(norm, use_running_average=False)
+    assert_identical(init(module, x), expected)
+
+
+def test_no_axis_is_needed_at_evaluation():
+    x = sample()
+    variables = randomize(init(ours("BatchNorm"), x))
+    module = jaxnorm.linen.BatchNorm(True, axis_name="absent")
+    expected = apply(nn.BatchNorm(True), variables, x)
+    assert_close(apply(module, variables, x), expected)
+
+
+# jaxnorm's own: the generic module, traced modes, other running averages.
+
+
+@names
+def test_the_generic_module_is_the_named_one(name):
+    x, mask = sample(), mask_of()
+    kwargs = {"momentum": 0.9} if name == "BatchNorm" else {}
+    named, module = ours(name, **kwargs), generic(name)
+    assert_identical(init(module, x), init(named, x))
+    variables = randomize(init(named, x))
+    found = outcome(module, variables, x, mask)
+    assert_close(found, outcome(named, variables, x, mask), 1e-6)
+
+
+@names
+def test_the_generic_module_takes_any_mode(name):
+    """A model that is given its norm passes a mode, whether the norm has one or not."""
+    x = sample()
+    module = jaxnorm.linen.Norm(SETTINGS[name])
+    variables = randomize(module.init(jax.random.key(0), x, use_running_average=False))
+    for flag in (False, True):
+        apply(module, variables, x, use_running_average=flag)
+    if name != "BatchNorm":
+        without, _ = apply(module, variables, x)
+        assert_identical(without, apply(module, variables, x, **_training)[0])
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+def test_arguments_of_the_generic_module(name):
+    x = sample()
+    kwargs = {
+        "dtype": jnp.bfloat16,
+        "param_dtype": jnp.float16,
+        "scale_init": nn.initializers.normal(1.0),
+        "bias_init": nn.initializers.normal(1.0),
+    }
+    for drop in ({}, {"use_scale": False}, {"use_bias": False}):
+        named, module = ours(name, **kwargs, **drop), generic(name, **kwargs, **drop)
+        variables = init(module, x)
+        assert_identical(variables, init(named, x))
+        y, _ = apply(module, variables, x)
+        expected, _ = apply(named, variables, x)
+        assert y.dtype == expected.dtype == jnp.bfloat16
+        assert_close(y, expected, 2**-7)
+
+
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_traced_use_running_average(which):
+    """One trace serves training and evaluation."""
+    x = sample()
+    if which == "BatchNorm":
+        module = jaxnorm.linen.BatchNorm(momentum=0.9)
+    else:
+        module = jaxnorm.linen.Norm(SETTINGS["BatchNorm"])
+    variables = randomize(init(theirs("BatchNorm"), x))
+    traces = []
+
+    @jax.jit
+    def run(flag):
+        traces.append(flag)
+        return apply(module, variables, x, use_running_average=flag)
+
+    for flag in (True, False):
+        expected = apply(module, variables, x, use_running_average=flag)
+        assert_close(run(flag), expected, 1e-6)
+    assert len(traces) == 1
+    stats = {"batch_stats": variables["batch_stats"]}
+    assert_identical(run(True)[1], stats)
+
+
+def test_unbiased_running_variance():
+    """n / (n - 1) in the running variance alone, n counting valid elements."""
+    x, mask = sample((5, 6)), jnp.arange(5)[:, None] < 4
+    module = ours("BatchNorm", momentum=0.9, unbiased=True)
+    biased = ours("BatchNorm", momentum=0.9)
+    variables = module.init(jax.random.key(0), x)
+    assert_identical(variables, biased.init(jax.random.key(0), x))
+    for kwargs, count in (({}, 5), ({"mask": mask}, 4)):
+        y, updated = apply(module, variables, x, **kwargs)
+        assert_close(y, apply(biased, variables, x, **kwargs)[0], 1e-6)
+        var = 0.9 + 0.1 * np.var(np.asarray(x, np.float64)[:count], 0, ddof=1)
+        assert_close(updated["batch_stats"]["var"], var)
+
+
+def test_cumulative_average():
+    """momentum=None: each batch counts the same, and those without values not."""
+    module = ours("BatchNorm", momentum=None)
+    variables = init(module, sample((5, 6)))
+    assert set(variables["batch_stats"]) == {"mean", "var", "count"}
+    batches = []
+    for step in range(4):
+        x = sample((5, 6), seed=step)
+        batches.append(np.asarray(x, np.float64))
+        previous = variables["batch_stats"]
+        variables = {**variables, **apply(module, variables, x)[1]}
+        stats = variables["batch_stats"]
+        assert described(stats) == described(previous)
+        assert_close(stats["mean"], np.mean([b.mean(0) for b in batches], 0))
+        assert_close(stats["var"], np.mean([b.var(0) for b in batches], 0))
+        assert np.all(np.asarray(stats["count"]) == step + 1)
+        none = jnp.zeros((5, 1), bool)
+        _, updated = apply(module, variables, x, mask=none)
+        assert_identical(updated["batch_stats"], stats)
+    evaluated = module.clone(use_running_average=True).apply(variables, x)
+    plain = {"mean": stats["mean"], "var": stats["var"]}
+    expected = nn.BatchNorm(True).apply({**variables, "batch_stats": plain}, x)
+    assert_close(evaluated, expected)
+
+
+# Where Flax is wrong.
+
+MASK_SHAPES = [(4, 1, 1, 1), (4, 3, 1, 1), (2, 1), (1, 3, 2, 1), (6,), (1,), ()]
+
+
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@names
+def test_masks_broadcast(name, shape):
+    """Every mask that NumPy broadcasts to x, also for group norm."""
+    x = sample()
+    mask = jnp.arange(np.prod(shape, dtype=int)).reshape(shape) % 3 != 1
+    variables = randomize(init(ours(name), x))
+    full = jnp.broadcast_to(mask, SHAPE)
+    found = outcome(ours(name), variables, x, mask)
+    assert_close(found, outcome(ours(name), variables, x, full), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32"])
+@names
+def test_masks_of_zeros_and_ones(name, dtype):
+    x, mask = sample(), mask_of()
+    variables = randomize(init(ours(name), x))
+    expected = apply(ours(name), variables, x, mask=mask)
+    found = apply(ours(name), variables, x, mask=mask.astype(dtype))
+    assert_identical(found, expected)
+
+
+@names
+def test_outputs_are_zero_where_masked(name):
+    x, mask = sample(), mask_of()
+    for kwargs in ({}, {"use_running_average": True}):
+        if kwargs and name != "BatchNorm":
+            continue
+        module = ours(name, **kwargs)
+        variables = randomize(init(module, x))
+        y, _ = apply(module, variables, x, mask=mask)
+        assert np.all(np.asarray(y)[~np.asarray(mask)] == 0)
+        assert np.all(np.asarray(y)[np.asarray(mask)] != 0)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@names
+def test_what_is_masked_harms_nothing(name, poison):
+    """Values, statistics and gradients are those of a clean batch, bit for bit."""
+    x, mask = sample(), mask_of()
+    variables = randomize(init(ours(name), x))
+    expected = outcome(ours(name), variables, x, mask)
+    found = outcome(ours(name), variables, jnp.where(mask, x, poison), mask)
+    assert_identical(found, expected)
+
+
+def test_masked_rows_are_rows_removed():
+    x = sample()
+    variables = randomize(init(ours("BatchNorm"), x))
+    mask = jnp.asarray([True, False, True, True])[:, None, None, None]
+    y, updated = apply(ours("BatchNorm"), variables, x, mask=mask)
+    kept = jnp.asarray([0, 2, 3])
+    expected, updated_flax = apply(theirs("BatchNorm"), variables, x[kept])
+    assert_close(y[kept], expected)
+    assert_close(updated, updated_flax)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("bad", ["nan", "inf", "masked", "one nan"])
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_a_bad_batch_leaves_the_statistics(which, bad, momentum):
+    if which == "BatchNorm":
+        module = jaxnorm.linen.BatchNorm(False, momentum=momentum)
+    else:
+        module = jaxnorm.linen.Norm(jaxnorm.BatchNorm(momentum=momentum), False)
+    x, mask = sample((5, 6)), jnp.ones((5, 6), bool)
+    variables = randomize(init(module, x))
+    if bad == "masked":
+        mask = jnp.zeros_like(mask)
+    elif bad == "one nan":
+        x = x.at[2, 3].set(jnp.nan)
+    else:
+        x = jnp.full_like(x, float(bad))
+    y, updated = apply(module, variables, x, mask=mask)
+    assert_identical(updated["batch_stats"], variables["batch_stats"])
+    if bad == "masked":
+        assert np.all(np.asarray(y) == 0)
+    # The next good batch counts as if nothing had been.
+    _, updated = apply(module, {**variables, **updated}, sample((5, 6)))
+    _, expected = apply(module, variables, sample((5, 6)))
+    assert_identical(updated, expected)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_a_single_valid_value_leaves_finite_statistics(unbiased):
+    """Known only at run time, so it cannot raise; n / (n - 1) must not divide by 0."""
+    x = sample((5, 6))
+    module = ours("BatchNorm", momentum=0.9, unbiased=unbiased)
+    variables = randomize(init(module, x))
+    mask = (jnp.arange(5) == 2)[:, None]
+    y, updated = apply(module, variables, x, mask=mask)
+    for a in jax.tree.leaves((y, updated)):
+        assert np.isfinite(a).all()
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "RMSNorm"])
+def test_variance_far_from_zero(name, fast, offset):
+    """Right whatever use_fast_variance says; E[x^2] - E[x]^2 would give 0 or 8."""
+    x = sample((4, 8, 8, 6)) + offset
+    module = ours(name, epsilon=1e-6, use_fast_variance=fast)
+    y, variables = module.init_with_output(jax.random.key(0), x)
+    exact = np.asarray(x, np.float64)
+    if name == "BatchNorm":
+        module = module.clone(momentum=0.0)
+        _, updated = apply(module, variables, x)
+        var = updated["batch_stats"]["var"]
+        np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-5)
+    axes, group = {
+        "BatchNorm": ((0, 1, 2), 1),
+        "LayerNorm": ((3, 4), 1),
+        "GroupNorm": ((1, 2, 4), 3),
+        "InstanceNorm": ((1, 2), 1),
+    }[name]
+    grouped = exact.reshape(4, 8, 8, 6 // group, group)
+    if name == "LayerNorm":
+        grouped = exact.reshape(4, 8, 8, 1, 6)
+    mean, var = grouped.mean(axes, keepdims=True), grouped.var(axes, keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
+    # The mean itself has float32's resolution at the offset, relative to deviation 2.
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=offset * 2e-7 + 1e-5)
+
+
+def test_half_precision_sums_are_never_made():
+    """The switch that would overflow float16 at deviation 300 is accepted, not obeyed."""
+    x = (300 * jax.random.normal(jax.random.key(0), (64, 6))).astype(jnp.float16)
+    for name in ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"):
+        kwargs = {"param_dtype": jnp.float16, "dtype": jnp.float16}
+        module = ours(name, force_float32_reductions=False, **kwargs)
+        y, variables = module.init_with_output(jax.random.key(0), x)
+        reference = theirs(name, **kwargs)
+        expected, _ = apply(reference, variables, x)
+        assert_close(y, expected, 2e-3)
+        _, updated = apply(module, variables, x)
+        _, updated_flax = apply(reference, variables, x)
+        assert_close(updated, updated_flax)
+
+
+def test_masked_statistics_across_devices():
+    """Shards with 3, 1, 0 and 2 valid rows count by rows, not by shards."""
+    x = sample((4, 3, 6))
+    mask = jnp.arange(3)[None, :, None] < jnp.asarray([3, 1, 0, 2])[:, None, None]
+    module = ours("BatchNorm", axis_name="d", momentum=0.9)
+    variables = randomize(init(ours("BatchNorm"), x[0]))
+    run = jax.vmap(
+        lambda x, mask: apply(module, variables, x, mask=mask), axis_name="d"
+    )
+    y, updated = run(x, mask)
+    rows = x.reshape(12, 6)[mask.reshape(12)]
+    expected, updated_flax = apply(theirs("BatchNorm", momentum=0.9), variables, rows)
+    assert_close(y.reshape(12, 6)[mask.reshape(12)], expected)
+    for shard in range(4):
+        own = jax.tree.map(lambda a, shard=shard: a[shard], updated)
+        assert_close(own, updated_flax)
+
+
+@names
+def test_an_unbound_axis_name_is_named(name):
+    x = sample()
+    norm = dataclasses.replace(SETTINGS[name], axis_name="absent")
+    for module in (
+        ours(name, axis_name="absent"),
+        jaxnorm.linen.Norm(norm, use_running_average=False),
+    ):
+        variables = init(ours(name), x)
+        with pytest.raises(ValueError, match="absent"):
+            apply(module, variables, x)
+        with pytest.raises(ValueError, match="absent"):
+            jax.jit(functools.partial(apply, module))(variables, x)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 1, 6), (6,)], ids=str)
+def test_one_value_per_channel(shape):
+    """Flax-named: Flax's output, a warning, the state as it was. Generic: an error."""
+    x = sample(shape)
+    # While initializing, nothing is said: warnings are errors here.
+    variables = randomize(init(ours("BatchNorm"), x))
+    assert_identical(
+        init(generic("BatchNorm"), x), init(jaxnorm.linen.BatchNorm(False), x)
+    )
+    expected, _ = apply(theirs("BatchNorm"), variables, x)
+    with pytest.warns(UserWarning) as record:
+        y, updated = apply(ours("BatchNorm"), variables, x)
+    assert len(record) == 1
+    assert_close(y, expected)
+    assert_identical(updated["batch_stats"], variables["batch_stats"])
+    with pytest.raises(ValueError):
+        apply(generic("BatchNorm"), variables, x)
+    # Evaluation on one example is what evaluation is for.
+    evaluated = apply(ours("BatchNorm", use_running_average=True), variables, x)
+    assert_close(evaluated, apply(nn.BatchNorm(True), variables, x))
+
+
+def test_one_value_per_channel_is_said_once():
+    """As often as Python shows a warning from one place, which is once."""
+    x = sample((1, 6))
+    variables = init(ours("BatchNorm"), x)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            apply(ours("BatchNorm"), variables, x)
+    assert [w.category for w in record] == [UserWarning]
+
+
+def test_a_summary_of_one_example():
+    """`tabulate` on a batch of one says nothing but the table."""
+    for module in (ours("BatchNorm"), generic("BatchNorm")):
+        table = module.tabulate(jax.random.key(0), jnp.ones((1, 6)))
+        assert "batch_stats" in table
