@@ -106,18 +106,28 @@ def _sync(
 @_sync.defjvp
 def _sync_jvp(name, groups, primals, tangents):
     mean, var, size = _sync(name, groups, *primals)
-    own_mean, own_var, own_size = primals
-    dmean, dvar, _ = tangents
-    weight = jnp.asarray(own_size).astype(var.dtype)
-    weight = weight / jnp.maximum(size, 1).astype(var.dtype)
-    # The mean of the means' tangents drops out of dvar: the weighted distances from
-    # the pooled mean sum to zero.
-    dvar = dvar + 2 * ((own_mean - mean).conj() * dmean).real
-    shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(mean.dtype))]
+    own, m = Moments(*primals), Moments(mean, var, size)
+    dmean, dvar = sync_tangent(name, groups, own, m, *tangents[:2])
+    return tuple(m), (dmean, dvar, no_tangent(size))
+
+
+def sync_tangent(name, groups, own, m, dmean, dvar):
+    """The tangents of the pooled `m`, from those of each device's `own`, by one psum.
+
+    The pooled mean's tangent drops out of the variance's, as the weighted distances of
+    the means from the pooled mean sum to zero.
+    """
+    size, whole = (jnp.asarray(v.size).astype(m.var.dtype) for v in (own, m))
+    weight = size / jnp.maximum(whole, 1)
+    dvar = dvar + 2 * ((own.mean - m.mean).conj() * dmean).real
+    shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
     dmean, dvar = _group_sum(jnp.stack(shares), name, groups)
-    # The size has no tangent; float0 is what JAX wants for an integer.
-    dsize = np.zeros(size.shape, jax.dtypes.float0)
-    return (mean, var, size), (dmean, dvar.real, dsize)
+    return dmean, dvar.real
+
+
+def no_tangent(size):
+    """The tangent of an integer, as JAX wants it."""
+    return np.zeros(jnp.shape(size), jax.dtypes.float0)
 
 
 def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:

@@ -85,7 +85,7 @@ def moments(
         raise ValueError(f"axes are for an array of shape {axes.shape}, got {x.shape}")
     mask = as_mask(mask, x.shape)
     size = axes.size if mask is None else _count(mask, axes)
-    mean, var = _mean_and_var(axes, center, x, mask, _divisor(size))
+    mean, var = _mean_and_var(axes, center, x, mask, size)
     return Moments(mean, var, size)
 
 
@@ -131,15 +131,11 @@ def _count(mask: Array, axes: Axes) -> Array:
     return whole.sum(axes.reduce, keepdims=True, dtype=jnp.int32)
 
 
-def _divisor(size: Any) -> Any:
-    return max(size, 1) if isinstance(size, int) else jnp.maximum(size, 1)
-
-
-def _mean(x: Array, axes: Axes, divisor: Any) -> Array:
-    """The sum of folded `x` over `axes.reduce`, divided."""
+def _mean(x: Array, axes: Axes, size: Any) -> Array:
+    """The sum of folded `x` over `axes.reduce`, divided by `size`; 0 of nothing."""
     for step in axes.reduce_in_order:
         x = x.sum(step, keepdims=True) if step else x
-    return x / jnp.asarray(divisor, x.real.dtype).astype(x.dtype)
+    return x / jnp.maximum(jnp.asarray(size), 1).astype(x.dtype)
 
 
 def _pivot(x: Array, axes: Axes) -> Array:
@@ -150,7 +146,7 @@ def _pivot(x: Array, axes: Axes) -> Array:
     """
     along = _slab_axis(x, axes)
     if along is None:
-        return _mean(x, axes, max(axes.size, 1))
+        return _mean(x, axes, axes.size)
     # The last axis is contiguous in memory, where every 16th element costs all of them.
     part = -(-x.shape[along] // 16)
     step = 1 if along == x.ndim - 1 else 16
@@ -172,35 +168,37 @@ def _slab_axis(x: Array, axes: Axes) -> int | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _mean_and_var(
-    axes: Axes, center: bool, x: Array, mask: Array | None, divisor: Any
+    axes: Axes, center: bool, x: Array, mask: Array | None, size: Any
 ) -> tuple[Array, Array]:
     x = fold(x, mask, axes)
     if not center:
-        var = _mean(abs_square(x), axes, divisor)
+        var = _mean(abs_square(x), axes, size)
         return jnp.zeros_like(var, x.dtype), var
-    pivot = _pivot(x, axes) if mask is None else _mean(x, axes, divisor)
+    pivot = _pivot(x, axes) if mask is None else _mean(x, axes, size)
     shifted = x - pivot
     if mask is not None:
         whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
         shifted = jnp.where(whole, shifted, jnp.zeros((), x.dtype))
-    shift = _mean(shifted, axes, divisor)
-    var = _mean(abs_square(shifted), axes, divisor) - abs_square(shift)
+    shift = _mean(shifted, axes, size)
+    var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
     return pivot + shift, jnp.maximum(var, 0)
 
 
 @_mean_and_var.defjvp
 def _mean_and_var_jvp(axes, center, primals, tangents):
+    x, mask, size = primals
     mean, var = _mean_and_var(axes, center, *primals)
-    x, mask, divisor = primals
     # Recomputed, not kept: only x in its own dtype and the mean stay for the backward.
     tangent = jax.checkpoint(
-        functools.partial(_mean_and_var_tangent, axes, center), prevent_cse=False
+        functools.partial(moments_tangent, axes, center), prevent_cse=False
     )
-    return (mean, var), tangent(x, mask, divisor, mean, tangents[0])
+    m = Moments(mean, var, size)
+    return (mean, var), tangent(x, mask, m, tangents[0])
 
 
-def _mean_and_var_tangent(axes, center, x, mask, divisor, mean, dx):
-    centered = fold(x, mask, axes) - mean
+def moments_tangent(axes, center, x, mask, m, dx):
+    """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx."""
+    centered = fold(x, mask, axes) - m.mean
     dx = fold(dx, mask, axes)
-    dvar = _mean(2 * (centered.conj() * dx).real, axes, divisor)
-    return (_mean(dx, axes, divisor) if center else jnp.zeros_like(mean)), dvar
+    dvar = _mean(2 * (centered.conj() * dx).real, axes, m.size)
+    return (_mean(dx, axes, m.size) if center else jnp.zeros_like(m.mean)), dvar

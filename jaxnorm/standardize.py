@@ -38,12 +38,12 @@ def standardize(
     x = as_floating(x)
     mask = as_mask(mask, x.shape)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
-    scale = _as_param("scale", scale, axes, mean.dtype)
-    bias = _as_param("bias", bias, axes, mean.dtype)
-    return _standardize(axes, dtype, x, mask, mean, rstd, scale, bias)
+    scale = as_param("scale", scale, axes, mean.dtype)
+    bias = as_param("bias", bias, axes, mean.dtype)
+    return standardized(axes, dtype, x, mask, mean, rstd, scale, bias)
 
 
-def _as_param(
+def as_param(
     name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike
 ) -> Array | None:
     """A parameter in the precision of the statistics, broadcasting against folded x."""
@@ -67,25 +67,28 @@ def _as_param(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _standardize(axes, dtype, x, mask, mean, rstd, scale, bias):
+def standardized(axes, dtype, x, mask, mean, rstd, scale, bias):
+    """`standardize`, of arrays that are known to fit."""
     y = (fold(x, mask, axes) - mean) * _slope(mean, rstd, scale)
     y = y if bias is None else y + bias
     return _unfold(y, mask, axes, dtype)
 
 
-@_standardize.defjvp
-def _standardize_jvp(axes, dtype, primals, tangents):
+@standardized.defjvp
+def _standardized_jvp(axes, dtype, primals, tangents):
     x, mask, mean, rstd, scale, bias = primals
     dx, _, *rest = tangents
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
     tangent = jax.checkpoint(
-        functools.partial(_tangent, axes, dtype), prevent_cse=False
+        functools.partial(standardize_tangent, axes, dtype), prevent_cse=False
     )
     dy = tangent(x, mask, mean, rstd, scale, dx, *rest)
-    return _standardize(axes, dtype, *primals), dy
+    return standardized(axes, dtype, *primals), dy
 
 
-def _tangent(axes, dtype, x, mask, mean, rstd, scale, dx, dmean, drstd, dscale, dbias):
+def standardize_tangent(
+    axes, dtype, x, mask, mean, rstd, scale, dx, dmean, drstd, dscale, dbias
+):
     """slope * dx + centered * dslope + dshift, whose transpose sums x's cotangent
     twice, once weighted by `centered`, whatever the statistics depend on."""
     centered = fold(x, mask, axes) - mean

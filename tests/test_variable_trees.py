@@ -19,7 +19,7 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-FILE = pathlib.Path(__file__).with_suffix("").with_name("variable_trees.json")
+FILE = pathlib.Path(__file__).with_name("variable_trees.json")
 
 # Divisible by 32, the number of groups that group norm has by default.
 FEATURES = 32

@@ -1,0 +1,1070 @@
+"""jaxnorm.nnx against flax.nnx: a user changes one import, and nothing else.
+
+Flax NNX is the reference wherever it is right, with its two-pass variance. It is wrong
+in more places than Linen: those tests, at the end of this file, compare with Linen.
+"""
+
+import functools
+import inspect
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm
+import jaxnorm.linen
+import jaxnorm.nnx
+
+FEATURES = 6
+SHAPE = (4, 3, 2, FEATURES)
+NAMES = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+
+# What a class needs before it can be called on an array of SHAPE.
+NEEDED = {"GroupNorm": {"num_groups": 2}}
+
+# One settings value per class, for the generic module.
+SETTINGS = {
+    "BatchNorm": {"momentum": 0.9},
+    "LayerNorm": {},
+    "RMSNorm": {},
+    "GroupNorm": {"num_groups": 2},
+    "InstanceNorm": {},
+}
+
+# Constructor arguments that change the result, with at least one row for each of them.
+CASES = [
+    ("BatchNorm", {"momentum": 0.9}),
+    ("BatchNorm", {"axis": 1, "num_features": 3, "epsilon": 1e-2}),
+    ("BatchNorm", {"use_running_average": True, "use_bias": False}),
+    ("BatchNorm", {"use_scale": False, "use_bias": False}),
+    ("LayerNorm", {"epsilon": 1e-2}),
+    ("LayerNorm", {"reduction_axes": (1, 2, 3), "use_scale": False}),
+    ("LayerNorm", {"reduction_axes": [1, 2], "use_bias": False}),
+    ("LayerNorm", {"feature_axes": 1, "num_features": 3}),
+    ("RMSNorm", {"epsilon": 1e-2}),
+    ("RMSNorm", {"reduction_axes": (1, 2, 3), "feature_axes": [1], "num_features": 3}),
+    ("RMSNorm", {"use_scale": False}),
+    ("GroupNorm", {"num_groups": 3, "epsilon": 1e-2}),
+    ("GroupNorm", {"num_groups": None, "group_size": 3}),
+    ("GroupNorm", {"use_scale": False, "use_bias": False}),
+    ("InstanceNorm", {"epsilon": 1e-2}),
+    ("InstanceNorm", {"feature_axes": 1, "num_features": 3}),
+    ("InstanceNorm", {"use_scale": False, "use_bias": False}),
+]
+
+cases = pytest.mark.parametrize(
+    ("name", "kwargs"), CASES, ids=[f"{name}-{kwargs}" for name, kwargs in CASES]
+)
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def sample(shape=SHAPE, seed=0):
+    """Float32 values whose mean is not 0 and whose deviation is not 1."""
+    return 2 * jax.random.normal(jax.random.key(seed), shape) + 1
+
+
+def mask_of(shape=SHAPE):
+    """A fixed mask with valid and invalid elements in every statistic."""
+    pattern = np.random.default_rng(1).permutation(np.arange(np.prod(shape)))
+    # Some features are valid everywhere or nearly so, thus no row is empty.
+    mask = (pattern % 3 > 0).reshape(shape)
+    mask[..., 0] = mask[:, :, 0, 1] = mask[:, 0, :, 2:] = True
+    mask[:, 2, 1, 5] = False
+    return jnp.asarray(mask)
+
+
+def make(lib, name, num_features=FEATURES, **kwargs):
+    kwargs = {**NEEDED.get(name, {}), "rngs": nnx.Rngs(0), **kwargs}
+    return getattr(lib, name)(num_features, **kwargs)
+
+
+def theirs(name, **kwargs):
+    """Flax's layer, with the variance that is right."""
+    return make(nnx, name, **{"use_fast_variance": False, **kwargs})
+
+
+def ours(name, **kwargs):
+    return make(jaxnorm.nnx, name, **kwargs)
+
+
+def generic(name, **kwargs):
+    norm = getattr(jaxnorm, name)(**SETTINGS[name])
+    kwargs = {"use_running_average": False, "rngs": nnx.Rngs(0), **kwargs}
+    return jaxnorm.nnx.Norm(norm, FEATURES, **kwargs)
+
+
+def randomize(layer, seed=0):
+    """Moves every variable off its initial value, keeping it positive."""
+    rng = np.random.default_rng(seed)
+
+    def move(a):
+        return jnp.asarray(rng.uniform(0.5, 2, a.shape), a.dtype)
+
+    nnx.update(layer, jax.tree.map(move, nnx.state(layer)))
+    return layer
+
+
+def pair(name, **kwargs):
+    """Flax's layer and jaxnorm's, with the variables of the former in both."""
+    reference = randomize(theirs(name, **kwargs))
+    layer = ours(name, **kwargs)
+    nnx.update(layer, nnx.state(reference))
+    return reference, layer
+
+
+def promotion(layer):
+    """Flax may promote ranks, jaxnorm must not need to."""
+    module = type(layer).__module__
+    return jax.numpy_rank_promotion("allow" if module.startswith("flax.") else "raise")
+
+
+def call(layer, x, **kwargs):
+    with promotion(layer):
+        return layer(x, **kwargs)
+
+
+def outcome(layer, x, mask=None):
+    """Output, state after the call, and gradients by the parameters and the input."""
+    weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    # What stands at masked elements is padding: a loss does not read it.
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
+
+    @nnx.jit
+    def run(layer, x):
+        def loss(layer, x):
+            y = call(layer, x, mask=mask)
+            return jnp.sum(weights * y), y
+
+        gradients, y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+        return y, gradients
+
+    y, (by_layer, by_x) = run(layer, x)
+    return y, plain(nnx.state(layer)), plain(by_layer), by_x
+
+
+def plain(state):
+    """Paths and arrays of a state."""
+    return {path: v[...] for path, v in nnx.to_flat_state(state)}
+
+
+def described(module):
+    """Path, Variable type, shape, dtype and metadata of every variable."""
+    return {
+        path: (type(v), v[...].shape, str(v[...].dtype), v.get_metadata())
+        for path, v in nnx.to_flat_state(nnx.state(module))
+    }
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Equal trees of finite numbers, up to a few hundred float32 roundoffs."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.shape == w.shape
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        # Apart from the comparison, to which NaN equals NaN.
+        assert np.isfinite(g).all() and np.isfinite(w).all()
+        np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
+
+
+def assert_identical(got, want):
+    """Equal trees: names, shapes, dtypes and every bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+        assert np.isfinite(np.asarray(g, np.float64)).all()
+        assert np.array_equal(g, w)
+
+
+# The same constructor and call arguments.
+
+
+def assert_extends(flax_function, our_function):
+    """Flax's parameters first, unchanged; the rest keyword-only and optional."""
+    flax_parameters = list(inspect.signature(flax_function).parameters.values())
+    our_parameters = list(inspect.signature(our_function).parameters.values())
+    count = len(flax_parameters)
+    for f, o in zip(flax_parameters, our_parameters, strict=False):
+        assert (o.name, o.kind) == (f.name, f.kind)
+        assert o.default is f.default or o.default == f.default, f.name
+    assert len(our_parameters) >= count
+    for o in our_parameters[count:]:
+        assert o.kind is inspect.Parameter.KEYWORD_ONLY, o.name
+        assert o.default is not inspect.Parameter.empty, o.name
+
+
+@names
+def test_signatures_extend_flax(name):
+    flax_class, our_class = getattr(nnx, name), getattr(jaxnorm.nnx, name)
+    assert_extends(flax_class.__init__, our_class.__init__)
+    assert_extends(flax_class.__call__, our_class.__call__)
+    if name == "BatchNorm":
+        assert_extends(flax_class.set_view, our_class.set_view)
+
+
+def test_signature_of_the_generic_module():
+    parameters = inspect.signature(jaxnorm.nnx.Norm.__init__).parameters
+    empty = inspect.Parameter.empty
+    expected = {
+        "self": empty,
+        "norm": empty,
+        "num_features": empty,
+        "use_running_average": None,
+        "dtype": None,
+        "param_dtype": jnp.float32,
+        "use_scale": True,
+        "use_bias": True,
+        "scale_init": None,
+        "bias_init": None,
+        "rngs": empty,
+    }
+    assert {k: p.default for k, p in parameters.items()} == expected
+    assert list(parameters) == list(expected)
+    for name in list(expected)[3:]:
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@cases
+def test_attributes_are_flax_attributes(name, kwargs):
+    """What a Flax layer lets others read, under the same names."""
+    reference, layer = theirs(name, **kwargs), ours(name, use_fast_variance=False)
+    layer = ours(name, use_fast_variance=False, **kwargs)
+    for key, value in vars(reference).items():
+        if isinstance(value, nnx.Variable):
+            assert type(getattr(layer, key)) is type(value)
+        elif not key.startswith("_"):
+            assert getattr(layer, key) == value, key
+
+
+def test_attributes_can_be_set():
+    """Models are changed after they are built: those attributes are not copies."""
+    x = sample()
+    reference, layer = pair("BatchNorm", axis_name="absent")
+    for bn in (reference, layer):
+        bn.axis_name, bn.momentum, bn.epsilon = None, 0.5, 0.1
+    assert_close(outcome(layer, x), outcome(reference, x))
+    reference, layer = pair("LayerNorm")
+    for ln in (reference, layer):
+        ln.reduction_axes, ln.epsilon, ln.dtype = (1, 2, 3), 0.1, jnp.bfloat16
+        ln.bias = None
+    expected = reference(x)
+    y = layer(x)
+    assert y.dtype == expected.dtype
+    assert_close(y, expected, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("GroupNorm", {"num_groups": 4}),
+        ("GroupNorm", {"num_groups": None, "group_size": 4}),
+        ("GroupNorm", {"num_groups": None}),
+        ("GroupNorm", {"group_size": 3}),
+        ("GroupNorm", {"num_groups": 0}),
+    ],
+)
+def test_what_flax_refuses_to_construct(name, kwargs):
+    with pytest.raises(ValueError):
+        theirs(name, **kwargs)
+    with pytest.raises(ValueError):
+        ours(name, **kwargs)
+
+
+@pytest.mark.parametrize("axes", [0, (0, 3)])
+def test_instance_norm_keeps_its_batch_axis(axes):
+    for layer in (theirs("InstanceNorm", feature_axes=axes), ours("InstanceNorm")):
+        layer.feature_axes = axes
+        with pytest.raises(ValueError):
+            layer(sample())
+
+
+@pytest.mark.parametrize("at_call", [None, False, True])
+@pytest.mark.parametrize("constructor", [None, False, True])
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_use_running_average(which, constructor, at_call):
+    """The call has the last word; one of the two is needed."""
+    x = sample()
+    kwargs = {"use_running_average": constructor}
+    reference, layer = pair("BatchNorm", momentum=0.9, **kwargs)
+    if which == "Norm":
+        layer = generic("BatchNorm", **kwargs)
+        nnx.update(layer, nnx.state(reference))
+    if constructor is None and at_call is None:
+        with pytest.raises(ValueError) as error:
+            reference(x)
+        with pytest.raises(error.type, match="use_running_average"):
+            layer(x)
+        return
+    expected = call(reference, x, use_running_average=at_call)
+    assert_close(call(layer, x, use_running_average=at_call), expected)
+    assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
+
+
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_train_eval_and_views(which):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.bn = ours(which) if which == "BatchNorm" else generic("BatchNorm")
+            self.ln = generic("LayerNorm")
+
+        def __call__(self, x):
+            return self.ln(self.bn(x))
+
+    model, x = Model(), sample()
+    before = plain(nnx.state(model))
+    model.eval()
+    assert model.bn.use_running_average is True
+    y = model(x)
+    assert_identical(plain(nnx.state(model)), before)
+    model.train()
+    assert model.bn.use_running_average is False
+    # A view evaluates with the variables of the model, which goes on training.
+    view = nnx.view(model, use_running_average=True)
+    assert model.bn.use_running_average is False
+    assert_identical(view(x), y)
+    assert_identical(plain(nnx.state(model)), before)
+    assert np.abs(model(x) - y).max() > 0.1
+    changed = plain(nnx.state(model))
+    assert not np.array_equal(changed["bn", "mean"], before["bn", "mean"])
+    assert_identical(plain(nnx.state(view)), changed)
+    model.set_attributes(use_running_average=True)
+    assert model.bn.use_running_average is True
+
+
+# The same variables.
+
+
+@cases
+def test_variables_are_flax_variables(name, kwargs):
+    reference, layer = theirs(name, **kwargs), ours(name, **kwargs)
+    assert described(layer) == described(reference)
+    assert_identical(plain(nnx.state(layer)), plain(nnx.state(reference)))
+    for key in ("scale", "bias"):
+        if hasattr(reference, key) and getattr(reference, key) is None:
+            assert getattr(layer, key) is None
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@names
+def test_random_initializers_draw_what_flax_draws(name, param_dtype):
+    """And leave the random stream where Flax leaves it, for the layers that follow."""
+    kwargs = {"param_dtype": param_dtype, "scale_init": nnx.initializers.normal(1.0)}
+    if name != "RMSNorm":
+        kwargs["bias_init"] = nnx.initializers.uniform(1.0)
+    variants = [kwargs, {"use_scale": False}, {}]
+    if name != "RMSNorm":
+        variants.append({**kwargs, "use_bias": False})
+    for variant in variants:
+        streams, states = [], []
+        for maker in (theirs, ours, generic):
+            rngs = nnx.Rngs(7, params=3)
+            layer = maker(name, rngs=rngs, **variant)
+            streams.append((int(rngs.params.count[...]), int(rngs.default.count[...])))
+            states.append((described(layer), plain(nnx.state(layer))))
+        assert streams[0] == streams[1] == streams[2]
+        for description, state in states[1:]:
+            assert description == states[0][0]
+            assert_identical(state, states[0][1])
+
+
+def test_initializers_are_called_as_flax_calls_them():
+    calls = []
+
+    def recorded(key, shape, dtype):
+        calls.append((np.asarray(jax.random.key_data(key)).tolist(), shape, dtype))
+        return jnp.full(shape, 3, dtype)
+
+    kwargs = {"scale_init": recorded, "bias_init": recorded}
+    for name in ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm"):
+        theirs(name, param_dtype=jnp.bfloat16, **kwargs)
+        from_flax = calls[:]
+        calls.clear()
+        ours(name, param_dtype=jnp.bfloat16, **kwargs)
+        assert calls == from_flax
+        calls.clear()
+
+
+@names
+def test_sharding_metadata(name):
+    """nnx.with_partitioning and scale_metadata, on a mesh as Flax demands."""
+    x = sample()
+    ones = nnx.initializers.ones_init()
+    variants = [
+        {"scale_init": nnx.with_partitioning(ones, ("model",))},
+        {"scale_metadata": {"out_sharding": ("model",), "tag": "scale"}},
+    ]
+    if name != "RMSNorm":
+        zeros = nnx.initializers.zeros_init()
+        variants[0]["bias_init"] = nnx.with_partitioning(zeros, ("model",))
+        variants[1]["bias_metadata"] = {"out_sharding": (None,), "tag": "bias"}
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    plain_y = call(ours(name), x)
+    for kwargs in variants:
+        with jax.set_mesh(mesh):
+            reference, layer = theirs(name, **kwargs), ours(name, **kwargs)
+            assert described(layer) == described(reference)
+            assert layer.scale.get_metadata("out_sharding") == ("model",)
+            assert layer.scale[...].sharding.spec == P("model")
+            specs = nnx.get_partition_spec(nnx.state(reference))
+            assert nnx.get_partition_spec(nnx.state(layer)) == specs
+            assert_close(call(layer, x), plain_y)
+
+
+def test_sharding_metadata_of_the_generic_module():
+    ones = nnx.with_partitioning(nnx.initializers.ones_init(), ("model",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    with jax.set_mesh(mesh):
+        found = described(generic("BatchNorm", scale_init=ones))
+        assert found == described(theirs("BatchNorm", scale_init=ones))
+
+
+@names
+def test_states_load_both_ways(name):
+    x = sample()
+    for source, target in ((theirs, ours), (ours, theirs), (ours, generic)):
+        trained, fresh = randomize(source(name)), target(name)
+        nnx.update(fresh, nnx.state(trained))
+        assert_identical(plain(nnx.state(fresh)), plain(nnx.state(trained)))
+        assert_close(call(fresh, x), call(trained, x))
+        # As plain dicts too, which is what a checkpoint holds.
+        pure = nnx.to_pure_dict(nnx.state(trained))
+        state = nnx.state(target(name))
+        nnx.replace_by_pure_dict(state, pure)
+        assert_identical(plain(state), plain(nnx.state(trained)))
+
+
+# The same numbers.
+
+
+@cases
+def test_values_and_gradients_are_flax(name, kwargs):
+    reference, layer = pair(name, **kwargs)
+    x = sample()
+    assert_close(outcome(layer, x), outcome(reference, x))
+
+
+@cases
+def test_masked_values_and_gradients_are_flax(name, kwargs):
+    x, mask = sample(), mask_of()
+    reference, layer = pair(name, **kwargs)
+    y, *rest = outcome(layer, x, mask)
+    y_flax, *rest_flax = outcome(reference, x, mask)
+    assert_close(y, jnp.where(mask, y_flax, 0))
+    assert_close(rest, rest_flax)
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "int32"])
+@names
+def test_dtypes_are_flax(name, x_dtype):
+    """Shapes and dtypes only: nothing is computed."""
+    x = jnp.zeros(SHAPE, x_dtype)
+    variants = [{}, {"use_scale": False}]
+    if name != "RMSNorm":
+        variants += [{"use_bias": False}, {"use_scale": False, "use_bias": False}]
+    if name == "BatchNorm":
+        variants.append({"use_running_average": True})
+
+    def run(maker, kwargs):
+        def construct_and_call():
+            layer = maker(name, **kwargs)
+            before = nnx.state(layer)
+            y = call(layer, x)
+            return y, before, nnx.state(layer)
+
+        y, before, after = nnx.eval_shape(construct_and_call)
+        # Running statistics keep their dtype, at least float32.
+        assert jax.tree.structure(before) == jax.tree.structure(after)
+        for path, v in nnx.to_flat_state(after):
+            assert v[...].dtype == plain(before)[path].dtype
+            if isinstance(v, nnx.BatchStat):
+                assert v[...].dtype == jnp.float32
+        return y.dtype, jax.tree.map(lambda a: a.dtype, plain(before))
+
+    for variant in variants:
+        for dtype in (None, jnp.float32, jnp.bfloat16):
+            for param_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+                kwargs = {**variant, "dtype": dtype, "param_dtype": param_dtype}
+                assert run(ours, kwargs) == run(theirs, kwargs), kwargs
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "int32"])
+@names
+def test_values_of_other_dtypes_are_flax(name, x_dtype):
+    """Where Flax NNX casts nothing down, which is with dtype=None."""
+    x = (3 * sample()).astype(x_dtype)
+    reference, layer = pair(name)
+    y, expected = call(layer, x), call(reference, x)
+    assert y.dtype == expected.dtype
+    assert_close(y, expected)
+    assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
+
+
+@names
+def test_promote_dtype_is_called_as_flax_calls_it(name):
+    calls = []
+
+    def recorded(args, **kwargs):
+        calls.append(([None if a is None else a.shape for a in args], kwargs))
+        return nnx.nn.dtypes.promote_dtype(args, **kwargs)
+
+    x = sample()
+    variants = [{"dtype": jnp.float32}, {"use_scale": False}]
+    for kwargs in variants:
+        reference, layer = pair(name, promote_dtype=recorded, **kwargs)
+        call(reference, x)
+        from_flax = calls[:]
+        calls.clear()
+        call(layer, x)
+        assert calls == from_flax
+        calls.clear()
+
+
+def rounded(args, **_):
+    """A promotion of one's own: all of it through bfloat16, then float32."""
+    return tuple(
+        None if a is None else a.astype(jnp.bfloat16).astype(jnp.float32) for a in args
+    )
+
+
+@pytest.mark.parametrize("promote", [rounded, lambda args, **_: args])
+@names
+def test_promote_dtype_of_ones_own_is_followed(name, promote):
+    for kwargs in ({}, {"use_running_average": True}):
+        if kwargs and name != "BatchNorm":
+            continue
+        reference, layer = pair(name, promote_dtype=promote, **kwargs)
+        for x in (sample(), sample().astype(jnp.bfloat16)):
+            y, expected = call(layer, x), call(reference, x)
+            assert y.dtype == expected.dtype
+            assert_close(y, expected)
+
+
+def test_running_statistics_after_each_step():
+    """Against Flax and the definition, after 1, 2 and 5 steps."""
+    layer, reference = ours("BatchNorm", momentum=0.8), theirs("BatchNorm", momentum=0.8)
+    mean, var = np.zeros(FEATURES), np.ones(FEATURES)
+    axes = (0, 1, 2)
+    for step in range(5):
+        x = sample(seed=step)
+        mean = 0.8 * mean + 0.2 * np.mean(x, axes, np.float64)
+        var = 0.8 * var + 0.2 * np.var(np.asarray(x, np.float64), axes)
+        assert_close(call(layer, x), call(reference, x))
+        assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
+        assert_close((layer.mean[...], layer.var[...]), (mean, var))
+
+
+# Inside models.
+
+
+class Network(nnx.Module):
+    """A small residual network, written for the namespace `lib`."""
+
+    def __init__(self, lib, rngs):
+        draw = nnx.initializers.normal(1.0)
+        self.first = nnx.Linear(6, 6, rngs=rngs)
+        self.bn = lib.BatchNorm(6, momentum=0.9, rngs=rngs)
+        self.ln = lib.LayerNorm(6, scale_init=draw, rngs=rngs)
+        self.rms = lib.RMSNorm(6, rngs=rngs)
+        self.gn = lib.GroupNorm(6, 3, rngs=rngs)
+        self.inorm = lib.InstanceNorm(6, use_scale=False, rngs=rngs)
+        self.last = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.bn(self.first(x)))
+        x = x + self.ln(x) + self.rms(x)
+        x = self.gn(x) + self.inorm(x)
+        return self.last(x.mean((1, 2)))
+
+
+def test_a_model_moves_over():
+    """Same names, initial values, training and evaluation with one changed import."""
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        def loss(model):
+            return jnp.mean((model(x) - 1) ** 2)
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    models = [Network(lib, nnx.Rngs(0)) for lib in (nnx, jaxnorm.nnx)]
+    reference, model = models
+    assert described(model) == described(reference)
+    assert_identical(plain(nnx.state(model)), plain(nnx.state(reference)))
+    for m in models:
+        optimizer = nnx.Optimizer(m, optax.sgd(0.05, momentum=0.9), wrt=nnx.Param)
+        for seed in range(3):
+            step(m, optimizer, sample(seed=seed))
+    # Flax's fast variance is in there, and three steps amplify its roundoff.
+    assert_close(plain(nnx.state(model)), plain(nnx.state(reference)), 1e-3)
+    x = sample(seed=9)
+    for m in models:
+        m.eval()
+    assert_close(model(x), reference(x), 1e-2)
+    # A checkpoint of either model goes into the other.
+    nnx.update(model, nnx.state(reference))
+    assert_close(model(x), reference(x), 1e-4)
+
+
+def test_abstract_construction_and_merging():
+    """`nnx.eval_shape`, then `nnx.merge` with restored values: how one loads models."""
+    x = sample()
+    trained = randomize(Network(jaxnorm.nnx, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Network(jaxnorm.nnx, nnx.Rngs(0)))
+    graphdef, _ = nnx.split(abstract)
+    restored = nnx.merge(graphdef, nnx.state(trained))
+    assert_identical(restored(x), trained(x))
+    clone = nnx.clone(restored)
+    clone(x)
+    assert np.abs(clone.bn.mean[...] - restored.bn.mean[...]).max() > 1e-3
+
+
+# Under Flax's transforms.
+
+
+class Layer(nnx.Module):
+    def __init__(self, lib, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.bn = lib.BatchNorm(6, momentum=0.9, rngs=rngs)
+        self.ln = lib.LayerNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.ln(self.bn(self.linear(x)))
+
+
+def stacked(lib, count):
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap
+    def create(rngs):
+        return Layer(lib, rngs)
+
+    return create(nnx.Rngs(0))
+
+
+def under_jit(lib, x):
+    layer = Layer(lib, nnx.Rngs(0))
+    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    return y, layer
+
+
+def under_plain_jit(lib, x):
+    layer = Layer(lib, nnx.Rngs(0))
+    graphdef, state = nnx.split(layer)
+
+    @jax.jit
+    def run(state, x):
+        layer = nnx.merge(graphdef, state)
+        return layer(x), nnx.state(layer)
+
+    y, state = run(state, x)
+    nnx.update(layer, state)
+    return y, layer
+
+
+def under_remat(lib, x):
+    layer = Layer(lib, nnx.Rngs(0))
+    remat = nnx.remat(lambda layer, x: layer(x))
+    gradient = nnx.jit(nnx.grad(lambda x, layer: jnp.sum(remat(layer, x) ** 3)))
+    return gradient(x, layer), layer
+
+
+def under_scan(lib, x):
+    layers = stacked(lib, 3)
+    scan = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return scan(x, layers), layers
+
+
+def under_scan_over_time(lib, x):
+    layer = Layer(lib, nnx.Rngs(0))
+
+    def step(carry, x):
+        total, layer = carry
+        y = layer(x)
+        return (total + y.sum(), layer), y
+
+    _, y = nnx.scan(step)((jnp.zeros(()), layer), x)
+    return y, layer
+
+
+def under_vmap(lib, x):
+    layers = stacked(lib, 4)
+    return nnx.vmap(lambda layer, x: layer(x))(layers, x), layers
+
+
+def under_named_vmap(lib, x):
+    bn = lib.BatchNorm(6, axis_name="example", rngs=nnx.Rngs(0))
+    run = nnx.vmap(lambda bn, x: bn(x), in_axes=(None, 0), axis_name="example")
+    return run(bn, x), bn
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        under_jit,
+        under_plain_jit,
+        under_remat,
+        under_scan,
+        under_scan_over_time,
+        under_vmap,
+        under_named_vmap,
+    ],
+)
+def test_transforms_are_flax(run):
+    x = sample()
+    y, layer = run(jaxnorm.nnx, x)
+    expected, reference = run(nnx, x)
+    assert_close(y, expected, 1e-4)
+    # One update also under remat, which runs the forward pass twice.
+    assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
+
+
+def test_remat_updates_once():
+    layer = ours("BatchNorm", momentum=0.5)
+    remat = nnx.remat(lambda layer, x: layer(x))
+    x = sample()
+    nnx.grad(lambda layer: jnp.sum(remat(layer, x) ** 3))(layer)
+    assert_close(layer.mean[...], 0.5 * np.mean(x, (0, 1, 2)))
+
+
+@names
+def test_axis_name_is_flax(name):
+    """Shards of equal size, unmasked: the case in which Flax is right."""
+    x = sample((4, 2, 3, 6))
+
+    def run(layer):
+        graphdef, state = nnx.split(layer)
+
+        def one(x):
+            layer = nnx.merge(graphdef, state)
+            return call(layer, x), plain(nnx.state(layer))
+
+        return jax.vmap(one, axis_name="d")(x)
+
+    reference, layer = pair(name, axis_name="d")
+    assert_close(run(layer), run(reference))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+def test_axis_index_groups_are_flax(name):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    x = sample((8, 6))
+
+    def run(layer):
+        graphdef, state = nnx.split(layer)
+        mapped = jax.shard_map(
+            lambda x: call(nnx.merge(graphdef, state), x),
+            mesh=mesh,
+            in_specs=P("d"),
+            out_specs=P("d"),
+            check_vma=False,
+        )
+        return jax.jit(mapped)(x)
+
+    groups = [[0, 1], [2, 3]]
+    reference, layer = pair(name, axis_name="d", axis_index_groups=groups)
+    y = run(layer)
+    assert_close(y, run(reference))
+    # And the groups do matter.
+    layer.axis_index_groups = None
+    assert np.abs(y - run(layer)).max() > 0.1
+
+
+# jaxnorm's own: the generic module, traced modes, other running averages.
+
+
+@names
+def test_the_generic_module_is_the_named_one(name):
+    x, mask = sample(), mask_of()
+    named = randomize(ours(name, **({} if name == "GroupNorm" else SETTINGS[name])))
+    layer = generic(name)
+    nnx.update(layer, nnx.state(named))
+    assert_close(outcome(layer, x, mask), outcome(named, x, mask), 1e-6)
+    if name != "BatchNorm":
+        # A model that is given its norm passes a mode that this one does not have.
+        y = call(layer, x)
+        assert_identical(call(layer, x, use_running_average=True), y)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
+def test_arguments_of_the_generic_module(name):
+    x = sample()
+    kwargs = {
+        "dtype": jnp.bfloat16,
+        "param_dtype": jnp.float16,
+        "scale_init": nnx.initializers.normal(1.0),
+        "bias_init": nnx.initializers.normal(1.0),
+    }
+    for drop in ({}, {"use_scale": False}, {"use_bias": False}):
+        named, layer = ours(name, **kwargs, **drop), generic(name, **kwargs, **drop)
+        assert described(layer) == described(named)
+        y, expected = call(layer, x), call(named, x)
+        assert y.dtype == expected.dtype == jnp.bfloat16
+        assert_close(y, expected, 2**-7)
+
+
+@pytest.mark.parametrize("maker", [ours, generic])
+def test_traced_use_running_average(maker):
+    """One trace serves training and evaluation."""
+    x = sample()
+    traces = []
+
+    @nnx.jit
+    def run(layer, flag):
+        traces.append(flag)
+        return call(layer, x, use_running_average=flag)
+
+    for flag in (True, False):
+        traced, static = randomize(maker("BatchNorm")), randomize(maker("BatchNorm"))
+        before = plain(nnx.state(traced))
+        y = run(traced, jnp.asarray(flag))
+        assert_close(y, call(static, x, use_running_average=flag), 1e-6)
+        assert_close(plain(nnx.state(traced)), plain(nnx.state(static)), 1e-6)
+        if flag:
+            assert_identical(plain(nnx.state(traced)), before)
+    assert len(traces) == 1
+
+
+def test_unbiased_running_variance():
+    """n / (n - 1) in the running variance alone, n counting valid elements."""
+    x, mask = sample((5, 6)), jnp.arange(5)[:, None] < 4
+    for kwargs, count in (({}, 5), ({"mask": mask}, 4)):
+        layer = ours("BatchNorm", momentum=0.9, unbiased=True)
+        biased = ours("BatchNorm", momentum=0.9)
+        assert described(layer) == described(biased)
+        assert_close(call(layer, x, **kwargs), call(biased, x, **kwargs), 1e-6)
+        var = 0.9 + 0.1 * np.var(np.asarray(x, np.float64)[:count], 0, ddof=1)
+        assert_close(layer.var[...], var)
+
+
+def test_cumulative_average():
+    """momentum=None: each batch counts the same, and those without values not."""
+    layer = ours("BatchNorm", momentum=None)
+    assert isinstance(layer.count, nnx.BatchStat)
+    assert set(plain(nnx.state(layer, nnx.BatchStat))) == {
+        ("mean",),
+        ("var",),
+        ("count",),
+    }
+    description, batches = described(layer), []
+    for step in range(4):
+        x = sample((5, 6), seed=step)
+        batches.append(np.asarray(x, np.float64))
+        call(layer, x)
+        assert described(layer) == description
+        assert_close(layer.mean[...], np.mean([b.mean(0) for b in batches], 0))
+        assert_close(layer.var[...], np.mean([b.var(0) for b in batches], 0))
+        assert np.all(np.asarray(layer.count[...]) == step + 1)
+        state = plain(nnx.state(layer))
+        call(layer, x, mask=jnp.zeros((5, 1), bool))
+        assert_identical(plain(nnx.state(layer)), state)
+    reference = theirs("BatchNorm", use_running_average=True)
+    reference.mean[...], reference.var[...] = layer.mean[...], layer.var[...]
+    layer.eval()
+    assert_close(call(layer, x), call(reference, x))
+
+
+# Where Flax is wrong.
+
+
+def linen(name, layer, **kwargs):
+    """Flax Linen on the variables of an NNX layer: a function of x."""
+    kwargs = {**NEEDED.get(name, {}), "use_fast_variance": False, **kwargs}
+    if name == "BatchNorm":
+        kwargs.setdefault("use_running_average", False)
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    stats = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+    variables = {"params": params, "batch_stats": stats}
+    module = getattr(nn, name)(**kwargs)
+
+    def run(x):
+        return module.apply(variables, x, mutable=["batch_stats"])
+
+    return run
+
+
+@pytest.mark.parametrize("axes", [(1, 3), (2, -1), (3, 1), (-1,), (0, 1, 2, 3)])
+def test_group_norm_over_chosen_axes_is_linen(axes):
+    """Flax NNX repeats the statistics along the wrong axis."""
+    x = sample()
+    layer = randomize(ours("GroupNorm", reduction_axes=axes))
+    expected, _ = linen("GroupNorm", layer, reduction_axes=axes)(x)
+    assert_close(call(layer, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@names
+def test_nothing_is_cast_down_before_the_statistics(name, dtype):
+    """Flax NNX casts x to dtype first: at 100 +- 0.1 there is nothing left in it."""
+    x = 100 + 0.05 * sample()
+    layer = randomize(ours(name, dtype=dtype))
+    run = linen(name, layer, dtype=dtype)
+    y = call(layer, x)
+    expected, updated = run(x)
+    assert y.dtype == expected.dtype == dtype
+    assert_close(y, expected, 2 * float(jnp.finfo(dtype).eps))
+    if name == "BatchNorm":
+        got = {"mean": layer.mean[...], "var": layer.var[...]}
+        assert_close(got, updated["batch_stats"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_running_statistics_are_not_cast_down(dtype):
+    x = 100 + 0.05 * sample()
+    layer = ours("BatchNorm", dtype=dtype, momentum=0.0)
+    call(layer, x)
+    layer.eval()
+    run = linen("BatchNorm", layer, dtype=dtype, use_running_average=True)
+    assert_close(call(layer, x), run(x)[0], 2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "bool"])
+@names
+def test_masks_of_zeros_and_ones(name, dtype):
+    x, mask = sample(), mask_of()
+    expected = call(ours(name), x, mask=mask)
+    assert_identical(call(ours(name), x, mask=mask.astype(dtype)), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (2, 1), (1, 3, 2, 1), (6,), ()], ids=str)
+@names
+def test_masks_broadcast(name, shape):
+    """Every mask that NumPy broadcasts to x, also for group norm."""
+    x = sample()
+    mask = jnp.arange(np.prod(shape, dtype=int)).reshape(shape) % 3 != 1
+    found = outcome(randomize(ours(name)), x, mask)
+    full = jnp.broadcast_to(mask, SHAPE)
+    assert_close(found, outcome(randomize(ours(name)), x, full), 1e-6)
+
+
+@names
+def test_outputs_are_zero_where_masked(name):
+    x, mask = sample(), mask_of()
+    for kwargs in ({}, {"use_running_average": True}):
+        if kwargs and name != "BatchNorm":
+            continue
+        y = call(randomize(ours(name, **kwargs)), x, mask=mask)
+        assert np.all(np.asarray(y)[~np.asarray(mask)] == 0)
+        assert np.all(np.asarray(y)[np.asarray(mask)] != 0)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@names
+def test_what_is_masked_harms_nothing(name, poison):
+    """Values, statistics and gradients are those of a clean batch, bit for bit."""
+    x, mask = sample(), mask_of()
+    expected = outcome(randomize(ours(name)), x, mask)
+    found = outcome(randomize(ours(name)), jnp.where(mask, x, poison), mask)
+    assert_identical(found, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("bad", ["nan", "inf", "masked", "one nan"])
+@pytest.mark.parametrize("which", ["BatchNorm", "Norm"])
+def test_a_bad_batch_leaves_the_statistics(which, bad, momentum):
+    if which == "BatchNorm":
+        layer = ours("BatchNorm", momentum=momentum)
+    else:
+        norm = jaxnorm.BatchNorm(momentum=momentum)
+        layer = jaxnorm.nnx.Norm(norm, FEATURES, rngs=nnx.Rngs(0))
+        layer.train()
+    randomize(layer)
+    x, mask = sample((5, 6)), jnp.ones((5, 6), bool)
+    if bad == "masked":
+        mask = jnp.zeros_like(mask)
+    elif bad == "one nan":
+        x = x.at[2, 3].set(jnp.nan)
+    else:
+        x = jnp.full_like(x, float(bad))
+    before = plain(nnx.state(layer))
+    y = call(layer, x, mask=mask)
+    assert_identical(plain(nnx.state(layer)), before)
+    if bad == "masked":
+        assert np.all(np.asarray(y) == 0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "RMSNorm"])
+def test_variance_far_from_zero(name, fast):
+    """Right whatever use_fast_variance says; E[x^2] - E[x]^2 would give 0 or 8."""
+    x = sample((4, 8, 8, 6)) + 1e4
+    # Subtracting the offset in float64 leaves the same float32 numbers, exactly.
+    centred = jnp.asarray(np.asarray(x, np.float64) - 1e4, jnp.float32)
+    layer = ours(name, use_fast_variance=fast)
+    expected, updated = linen(name, layer)(centred)
+    y = call(layer, x)
+    # The mean itself has float32's resolution at the offset.
+    assert_close(y, expected, 1e-3)
+    if name == "BatchNorm":
+        assert_close(layer.var[...], updated["batch_stats"]["var"])
+
+
+@names
+def test_an_unbound_axis_name_is_named(name):
+    x = sample()
+    norm = getattr(jaxnorm, name)(**SETTINGS[name], axis_name="absent")
+    kwargs = {"use_running_average": False, "rngs": nnx.Rngs(0)}
+    for layer in (
+        ours(name, axis_name="absent"),
+        jaxnorm.nnx.Norm(norm, FEATURES, **kwargs),
+    ):
+        with pytest.raises(ValueError, match="absent"):
+            call(layer, x)
+        with pytest.raises(ValueError, match="absent"):
+            nnx.jit(functools.partial(call, x=x))(layer)
+    # At evaluation no axis is needed.
+    reference, layer = pair("BatchNorm", axis_name="absent", use_running_average=True)
+    assert_close(call(layer, x), call(reference, x))
+
+
+def test_masked_statistics_across_devices():
+    """Shards with 3, 1, 0 and 2 valid rows count by rows, not by shards."""
+    x = sample((4, 3, 6))
+    mask = jnp.arange(3)[None, :, None] < jnp.asarray([3, 1, 0, 2])[:, None, None]
+    layer = randomize(ours("BatchNorm", axis_name="d", momentum=0.9))
+    rows = mask.reshape(12)
+    run = linen("BatchNorm", layer, momentum=0.9)
+    expected, updated = run(x.reshape(12, 6)[rows])
+    graphdef, state = nnx.split(layer)
+
+    def one(x, mask):
+        layer = nnx.merge(graphdef, state)
+        return call(layer, x, mask=mask), layer.mean[...], layer.var[...]
+
+    y, mean, var = jax.vmap(one, axis_name="d")(x, mask)
+    assert_close(y.reshape(12, 6)[rows], expected)
+    for shard in range(4):
+        own = {"mean": mean[shard], "var": var[shard]}
+        assert_close(own, updated["batch_stats"])
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1, 1, 6), (6,)], ids=str)
+def test_one_value_per_channel(shape):
+    """Flax-named: Flax's output, a warning, the state as it was. Generic: an error."""
+    x = sample(shape)
+    reference, layer = pair("BatchNorm")
+    before = plain(nnx.state(layer))
+    with pytest.warns(UserWarning) as record:
+        y = call(layer, x)
+    assert len(record) == 1
+    assert_close(y, call(reference, x))
+    assert_identical(plain(nnx.state(layer)), before)
+    with pytest.raises(ValueError):
+        call(generic("BatchNorm"), x)
+    # Evaluation on one example is what evaluation is for: nothing is said.
+    reference, layer = pair("BatchNorm", use_running_average=True)
+    assert_close(call(layer, x), call(reference, x))
+
+
+def test_one_value_per_channel_is_said_once():
+    """As often as Python shows a warning from one place, which is once."""
+    layer = ours("BatchNorm")
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            call(layer, sample((1, 6)))
+    assert [w.category for w in record] == [UserWarning]
