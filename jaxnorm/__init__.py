@@ -8,6 +8,8 @@ from jaxnorm.base import method as method
 from jaxnorm.devices import sync as sync
 from jaxnorm.methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm.methods.batch_norm import batch_norm as batch_norm
+from jaxnorm.methods.ghost_batch_norm import GhostBatchNorm as GhostBatchNorm
+from jaxnorm.methods.ghost_batch_norm import ghost_batch_norm as ghost_batch_norm
 from jaxnorm.methods.group_norm import GroupNorm as GroupNorm
 from jaxnorm.methods.group_norm import group_norm as group_norm
 from jaxnorm.methods.instance_norm import InstanceNorm as InstanceNorm

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import devices, running
 from jaxnorm.axes import Axes, Shape
 from jaxnorm.dtypes import as_floating
-from jaxnorm.moments import Moments, moments
+from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize
 
@@ -138,6 +138,28 @@ class Norm(abc.ABC):
             "with running statistics, pass use_running_average=True"
         )
 
+    @final
+    def by_own_moments(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        """`x` normalized by its moments over `axes`, pooled over devices, and these."""
+        return normalize(
+            x,
+            params,
+            self.axes(x.shape),
+            epsilon=self.epsilon,
+            center=self.center,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+        )
+
     def local(self) -> Self:
         """The same method on one device, as needed while a module initializes."""
         return dataclasses.replace(
@@ -168,17 +190,7 @@ class StatelessNorm(Norm):
 
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        y, _ = normalize(
-            x,
-            params,
-            self.axes(x.shape),
-            epsilon=self.epsilon,
-            center=self.center,
-            mask=mask,
-            axis_name=devices.as_axis_name(self.axis_name),
-            axis_index_groups=devices.as_groups(self.axis_index_groups),
-            dtype=dtype,
-        )
+        y, _ = self.by_own_moments(x, params, mask=mask, dtype=dtype)
         return y, dict(stats)
 
 
@@ -202,6 +214,19 @@ class RunningNorm(Norm):
                 f"{self.momentum}: PyTorch's momentum m is 1 - m here"
             )
 
+    @abc.abstractmethod
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        """Normalizes by the batch; returns the moments that the running ones follow,
+        one of each per feature."""
+
     @final
     def init_stats(self, feature_shape, dtype=jnp.float32):
         """Mean 0 and variance 1, and a count where `momentum` is None."""
@@ -209,36 +234,27 @@ class RunningNorm(Norm):
 
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        axes = self.axes(x.shape)
-        if use_running_average is True:
-            m = running.read(stats, axes, x.dtype)
-            return self._standardize(x, m, params, axes, mask, dtype), dict(stats)
-        if use_running_average is False:
-            y, m = normalize(
-                x,
-                params,
-                axes,
-                epsilon=self.epsilon,
-                mask=mask,
-                axis_name=devices.as_axis_name(self.axis_name),
-                axis_index_groups=devices.as_groups(self.axis_index_groups),
-                dtype=dtype,
-            )
-            return y, self._update(stats, m, axes)
-        m = moments(x, axes, mask=mask)
-        m = devices.sync(m, self.axis_name, self.axis_index_groups)
-        new = self._update(stats, m, axes)
-        old = running.read(stats, axes, x.dtype)
-        chosen = running.select(use_running_average, old._asdict(), m._asdict())
-        y = self._standardize(x, Moments(**chosen), params, axes, mask, dtype)
-        return y, running.select(use_running_average, stats, new)
-
-    def _update(self, stats, m, axes):
-        return running.update_stats(
-            stats, m, axes, momentum=self.momentum, unbiased=self.unbiased
+        flag = use_running_average
+        if flag is True:
+            return self._by_running(x, params, stats, mask, dtype), dict(stats)
+        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
+        new = running.update_stats(
+            stats,
+            m,
+            self.axes(x.shape),
+            momentum=self.momentum,
+            unbiased=self.unbiased,
+        )
+        if flag is False:
+            return y, new
+        kept = self._by_running(x, params, stats, mask, dtype)
+        return jax.tree.map(
+            lambda a, b: jnp.where(flag, a, b), (kept, dict(stats)), (y, new)
         )
 
-    def _standardize(self, x, m, params, axes, mask, dtype):
+    def _by_running(self, x, params, stats, mask, dtype):
+        axes = self.axes(x.shape)
+        m = running.read(stats, axes, x.dtype)
         return standardize(
             x,
             m.mean,

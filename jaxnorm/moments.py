@@ -96,15 +96,13 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     `total` sums over the sets: `lambda v: v.sum(0, keepdims=True)` for sets along the
     leading axis. Sets of size 0 count for nothing.
     """
-    dtype = m.var.dtype
     own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     size = total(own)
-    weight = own.astype(dtype)
-    whole = jnp.maximum(size, 1).astype(dtype)
-    rough = total(_times(weight, m.mean)) / whole
-    apart = m.mean - rough  # second-order below: exact for equal means
-    shift = total(_times(weight, apart)) / whole
-    spread = total(weight * (m.var + abs_square(apart))) / whole
+    whole = jnp.maximum(size, 1)
+    rough = _over(total(_times(own, m.mean)), whole)
+    apart = m.mean - rough
+    shift = _over(total(_times(own, apart)), whole)  # what rounding left of the mean
+    spread = _over(total(_times(own, m.var + abs_square(apart))), whole)
     var = jnp.maximum(spread - abs_square(shift), 0)
     return Moments(rough + shift, var, size)
 
@@ -116,8 +114,12 @@ def abs_square(x: Array) -> Array:
     return jnp.square(x)
 
 
-def _times(weight: Array, x: Array) -> Array:
-    return weight.astype(x.dtype) * x
+def _times(size: Array, x: Array) -> Array:
+    return size.astype(x.dtype) * x
+
+
+def _over(x: Array, size: Array) -> Array:
+    return x / size.astype(x.dtype)
 
 
 def _aligned(mask: Array, shape: tuple[int, ...]) -> Array:
@@ -135,7 +137,7 @@ def _mean(x: Array, axes: Axes, size: Any) -> Array:
     """The sum of folded `x` over `axes.reduce`, divided by `size`; 0 of nothing."""
     for step in axes.reduce_in_order:
         x = x.sum(step, keepdims=True) if step else x
-    return x / jnp.maximum(jnp.asarray(size), 1).astype(x.dtype)
+    return _over(x, jnp.maximum(jnp.asarray(size), 1))
 
 
 def _pivot(x: Array, axes: Axes) -> Array:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -113,8 +112,3 @@ def _blend(old: Array, new: Array, keep: ArrayLike) -> Array:
     keep = jnp.asarray(keep, dtype)
     moved = keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)
     return moved.astype(old.dtype)
-
-
-def select(flag: Array, on_true: Mapping, on_false: Mapping) -> Stats:
-    """`on_true` where `flag`, else `on_false`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), dict(on_true), on_false)

@@ -19,6 +19,9 @@ class BatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    def by_batch(self, x, params, stats, *, mask, dtype):
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)
+
 
 def batch_norm(
     x: ArrayLike,

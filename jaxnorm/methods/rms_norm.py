@@ -59,9 +59,8 @@ def rms_norm(
     Source: Zhang and Sennrich, 2019.
 
     >>> import jax.numpy as jnp, jaxnorm
-    >>> print(jaxnorm.rms_norm(jnp.array([[3.0, 4.0], [30.0, 40.0]])).round(3))
-    [[0.849 1.131]
-     [0.849 1.131]]
+    >>> print(jaxnorm.rms_norm(jnp.array([[1.0, 7.0]]), jnp.array([5.0, 5.0])).round(3))
+    [[1. 7.]]
     """
     norm = RMSNorm(
         reduction_axes=reduction_axes,

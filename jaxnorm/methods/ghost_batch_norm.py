@@ -1,0 +1,98 @@
+"""Ghost batch normalization (Hoffer et al., 2017, https://arxiv.org/abs/1705.08741)."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm import axes
+from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.devices import sync
+from jaxnorm.moments import pool
+from jaxnorm.normalize import normalize
+
+
+@method
+class GhostBatchNorm(RunningNorm):
+    """Batch norm within each virtual batch of `size` consecutive examples.
+
+    `axis_name` pools the running statistics only: a virtual batch stays on its device.
+    """
+
+    epsilon: float = 1e-5
+    size: int = 32
+    axis: int | Sequence[int] = -1
+
+    def axes(self, shape):
+        return axes.keep(shape, self.axis)
+
+    def by_batch(self, x, params, stats, *, mask, dtype):
+        virtual = axes.virtual_batches(x.shape, self.axis, self.size)
+        if virtual.size == 1:
+            raise ValueError(
+                f"size={self.size} leaves one value per variance in an input of shape "
+                f"{x.shape}: choose larger virtual batches"
+            )
+        y, m = normalize(
+            x, params, virtual, epsilon=self.epsilon, mask=mask, dtype=dtype
+        )
+        whole = pool(m, lambda v: v.sum(0, keepdims=True))
+        return y, sync(whole, self.axis_name, self.axis_index_groups)
+
+
+def ghost_batch_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    use_running_average: bool | ArrayLike,
+    size: int = 32,
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """Batch norm within each virtual batch of `size` consecutive examples.
+
+        x = x.reshape(batch // size, size, ...)
+        y = batch norm of each x[i], with the same scale and bias
+
+    The running statistics follow the moments of the whole batch, and evaluation knows
+    no virtual batches. Under jit, with examples sharded over devices and virtual
+    batches that do not straddle them, y needs no communication.
+
+    Args:
+        size: examples per virtual batch; divides the leading axis of x.
+        axis_name: mapped axis, or several, to pool the running statistics over.
+
+    All else is as in `jaxnorm.batch_norm`.
+
+    Raises:
+        ValueError: while training, if `size` does not divide the batch; otherwise as
+            `jaxnorm.batch_norm`.
+
+    Source: Hoffer, Hubara and Soudry, 2017.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> y, _ = jaxnorm.ghost_batch_norm(
+    ...     x, jaxnorm.init_stats(1), use_running_average=False, size=2
+    ... )
+    >>> print(y.round(3).ravel())
+    [-1.  1. -1.  1.]
+    """
+    norm = GhostBatchNorm(
+        size=size,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased=unbiased,
+    )
+    params = {"scale": scale, "bias": bias}
+    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)
