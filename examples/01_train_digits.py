@@ -226,21 +226,21 @@ class Split(NamedTuple):
 
 
 def load_digits() -> tuple[Split, Split]:
-    from sklearn import datasets, model_selection
+    from sklearn import datasets
 
     images, labels = datasets.load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    x_train, x_test, y_train, y_test = model_selection.train_test_split(
-        images, labels.astype(np.int32), test_size=0.2, stratify=labels, random_state=0
-    )
-    return Split(x_train, y_train), Split(x_test, y_test)
+    order = np.random.default_rng(0).permutation(len(images))
+    parts = order[360:], order[:360]
+    train, test = (Split(images[i], labels[i].astype(np.int32)) for i in parts)
+    return train, test
 
 
 def load_npz(path: Path) -> tuple[Split, Split]:
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in keys if key in file}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
+            arrays = {key: npz[key] for key in keys if key in npz}
     except FileNotFoundError:
         raise BadInput(f"no such file: {path}") from None
     except Exception as error:  # a damaged archive can raise almost anything
@@ -273,7 +273,7 @@ def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Split:
     require(images.size > 0, f"{x} is empty")
     require(0 <= labels.min(), f"{y} has negative labels")
     require(labels.max() < 2**16, f"{y} has labels above {2**16 - 1}")
-    inside = is_byte or np.all((0 <= images) & (images <= 1))
+    inside = is_byte or bool(np.all((0 <= images) & (images <= 1)))
     require(inside, f"{x} has floating point pixels that are NaN or outside [0, 1]")
     images = images.astype(np.float32) / (255 if is_byte else 1)
     return Split(images.reshape(*images.shape[:3], -1), labels.astype(np.int32))
@@ -324,23 +324,15 @@ def epochs_done(out: Path) -> int:
         return checkpoints.latest_step() or 0
 
 
-def begin(out: Path, config: dict) -> list[dict]:
-    done = epochs_done(out)
-    require(not done, f"{out} holds a run already: give --resume or another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", json.dumps(config, indent=2) + "\n")
-        write(out / "metrics.jsonl", "")
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
-    return []
-
-
-def resume(out: Path, config: dict, epochs: int) -> list[dict]:
-    """Checks that the run can go on, and returns the metrics up to its checkpoint."""
-    done = epochs_done(out)
+def past_epochs(options, config: dict) -> list[dict]:
+    """The metrics up to the checkpoint of a run that can be resumed; else none."""
+    out, done = options.out, epochs_done(options.out)
+    if not options.resume:
+        require(done == 0, f"{out} holds a run already: give --resume or another --out")
+        return []
     require(done > 0, f"nothing to resume: {out} holds no checkpoint")
-    require(done <= epochs, f"{out} has {done} epochs, more than --epochs {epochs}")
+    extra = f"{out} has {done} epochs, more than --epochs {options.epochs}"
+    require(done <= options.epochs, extra)
     try:
         before = json.loads((out / "config.json").read_text())
         changed = [
@@ -349,21 +341,26 @@ def resume(out: Path, config: dict, epochs: int) -> list[dict]:
             if before[key] != config[key]
         ]
         # Later lines, the last of them perhaps cut short, have no checkpoint.
-        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)[:done]
+        lines = (out / "metrics.jsonl").read_text().splitlines()[:done]
         history = [json.loads(line) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"cannot read the files of {out}: {error!r}") from None
-    require(not changed, f"{out} cannot be resumed: {'; '.join(changed)}")
+    require(not changed, f"cannot resume {out}: {'; '.join(changed)}")
     require(len(history) == done, f"{out}/metrics.jsonl lacks checkpointed epochs")
-    write(out / "metrics.jsonl", "".join(lines))
     return history
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces the file as a whole, so that it is never found half-written."""
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+def write_files(out: Path, config: dict, history: list[dict]) -> None:
+    """Replaces each file as a whole, so that none is ever found half-written."""
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    texts = {"config.json": json.dumps(config, indent=2) + "\n", "metrics.jsonl": lines}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (out / "new").write_text(text)
+            os.replace(out / "new", out / name)
+    except OSError as error:
+        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
@@ -462,7 +459,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog=Path(__file__).name, description=__doc__.splitlines()[0])
+    parser = Parser(prog=Path(__file__).name, description="Train on digits.")
     add = parser.add_argument
     add("--norm", default="batch", choices=NORMS, help="every norm of the network")
     add("--api", default="linen", choices=MODELS, help="flavour of Flax")
@@ -478,13 +475,14 @@ def make_parser() -> Parser:
 
 def split_cpu(count: int = 8) -> None:
     """Lets the CPU be several devices, unless JAX runs or was told a number already."""
-    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not told and jax.config.jax_num_cpu_devices < 0:
+    flags = os.environ.get("XLA_FLAGS", "")
+    told = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags
+    if not told:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 
 
-def choose_devices(count: int | None, batch_size: int) -> list[jax.Device]:
+def choose_devices(count: int | None, batch_size: int) -> list:
     devices = jax.local_devices()
     count = len(devices) if count is None else count
     require(count >= 1, "--devices must be at least 1")
@@ -520,6 +518,7 @@ def run(options: argparse.Namespace) -> int:
         "devices": len(devices),
         "data": checksum(train, test),
     }
+    history = past_epochs(options, config)
 
     shape, classes = train.images.shape[1:], int(train.labels.max()) + 1
     params, batch_stats, apply = MODELS[options.api](
@@ -540,10 +539,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise BadInput(f"--norm {options.norm} does not fit: {error}") from None
 
-    if options.resume:
-        history = resume(options.out, config, options.epochs)
-    else:
-        history = begin(options.out, config)
+    write_files(options.out, config, history)
     final = fit(steps, state, train, test, options, history)
     accuracy = evaluate(eval_step, final, test, options.batch_size)["test_accuracy"]
     print(f"test accuracy with running statistics: {accuracy:.4f}")

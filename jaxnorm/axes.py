@@ -127,7 +127,7 @@ def groups(
         )
     at = feature[0]
     count = _num_groups(shape[at], num_groups, group_size)
-    split = _split(shape, at, count)
+    split = _split(shape, at, count, shape[at] // count)
     moved = tuple(a + (a >= at) for a in reduced)
     return split._replace(reduce=moved, feature=feature)
 
@@ -143,7 +143,7 @@ def virtual_batches(shape: Shape, axis: int | Sequence[int], size: int) -> Axes:
             f"size={size} does not divide the batch of {shape[0]} examples of an array "
             f"of shape {shape}: choose a divisor, or pad the batch and mask the padding"
         )
-    split = _split(shape, 0, shape[0] // size)
+    split = _split(shape, 0, shape[0] // size, size)
     reduce = tuple(i for i, a in enumerate(split.origin) if i and a not in feature)
     return split._replace(reduce=reduce, feature=feature)
 
@@ -152,9 +152,9 @@ def _unfolded(shape: Shape, reduce: Shape, feature: Shape) -> Axes:
     return Axes(shape, shape, tuple(range(len(shape))), reduce, feature)
 
 
-def _split(shape: Shape, axis: int, parts: int) -> Axes:
-    """`shape` with `axis` folded into (parts, rest); nothing reduced yet."""
-    folded = (*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
+def _split(shape: Shape, axis: int, *parts: int) -> Axes:
+    """`shape` with `axis` folded into two `parts`; nothing reduced yet."""
+    folded = (*shape[:axis], *parts, *shape[axis + 1 :])
     origin = (*range(axis + 1), *range(axis, len(shape)))
     return Axes(shape, folded, origin, (), ())
 

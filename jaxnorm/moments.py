@@ -1,14 +1,14 @@
 """Step 2: mean, variance and number of the elements that share statistics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import as_floating, at_least_float32
@@ -17,14 +17,17 @@ from jaxnorm.dtypes import as_floating, at_least_float32
 class Moments(NamedTuple):
     """Mean, biased variance and number of elements of each set that shares them.
 
-    All three broadcast against the array in its folded shape. `mean` and `var` are at
-    least float32. `size` is exact: a Python integer where nothing is masked, so that it
-    is known while tracing, and an int32 array where the mask decides.
+    All broadcast against the array in its folded shape. `mean` and `var` are at least
+    float32. `size` is exact: a Python integer where nothing is masked, so that it is
+    known while tracing, and an int32 array where the mask decides. `residue` is what
+    rounding to its dtype has cut off the mean: without it, moments of small sets far
+    from 0 could not be pooled exactly.
     """
 
     mean: Array
     var: Array
     size: Any
+    residue: Any = 0.0
 
     def rstd(self, epsilon: ArrayLike) -> Array:
         """`1 / sqrt(var + epsilon)`."""
@@ -85,26 +88,45 @@ def moments(
         raise ValueError(f"axes are for an array of shape {axes.shape}, got {x.shape}")
     mask = as_mask(mask, x.shape)
     size = axes.size if mask is None else _count(mask, axes)
-    mean, var = _mean_and_var(axes, center, x, mask, size)
-    return Moments(mean, var, size)
+    mean, var, residue = _mean_and_var(axes, center, x, mask, size)
+    return Moments(mean, var, size, residue)
 
 
 def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
-    """Moments of the union of disjoint sets, each with its own size, without rounding
-    the variance by the distance of the means from 0 (Chan, Golub and LeVeque, 1983).
+    """Moments of the union of disjoint sets, each with its own size.
 
-    `total` sums over the sets: `lambda v: v.sum(0, keepdims=True)` for sets along the
-    leading axis. Sets of size 0 count for nothing.
+    `total` sums an array over the sets, and is called twice, on arrays that have a last
+    axis more than `m.mean`: `lambda v: v.sum(0, keepdims=True)` for sets along the
+    leading axis. Sets of size 0 count for nothing. The variance does not suffer from
+    means far from 0 (Chan, Golub and LeVeque, 1983).
     """
-    own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
-    size = total(own)
-    whole = jnp.maximum(size, 1)
-    rough = _over(total(_times(own, m.mean)), whole)
-    apart = m.mean - rough
-    shift = _over(total(_times(own, apart)), whole)  # what rounding left of the mean
-    spread = _over(total(_times(own, m.var + abs_square(apart))), whole)
-    var = jnp.maximum(spread - abs_square(shift), 0)
-    return Moments(rough + shift, var, size)
+    dtype = m.mean.dtype
+    size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
+    # A float32 holds integers up to 2**24 exactly, so sizes are summed in two parts.
+    parts = (size.astype(dtype) * m.mean, size >> 16, size & 0xFFFF)
+    rough, high, low = _unstack(total(_stack(parts, dtype)))
+    whole = _as_size(high, low)
+    rough = _over(rough, jnp.maximum(whole, 1))
+    apart = (m.mean - rough) + m.residue
+    parts = (apart, m.var + abs_square(apart))
+    parts = (size.astype(v.dtype) * v for v in parts)
+    shift, spread = _unstack(total(_stack(parts, dtype)))
+    shift = _over(shift, jnp.maximum(whole, 1))  # what rounding left of the mean
+    var = _over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift)
+    mean, residue = _add(rough, shift)
+    return Moments(mean, jnp.maximum(var, 0), whole, residue)
+
+
+def _stack(parts: Iterable[Array], dtype: DTypeLike) -> Array:
+    return jnp.stack([v.astype(dtype) for v in parts], -1)
+
+
+def _unstack(x: Array) -> list[Array]:
+    return [x[..., i] for i in range(x.shape[-1])]
+
+
+def _as_size(high: Array, low: Array) -> Array:
+    return (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)
 
 
 def abs_square(x: Array) -> Array:
@@ -114,8 +136,10 @@ def abs_square(x: Array) -> Array:
     return jnp.square(x)
 
 
-def _times(size: Array, x: Array) -> Array:
-    return size.astype(x.dtype) * x
+def _add(pivot: Array, shift: Array) -> tuple[Array, Array]:
+    """The sum of a pivot and a smaller shift, and what rounding cut off it."""
+    total = pivot + shift
+    return total, (pivot - total) + shift
 
 
 def _over(x: Array, size: Array) -> Array:
@@ -171,11 +195,12 @@ def _slab_axis(x: Array, axes: Axes) -> int | None:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _mean_and_var(
     axes: Axes, center: bool, x: Array, mask: Array | None, size: Any
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     x = fold(x, mask, axes)
     if not center:
         var = _mean(abs_square(x), axes, size)
-        return jnp.zeros_like(var, x.dtype), var
+        zero = jnp.zeros_like(var, x.dtype)
+        return zero, var, zero
     pivot = _pivot(x, axes) if mask is None else _mean(x, axes, size)
     shifted = x - pivot
     if mask is not None:
@@ -183,24 +208,25 @@ def _mean_and_var(
         shifted = jnp.where(whole, shifted, jnp.zeros((), x.dtype))
     shift = _mean(shifted, axes, size)
     var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
-    return pivot + shift, jnp.maximum(var, 0)
+    mean, residue = _add(pivot, shift)
+    return mean, jnp.maximum(var, 0), residue
 
 
 @_mean_and_var.defjvp
 def _mean_and_var_jvp(axes, center, primals, tangents):
     x, mask, size = primals
-    mean, var = _mean_and_var(axes, center, *primals)
+    mean, var, residue = _mean_and_var(axes, center, *primals)
     # Recomputed, not kept: only x in its own dtype and the mean stay for the backward.
     tangent = jax.checkpoint(
         functools.partial(moments_tangent, axes, center), prevent_cse=False
     )
-    m = Moments(mean, var, size)
-    return (mean, var), tangent(x, mask, m, tangents[0])
+    dmean, dvar = tangent(x, mask, mean, size, tangents[0])
+    return (mean, var, residue), (dmean, dvar, jnp.zeros_like(residue))
 
 
-def moments_tangent(axes, center, x, mask, m, dx):
+def moments_tangent(axes, center, x, mask, mean, size, dx):
     """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx."""
-    centered = fold(x, mask, axes) - m.mean
+    centered = fold(x, mask, axes) - mean
     dx = fold(dx, mask, axes)
-    dvar = _mean(2 * (centered.conj() * dx).real, axes, m.size)
-    return (_mean(dx, axes, m.size) if center else jnp.zeros_like(m.mean)), dvar
+    dvar = _mean(2 * (centered.conj() * dx).real, axes, size)
+    return (_mean(dx, axes, size) if center else jnp.zeros_like(mean)), dvar

@@ -79,22 +79,24 @@ def _normalize_jvp(plan, primals, tangents):
     y = standardized(plan.axes, plan.dtype, x, mask, m.mean, rstd, scale, bias)
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
     tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
-    synced = None if plan.axis_name is None else m
+    synced = None if plan.axis_name is None else (m.mean, m.size)
     dy, dmean, dvar = tangent(
-        x, mask, own, synced, rstd, scale, dx, depsilon, dscale, dbias
+        x, mask, own.mean, own.size, synced, rstd, scale, dx, depsilon, dscale, dbias
     )
-    return (y, m), (dy, Moments(dmean, dvar, devices.no_tangent(m.size)))
+    dsize, dresidue = devices.no_tangent(m.size), jnp.zeros_like(m.residue)
+    return (y, m), (dy, Moments(dmean, dvar, dsize, dresidue))
 
 
-def _tangent(plan, x, mask, own, synced, rstd, scale, dx, depsilon, dscale, dbias):
+def _tangent(
+    plan, x, mask, mean, size, synced, rstd, scale, dx, depsilon, dscale, dbias
+):
     """The chain rule over the parts; its transpose sums x's cotangent twice."""
-    dmean, dvar = moments_tangent(plan.axes, plan.center, x, mask, own, dx)
-    mean = own.mean
+    dmean, dvar = moments_tangent(plan.axes, plan.center, x, mask, mean, size, dx)
     if synced is not None:
+        own, (mean, whole) = mean, synced
         dmean, dvar = devices.sync_tangent(
-            plan.axis_name, plan.groups, own, synced, dmean, dvar
+            plan.axis_name, plan.groups, own - mean, size, whole, dmean, dvar
         )
-        mean = synced.mean
     drstd = -0.5 * rstd**3 * (dvar + depsilon)
     dy = standardize_tangent(
         plan.axes,

@@ -193,7 +193,7 @@ def spread(row: Row, x, mask=None):
     if isinstance(row.norm, jaxnorm.GhostBatchNorm):
         axes = axes_of.virtual_batches(x.shape, row.norm.axis, row.norm.size)
     m = jaxnorm.moments(x, axes, mask=mask, center=row.norm.center)
-    return [jnp.broadcast_to(v, axes.folded).reshape(x.shape) for v in m]
+    return [jnp.broadcast_to(v, axes.folded).reshape(x.shape) for v in m[:3]]
 
 
 def _arrays(params) -> list[np.ndarray]:
@@ -203,14 +203,14 @@ def _arrays(params) -> list[np.ndarray]:
 def tolerance(dtype, summed: int = 1) -> float:
     """Unit roundoff times the root of the number of elements summed, times 8.
 
-    The roundings of a sum of n terms add up like a random walk of n steps, and an output
-    goes through a handful of such sums and products.
+    The roundings of a sum of n terms add up like a random walk of n steps, and an
+    output goes through a handful of such sums and products.
     """
     return 8 * float(jnp.finfo(dtype).eps) * max(summed, 1) ** 0.5
 
 
 def assert_close(actual, desired, *, dtype=jnp.float32, summed=1, size=1.0):
-    """Equal to `tolerance` of the magnitude `size`, and finite: NaN == NaN is no pass."""
+    """Equal to `tolerance` of the magnitude `size`; and finite: NaN is no pass."""
     actual = np.asarray(actual, np.float64)
     assert np.isfinite(actual).all(), "not finite"
     limit = tolerance(dtype, summed) * size
