@@ -175,8 +175,29 @@ class State(NamedTuple):
     opt_state: Any
 
 
-def make_steps(apply: Callable, optimizer, devices) -> tuple[Callable, Callable]:
-    """The training step and the evaluation step, for batches of host arrays."""
+class Job(NamedTuple):
+    state: State  # to begin with
+    train_step: Callable[[State, dict], tuple[State, dict]]
+    eval_step: Callable[[State, dict], dict]
+
+
+def make_job(model: tuple, optimizer, devices: list) -> Job:
+    """The jitted steps; state is replicated over the devices, batches are split."""
+    params, batch_stats, apply = model
+    mesh, specs = Mesh(np.array(devices), (AXIS,)), (P(), P(AXIS))
+    replicated, split = (NamedSharding(mesh, spec) for spec in specs)
+
+    def over_devices(step):
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
+        return jax.jit(step, in_shardings=(replicated, split))
+
+    state = State(params, batch_stats, optimizer.init(params))
+    state = jax.device_put(state, replicated)
+    return Job(state, *map(over_devices, device_steps(apply, optimizer)))
+
+
+def device_steps(apply: Callable, optimizer) -> tuple[Callable, Callable]:
+    """What each device does in a training step and in an evaluation step."""
 
     def loss_fn(params, batch_stats, batch, train):
         labels, valid = batch["label"], batch["valid"]
@@ -207,14 +228,7 @@ def make_steps(apply: Callable, optimizer, devices) -> tuple[Callable, Callable]
         _, (sums, _) = loss_fn(state.params, state.batch_stats, batch, train=False)
         return sums
 
-    mesh, specs = Mesh(np.array(devices), (AXIS,)), (P(), P(AXIS))
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-
-    def parallel(step):
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
-        return jax.jit(step, in_shardings=shardings)
-
-    return parallel(train_step), parallel(eval_step)
+    return train_step, eval_step
 
 
 # ---- Data -------------------------------------------------------------------------
@@ -391,7 +405,7 @@ def train_epoch(step, state, split, batch_size, seed, epoch) -> tuple[State, dic
     for batch in bar:
         state, batch_sums = step(state, batch)
         sums.append(jax.device_get(batch_sums))
-        bar.set_postfix(loss=f"{sums[-1]['loss'] / sums[-1]['count']:.4f}")
+        bar.set_postfix(loss=f"{mean_loss(sums[-1]):.4f}")
     return state, summary("train", sums)
 
 
@@ -401,18 +415,21 @@ def evaluate(step, state, split, batch_size) -> dict:
     return summary("test", jax.device_get(sums))
 
 
+def mean_loss(sums: dict) -> float:
+    return float(sums["loss"]) / float(sums["count"])
+
+
 def summary(name: str, sums: list[dict]) -> dict:
     total = {key: sum(float(each[key]) for each in sums) for key in sums[0]}
     return {
-        f"{name}_loss": total["loss"] / total["count"],
+        f"{name}_loss": mean_loss(total),
         f"{name}_accuracy": total["correct"] / total["count"],
     }
 
 
-def fit(steps, state, train, test, options, history) -> State:
+def fit(job: Job, train: Split, test: Split, options, history: list[dict]) -> State:
     """Trains on from the last checkpoint; extends `history` and the files."""
-    train_step, eval_step = steps
-    out, batch_size = options.out, options.batch_size
+    out, batch_size, state = options.out, options.batch_size, job.state
     with open_checkpoints(out) as checkpoints:
         if history:
             restore = ocp.args.StandardRestore(state)
@@ -420,9 +437,9 @@ def fit(steps, state, train, test, options, history) -> State:
         for epoch in range(len(history) + 1, options.epochs + 1):
             start = time.perf_counter()
             state, trained = train_epoch(
-                train_step, state, train, batch_size, options.seed, epoch
+                job.train_step, state, train, batch_size, options.seed, epoch
             )
-            tested = evaluate(eval_step, state, test, batch_size)
+            tested = evaluate(job.eval_step, state, test, batch_size)
             seconds = round(time.perf_counter() - start, 3)
             history.append({"epoch": epoch, **trained, **tested, "seconds": seconds})
             line = json.dumps(history[-1])
@@ -430,24 +447,30 @@ def fit(steps, state, train, test, options, history) -> State:
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(line + "\n")
             # Only now, so that each checkpointed epoch has its line.
-            save = ocp.args.StandardSave(jax.device_get(state))
-            checkpoints.save(epoch, args=save)
+            checkpoints.save(epoch, args=ocp.args.StandardSave(state))
     draw_curves(history, out / "curves.png")
     return state
 
 
-def differences(step, reference_step, state: State, batch: dict) -> dict[str, float]:
-    """How far the results of the two steps are apart, at most."""
-
-    def outcome(step):
-        new, sums = jax.device_get(step(state, batch))
-        loss = sums["loss"] / sums["count"]
-        return {"params": new.params, "batch_stats": new.batch_stats, "loss": loss}
-
-    gaps = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), outcome(step), outcome(reference_step)
+def same_step(many: Job, one: Job, batch: dict) -> bool:
+    """Whether a step on many devices and on one differ by roundoff only."""
+    (new, sums), (new_on_one, sums_on_one) = (
+        jax.device_get(job.train_step(job.state, batch)) for job in (many, one)
     )
-    return {k: float(np.max(jax.tree.leaves(v), initial=0)) for k, v in gaps.items()}
+    gaps = {
+        "parameters": largest_gap(new.params, new_on_one.params),
+        "batch statistics": largest_gap(new.batch_stats, new_on_one.batch_stats),
+        "loss": abs(mean_loss(sums) - mean_loss(sums_on_one)),
+    }
+    print("one step on all devices and on one device, largest difference:")
+    for name, gap in gaps.items():
+        print(f"    {name}: {gap:.1e}")
+    return all(gap <= TOLERANCE for gap in gaps.values())
+
+
+def largest_gap(a: Any, b: Any) -> float:
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), a, b)
+    return float(np.max(jax.tree.leaves(gaps), initial=0))
 
 
 # ---- The command line -------------------------------------------------------------
@@ -510,48 +533,37 @@ def run(options: argparse.Namespace) -> int:
     require(0 <= options.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     devices = choose_devices(options.devices, options.batch_size)
     train, test = load_npz(options.data) if options.data else load_digits()
-    config = {
-        "norm": options.norm,
-        "api": options.api,
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "devices": len(devices),
-        "data": checksum(train, test),
-    }
+    config = {key: getattr(options, key) for key in ("norm", "api", "seed")}
+    config |= {"batch_size": options.batch_size, "devices": len(devices)}
+    config |= {"data": checksum(train, test)}
     history = past_epochs(options, config)
 
     shape, classes = train.images.shape[1:], int(train.labels.max()) + 1
-    params, batch_stats, apply = MODELS[options.api](
-        NORMS[options.norm], shape, classes, options.seed
-    )
-    # The learning rate falls by the epoch, whatever --epochs is: runs can be extended.
-    steps_per_epoch = -(-len(train.labels) // options.batch_size)
-    schedule = optax.exponential_decay(0.1, steps_per_epoch, decay_rate=0.85)
-    optimizer = optax.sgd(schedule, momentum=0.9, nesterov=True)
-    state = jax.device_get(State(params, batch_stats, optimizer.init(params)))
-    steps = train_step, eval_step = make_steps(apply, optimizer, devices)
-
-    # More than half of a batch: some devices are full, and some may be empty.
+    model = MODELS[options.api](NORMS[options.norm], shape, classes, options.seed)
+    optimizer = make_optimizer(-(-len(train.labels) // options.batch_size))
+    job = make_job(model, optimizer, devices)
+    # Half a batch and a row: some devices are full, one is not, and some are empty.
     rows = np.arange(min(options.batch_size // 2 + 1, len(train.labels)))
     ragged = next(batches(train, rows, options.batch_size))
     try:
-        jax.eval_shape(train_step, state, ragged)
+        jax.eval_shape(job.train_step, job.state, ragged)
     except ValueError as error:
         raise BadInput(f"--norm {options.norm} does not fit: {error}") from None
 
     write_files(options.out, config, history)
-    final = fit(steps, state, train, test, options, history)
-    accuracy = evaluate(eval_step, final, test, options.batch_size)["test_accuracy"]
+    final = fit(job, train, test, options, history)
+    accuracy = evaluate(job.eval_step, final, test, options.batch_size)["test_accuracy"]
     print(f"test accuracy with running statistics: {accuracy:.4f}")
+    if same_step(job, make_job(model, optimizer, devices[:1]), ragged):
+        return 0
+    print(f"that is more than roundoff, {TOLERANCE}", file=sys.stderr)
+    return 1
 
-    on_one, _ = make_steps(apply, optimizer, devices[:1])
-    gaps = differences(train_step, on_one, state, ragged)
-    listed = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
-    print(f"largest difference of a step on {len(devices)} devices and on 1: {listed}")
-    if not all(gap <= TOLERANCE for gap in gaps.values()):
-        print(f"this is more than roundoff, {TOLERANCE}", file=sys.stderr)
-        return 1
-    return 0
+
+def make_optimizer(steps_per_epoch: int):
+    # The rate falls by the epoch, whatever --epochs is, so that runs can be extended.
+    rate = optax.exponential_decay(0.1, steps_per_epoch, decay_rate=0.85)
+    return optax.sgd(rate, momentum=0.9, nesterov=True)
 
 
 if __name__ == "__main__":

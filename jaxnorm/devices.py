@@ -9,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import zero_from_primal
 
 from jaxnorm.moments import Moments, pool
 
@@ -130,7 +131,7 @@ def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
 
 def no_tangent(size):
     """The tangent of an integer, as JAX wants it."""
-    return np.zeros(jnp.shape(size), jax.dtypes.float0)
+    return zero_from_primal(size)
 
 
 def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:

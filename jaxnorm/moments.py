@@ -106,7 +106,7 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     parts = (size.astype(dtype) * m.mean, size >> 16, size & 0xFFFF)
     rough, high, low = _unstack(total(_stack(parts, dtype)))
     whole = _as_size(high, low)
-    rough = _over(rough, jnp.maximum(whole, 1))
+    rough = _rounded(_over(rough, jnp.maximum(whole, 1)))
     apart = (m.mean - rough) + m.residue
     parts = (apart, m.var + abs_square(apart))
     parts = (size.astype(v.dtype) * v for v in parts)
@@ -137,9 +137,23 @@ def abs_square(x: Array) -> Array:
 
 
 def _add(pivot: Array, shift: Array) -> tuple[Array, Array]:
-    """The sum of a pivot and a smaller shift, and what rounding cut off it."""
-    total = pivot + shift
-    return total, (pivot - total) + shift
+    """The sum of a rounded pivot and a smaller shift, and what rounding cut off it."""
+    main = _rounded(shift)
+    total = pivot + main
+    return total, (pivot - total) + main + (shift - main)
+
+
+def _rounded(x: Array) -> Array:
+    """`x` with one bit less than it has.
+
+    So that all uses of it are of one and the same number: a compiler contracts the
+    division that made `x` with the subtraction that uses it, into something of more
+    digits, but only in some places.
+    """
+    if jnp.iscomplexobj(x):
+        return lax.complex(_rounded(x.real), _rounded(x.imag))
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant - 1)
 
 
 def _over(x: Array, size: Array) -> Array:
@@ -201,7 +215,7 @@ def _mean_and_var(
         var = _mean(abs_square(x), axes, size)
         zero = jnp.zeros_like(var, x.dtype)
         return zero, var, zero
-    pivot = _pivot(x, axes) if mask is None else _mean(x, axes, size)
+    pivot = _rounded(_pivot(x, axes) if mask is None else _mean(x, axes, size))
     shifted = x - pivot
     if mask is not None:
         whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)

@@ -34,7 +34,7 @@ def row(kind: type[jaxnorm.Norm], ref: Any, options: dict[str, Any], *args, **kw
     return Row(norm, call, *args, **kwargs)
 
 
-FIRST = (8, 4, 3, 2)  # channels first
+FIRST = (8, 4, 4, 2)  # channels first
 LAST = (8, 4, 2, 6)  # channels last
 
 NORMS: dict[str, Row] = {
