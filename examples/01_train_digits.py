@@ -563,7 +563,8 @@ def run(options: argparse.Namespace) -> int:
 def make_optimizer(steps_per_epoch: int):
     # The rate falls by the epoch, whatever --epochs is, so that runs can be extended.
     rate = optax.exponential_decay(0.1, steps_per_epoch, decay_rate=0.85)
-    return optax.sgd(rate, momentum=0.9, nesterov=True)
+    sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
+    return optax.chain(optax.clip_by_global_norm(1.0), sgd)
 
 
 if __name__ == "__main__":

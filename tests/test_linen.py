@@ -475,6 +475,19 @@ def test_dtypes_are_flax(name, x_dtype):
         assert run(ours(name, **kwargs)) == run(theirs(name, **kwargs)), kwargs
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@names
+def test_no_implicit_dtype_promotion(name, dtype):
+    """Nor is any needed under JAX's strict setting, which Flax does not bear."""
+    x = jax.ShapeDtypeStruct(SHAPE, "bfloat16")
+    for module in (ours(name, dtype=dtype), generic(name, dtype=dtype)):
+        expected = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+        with jax.numpy_dtype_promotion("strict"):
+            y, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), x)
+            jax.eval_shape(functools.partial(apply, module), variables, x)
+        assert y == expected[0]
+
+
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("force", [True, False])
@@ -558,11 +571,9 @@ def network(lib):
             norm = functools.partial(
                 lib.BatchNorm, use_running_average=not train, momentum=0.9
             )
-            x = norm(name="first")(nn.Dense(6)(x))
-            x = Block(norm)(x)
-            x = x + lib.LayerNorm()(x) + lib.RMSNorm()(x)
-            x = lib.GroupNorm(num_groups=3)(x) + lib.InstanceNorm()(x)
-            x = lib.LayerNorm(scale_init=nn.initializers.normal(1.0))(x)
+            x = Block(norm, name="first")(x)
+            x = x + lib.LayerNorm(scale_init=nn.initializers.normal(1.0))(x)
+            x = lib.GroupNorm(num_groups=3)(x) + lib.LayerNorm()(x)
             return nn.Dense(3)(x.mean((1, 2)))
 
     return Network()
@@ -574,8 +585,8 @@ def test_a_model_moves_over():
     flax_variables = init(flax_model, x, train=True)
     variables = init(model, x, train=True)
     assert_identical(variables, flax_variables)
-    assert "BatchNorm_0" in variables["params"]["Block_0"]
-    assert set(variables["params"]) > {"LayerNorm_0", "LayerNorm_1", "RMSNorm_0"}
+    assert "BatchNorm_0" in variables["params"]["first"]
+    assert set(variables["params"]) > {"LayerNorm_0", "LayerNorm_1", "GroupNorm_0"}
 
     @functools.partial(jax.jit, static_argnames="model")
     def step(model, variables, x):
@@ -747,7 +758,7 @@ def test_state_is_a_fixed_carry(module, x64):
 # Across devices.
 
 
-@names
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "GroupNorm"])
 def test_axis_name_is_flax(name):
     """Shards of equal size, unmasked: the case in which Flax is right."""
     module, reference = ours(name, axis_name="d"), theirs(name, axis_name="d")

@@ -46,10 +46,10 @@ CASES = [
     ("BatchNorm", {"use_scale": False, "use_bias": False}),
     ("LayerNorm", {"epsilon": 1e-2}),
     ("LayerNorm", {"reduction_axes": (1, 2, 3), "use_scale": False}),
-    ("LayerNorm", {"reduction_axes": [1, 2], "use_bias": False}),
+    ("LayerNorm", {"reduction_axes": (1, 2), "use_bias": False}),
     ("LayerNorm", {"feature_axes": 1, "num_features": 3}),
     ("RMSNorm", {"epsilon": 1e-2}),
-    ("RMSNorm", {"reduction_axes": (1, 2, 3), "feature_axes": [1], "num_features": 3}),
+    ("RMSNorm", {"reduction_axes": (1, 2, 3), "feature_axes": 1, "num_features": 3}),
     ("RMSNorm", {"use_scale": False}),
     ("GroupNorm", {"num_groups": 3, "epsilon": 1e-2}),
     ("GroupNorm", {"num_groups": None, "group_size": 3}),
@@ -125,23 +125,40 @@ def call(layer, x, **kwargs):
         return layer(x, **kwargs)
 
 
-def outcome(layer, x, mask=None):
-    """Output, state after the call, and gradients by the parameters and the input."""
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _forward(graphdef, state, x, **kwargs):
+    layer = nnx.merge(graphdef, state)
+    return call(layer, x, **kwargs), plain(nnx.state(layer))
+
+
+def forward(layer, x, **kwargs):
+    """Output and state after the call; the layer itself stays as it is.
+
+    Compiled: layers with the same attributes share the compilation.
+    """
+    return _forward(*nnx.split(layer), x, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _outcome(graphdef, state, x, **kwargs):
     weights = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
-    # What stands at masked elements is padding: a loss does not read it.
-    weights = weights if mask is None else jnp.where(mask, weights, 0)
+    if "mask" in kwargs:
+        # What stands at masked elements is padding: a loss does not read it.
+        weights = jnp.where(kwargs["mask"], weights, 0)
 
-    @nnx.jit
-    def run(layer, x):
-        def loss(layer, x):
-            y = call(layer, x, mask=mask)
-            return jnp.sum(weights * y), y
+    def loss(layer, x):
+        y = call(layer, x, **kwargs)
+        return jnp.sum(weights * y), y
 
-        gradients, y = nnx.grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
-        return y, gradients
-
-    y, (by_layer, by_x) = run(layer, x)
+    layer = nnx.merge(graphdef, state)
+    by = nnx.grad(loss, argnums=(0, 1), has_aux=True)
+    (by_layer, by_x), y = by(layer, x)
     return y, plain(nnx.state(layer)), plain(by_layer), by_x
+
+
+def outcome(layer, x, **kwargs):
+    """As `forward`, and gradients by the parameters and the input."""
+    return _outcome(*nnx.split(layer), x, **kwargs)
 
 
 def plain(state):
@@ -244,13 +261,12 @@ def test_attributes_can_be_set():
     reference, layer = pair("BatchNorm", axis_name="absent")
     for bn in (reference, layer):
         bn.axis_name, bn.momentum, bn.epsilon = None, 0.5, 0.1
-    assert_close(outcome(layer, x), outcome(reference, x))
+    assert_close(forward(layer, x), forward(reference, x))
     reference, layer = pair("LayerNorm")
     for ln in (reference, layer):
         ln.reduction_axes, ln.epsilon, ln.dtype = (1, 2, 3), 0.1, jnp.bfloat16
         ln.bias = None
-    expected = reference(x)
-    y = layer(x)
+    y, expected = forward(layer, x)[0], forward(reference, x)[0]
     assert y.dtype == expected.dtype
     assert_close(y, expected, 0.1)
 
@@ -346,28 +362,43 @@ def test_variables_are_flax_variables(name, kwargs):
             assert getattr(layer, key) is None
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def random_variants(name):
+    """Constructor arguments that differ in which parameters are drawn at random."""
+    scale = {"scale_init": nnx.initializers.normal(1.0)}
+    if name == "RMSNorm":
+        return [{}, scale, {"use_scale": False}]
+    bias = {"bias_init": nnx.initializers.uniform(1.0)}
+    return [
+        {},
+        scale | bias,
+        bias,
+        scale | {"use_bias": False},
+        scale | bias | {"use_scale": False},
+    ]
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
 @names
 def test_random_initializers_draw_what_flax_draws(name, param_dtype):
     """And leave the random stream where Flax leaves it, for the layers that follow."""
-    kwargs = {"param_dtype": param_dtype, "scale_init": nnx.initializers.normal(1.0)}
-    if name != "RMSNorm":
-        kwargs["bias_init"] = nnx.initializers.uniform(1.0)
-    variants = [kwargs, {}, {"use_scale": False}]
-    if name != "RMSNorm":
-        variants.append({**kwargs, "use_bias": False})
-        variants.append({**kwargs, "use_scale": False})
-        variants.append({"bias_init": nnx.initializers.normal(1.0)})
-    for variant in variants:
-        streams, states = [], []
-        for maker in (theirs, ours, generic):
+    for variant in random_variants(name):
+        counts, states = [], []
+        for maker in (theirs, ours):
             rngs = nnx.Rngs(7, params=3)
-            layer = maker(name, rngs=rngs, **variant)
-            streams.append((int(rngs.params.count[...]), int(rngs.default.count[...])))
+            layer = maker(name, param_dtype=param_dtype, rngs=rngs, **variant)
+            counts.append((int(rngs.params.count[...]), int(rngs.default.count[...])))
             states.append(plain(nnx.state(layer)))
-        assert streams[0] == streams[1]
+        assert counts[1] == counts[0], variant
         assert_identical(states[1], states[0])
-        assert_identical(states[2], states[0])
+
+
+@names
+def test_random_initializers_of_the_generic_module(name):
+    """The same seed gives it the same values, whichever parameters are random."""
+    for variant in random_variants(name):
+        named = ours(name, rngs=nnx.Rngs(3), **variant)
+        layer = generic(name, rngs=nnx.Rngs(3), **variant)
+        assert_identical(plain(nnx.state(layer)), plain(nnx.state(named)))
 
 
 def test_initializers_are_called_as_flax_calls_them():
@@ -401,7 +432,7 @@ def test_sharding_metadata(name):
         variants[0]["bias_init"] = nnx.with_partitioning(zeros, ("model",))
         variants[1]["bias_metadata"] = {"out_sharding": (None,), "tag": "bias"}
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
-    plain_y = call(ours(name), x)
+    expected, _ = forward(ours(name), x)
     for kwargs in variants:
         with jax.set_mesh(mesh):
             reference, layer = theirs(name, **kwargs), ours(name, **kwargs)
@@ -410,7 +441,8 @@ def test_sharding_metadata(name):
             assert layer.scale[...].sharding.spec == P("model")
             specs = nnx.get_partition_spec(nnx.state(reference))
             assert nnx.get_partition_spec(nnx.state(layer)) == specs
-            assert_close(call(layer, x), plain_y)
+            if name in ("BatchNorm", "LayerNorm"):
+                assert_close(forward(layer, x)[0], expected)
 
 
 def test_sharding_metadata_of_the_generic_module():
@@ -440,18 +472,32 @@ def test_states_load_both_ways(name):
 
 
 @cases
-def test_values_and_gradients_are_flax(name, kwargs):
+def test_values_are_flax(name, kwargs):
     reference, layer = pair(name, **kwargs)
+    x = sample()
+    assert_close(forward(layer, x), forward(reference, x))
+
+
+def test_axes_may_be_lists():
+    reference, layer = pair("LayerNorm", reduction_axes=[1, 2])
+    layer.feature_axes = [3]
+    x = sample()
+    assert_close(nnx.jit(call)(layer, x), nnx.jit(call)(reference, x))
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "GroupNorm"])
+def test_gradients_are_flax(name):
+    reference, layer = pair(name)
     x = sample()
     assert_close(outcome(layer, x), outcome(reference, x))
 
 
-@cases
-def test_masked_values_and_gradients_are_flax(name, kwargs):
+@names
+def test_masked_values_and_gradients_are_flax(name):
     x, mask = sample(), sample_mask()
-    reference, layer = pair(name, **kwargs)
-    y, *rest = outcome(layer, x, mask)
-    y_flax, *rest_flax = outcome(reference, x, mask)
+    reference, layer = pair(name)
+    y, *rest = outcome(layer, x, mask=mask)
+    y_flax, *rest_flax = outcome(reference, x, mask=mask)
     assert_close(y, jnp.where(mask, y_flax, 0))
     assert_close(rest, rest_flax)
 
@@ -460,46 +506,56 @@ def test_masked_values_and_gradients_are_flax(name, kwargs):
 @names
 def test_dtypes_are_flax(name, x_dtype):
     """Shapes and dtypes only: nothing is computed."""
-    x = jnp.zeros(SHAPE, x_dtype)
-    variants = [{}, {"use_scale": False}]
+    without = {"use_scale": False}
     if name != "RMSNorm":
-        variants += [{"use_bias": False}, {"use_scale": False, "use_bias": False}]
-    if name == "BatchNorm":
-        variants.append({"use_running_average": True})
+        without["use_bias"] = False
 
-    def run(maker, kwargs):
-        def construct_and_call():
+    def run(maker, **kwargs):
+        def construct_and_call(x):
             layer = maker(name, **kwargs)
-            before = nnx.state(layer)
+            before = plain(nnx.state(layer))
             y = call(layer, x)
-            return y, before, nnx.state(layer)
+            return y, before, plain(nnx.state(layer))
 
-        y, before, after = nnx.eval_shape(construct_and_call)
+        y, before, after = jax.eval_shape(
+            construct_and_call, jax.ShapeDtypeStruct(SHAPE, x_dtype)
+        )
         # Running statistics keep their dtype, at least float32.
-        assert jax.tree.structure(before) == jax.tree.structure(after)
-        for path, v in nnx.to_flat_state(after):
-            assert v.dtype == plain(before)[path].dtype
-            if isinstance(v, nnx.BatchStat):
-                assert v.dtype == jnp.float32
-        return y.dtype, jax.tree.map(lambda a: a.dtype, plain(before))
+        assert after == before
+        for key in ("mean", "var"):
+            if (key,) in after:
+                assert after[key,].dtype == jnp.float32
+        return y, after
 
-    for variant in variants:
-        for dtype in (None, jnp.float32, jnp.bfloat16):
-            for param_dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-                kwargs = {**variant, "dtype": dtype, "param_dtype": param_dtype}
-                assert run(ours, kwargs) == run(theirs, kwargs), kwargs
+    for dtype in (None, jnp.float32, jnp.bfloat16):
+        for param_dtype in (jnp.float32, jnp.bfloat16):
+            kwargs = {"dtype": dtype, "param_dtype": param_dtype}
+            assert run(ours, **kwargs) == run(theirs, **kwargs), kwargs
+        kwargs = {"dtype": dtype, **without}
+        assert run(ours, **kwargs) == run(theirs, **kwargs), kwargs
 
 
-@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @names
+def test_no_implicit_dtype_promotion(name, dtype):
+    """Nor is any needed under JAX's strict setting, which Flax does not bear."""
+    x = jax.ShapeDtypeStruct(SHAPE, "bfloat16")
+    expected = jax.eval_shape(lambda x: ours(name, dtype=dtype)(x), x)
+    with jax.numpy_dtype_promotion("strict"):
+        for maker in (ours, generic):
+            y = jax.eval_shape(lambda x, maker=maker: maker(name, dtype=dtype)(x), x)
+            assert y == expected
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "int32"])
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
 def test_values_of_other_dtypes_are_flax(name, x_dtype):
     """Where Flax NNX casts nothing down, which is with dtype=None."""
     x = (3 * sample()).astype(x_dtype)
     reference, layer = pair(name)
-    y, expected = call(layer, x), call(reference, x)
-    assert y.dtype == expected.dtype
-    assert_close(y, expected)
-    assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
+    found, expected = forward(layer, x), forward(reference, x)
+    assert found[0].dtype == expected[0].dtype
+    assert_close(found, expected)
 
 
 @names
@@ -526,21 +582,23 @@ def test_promote_dtype_is_called_as_flax_calls_it(name):
 @pytest.mark.parametrize("target", ["nothing", "float16", "float32"])
 @names
 def test_promote_dtype_decides_the_dtype(name, target, dtype):
-    """The values are not its business: it would round them before the statistics."""
+    """Of the result. The values are not its business: it would round them too early."""
 
     def promote(args, **_):
         if target == "nothing":
             return args
         return tuple(None if a is None else a.astype(target) for a in args)
 
-    kwargs = {"promote_dtype": promote, "dtype": dtype, "param_dtype": jnp.bfloat16}
-    for variant in ({}, {"use_scale": False}):
-        reference, layer = pair(name, **kwargs, **variant)
-        for x_dtype in ("float16", "bfloat16", "float32"):
-            x = sample().astype(x_dtype)
-            y, expected = call(layer, x), call(reference, x)
-            assert y.dtype == expected.dtype
-            assert_close(y, expected, 2**-6)
+    def run(maker, x):
+        kwargs = {"promote_dtype": promote, "dtype": dtype}
+        return call(maker(name, param_dtype=jnp.bfloat16, **kwargs), x)
+
+    for x_dtype in ("float16", "bfloat16"):
+        x = jax.ShapeDtypeStruct(SHAPE, x_dtype)
+        y, expected = (
+            jax.eval_shape(functools.partial(run, maker), x) for maker in (ours, theirs)
+        )
+        assert y == expected
 
 
 def test_running_statistics_after_each_step():
@@ -549,6 +607,7 @@ def test_running_statistics_after_each_step():
         ours("BatchNorm", momentum=0.8),
         theirs("BatchNorm", momentum=0.8),
     )
+    run = nnx.jit(call)
     mean, var = np.zeros(FEATURES), np.ones(FEATURES)
     axes = (0, 1, 2)
     for step in range(5):
@@ -556,7 +615,7 @@ def test_running_statistics_after_each_step():
         exact = np.asarray(x, np.float64)
         mean = 0.8 * mean + 0.2 * exact.mean(axes)
         var = 0.8 * var + 0.2 * exact.var(axes)
-        assert_close(call(layer, x), call(reference, x))
+        assert_close(run(layer, x), run(reference, x))
         assert_close(plain(nnx.state(layer)), plain(nnx.state(reference)))
         assert_close((layer.mean[...], layer.var[...]), (mean, var))
 
@@ -572,15 +631,12 @@ class Network(nnx.Module):
         self.first = nnx.Linear(6, 6, rngs=rngs)
         self.bn = lib.BatchNorm(6, momentum=0.9, rngs=rngs)
         self.ln = lib.LayerNorm(6, scale_init=draw, rngs=rngs)
-        self.rms = lib.RMSNorm(6, rngs=rngs)
-        self.gn = lib.GroupNorm(6, 3, rngs=rngs)
-        self.inorm = lib.InstanceNorm(6, use_scale=False, rngs=rngs)
+        self.gn = lib.GroupNorm(6, 3, use_scale=False, rngs=rngs)
         self.last = nnx.Linear(6, 3, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.bn(self.first(x)))
-        x = x + self.ln(x) + self.rms(x)
-        x = self.gn(x) + self.inorm(x)
+        x = x + self.gn(self.ln(x))
         return self.last(x.mean((1, 2)))
 
 
@@ -607,10 +663,10 @@ def test_a_model_moves_over():
     x = sample(seed=9)
     for m in models:
         m.eval()
-    assert_close(model(x), reference(x), 1e-2)
     # A checkpoint of either model goes into the other.
-    nnx.update(model, nnx.state(reference))
-    assert_close(model(x), reference(x), 1e-4)
+    for source, target in (models, models[::-1]):
+        nnx.update(target, nnx.state(source))
+        assert_close(forward(model, x), forward(reference, x), 1e-4)
 
 
 def test_abstract_construction_and_merging():
@@ -620,9 +676,9 @@ def test_abstract_construction_and_merging():
     abstract = nnx.eval_shape(lambda: Network(jaxnorm.nnx, nnx.Rngs(0)))
     graphdef, _ = nnx.split(abstract)
     restored = nnx.merge(graphdef, nnx.state(trained))
-    assert_identical(restored(x), trained(x))
+    assert_identical(forward(restored, x), forward(trained, x))
     clone = nnx.clone(restored)
-    clone(x)
+    clone.bn(x)
     assert np.abs(clone.bn.mean[...] - restored.bn.mean[...]).max() > 1e-3
 
 
@@ -631,12 +687,11 @@ def test_abstract_construction_and_merging():
 
 class Layer(nnx.Module):
     def __init__(self, lib, rngs):
-        self.linear = nnx.Linear(6, 6, rngs=rngs)
-        self.bn = lib.BatchNorm(6, momentum=0.9, rngs=rngs)
-        self.ln = lib.LayerNorm(6, rngs=rngs)
+        draw = nnx.initializers.normal(1.0)
+        self.bn = lib.BatchNorm(6, momentum=0.9, scale_init=draw, rngs=rngs)
 
     def __call__(self, x):
-        return self.ln(self.bn(self.linear(x)))
+        return self.bn(x) + 1
 
 
 def stacked(lib, count):
@@ -648,29 +703,13 @@ def stacked(lib, count):
     return create(nnx.Rngs(0))
 
 
-def under_jit(lib, x):
-    layer = Layer(lib, nnx.Rngs(0))
-    y = nnx.jit(lambda layer, x: layer(x))(layer, x)
-    return y, layer
-
-
-def under_plain_jit(lib, x):
-    layer = Layer(lib, nnx.Rngs(0))
-    graphdef, state = nnx.split(layer)
-
-    @jax.jit
-    def run(state, x):
-        layer = nnx.merge(graphdef, state)
-        return layer(x), nnx.state(layer)
-
-    y, state = run(state, x)
-    nnx.update(layer, state)
-    return y, layer
+def apply(layer, x):
+    return layer(x)
 
 
 def under_remat(lib, x):
     layer = Layer(lib, nnx.Rngs(0))
-    remat = nnx.remat(lambda layer, x: layer(x))
+    remat = nnx.remat(apply)
     gradient = nnx.jit(nnx.grad(lambda x, layer: jnp.sum(remat(layer, x) ** 3)))
     return gradient(x, layer), layer
 
@@ -680,7 +719,7 @@ def under_scan(lib, x):
     scan = nnx.scan(
         lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
     )
-    return scan(x, layers), layers
+    return nnx.jit(scan)(x, layers), layers
 
 
 def under_scan_over_time(lib, x):
@@ -691,26 +730,24 @@ def under_scan_over_time(lib, x):
         y = layer(x)
         return (total + y.sum(), layer), y
 
-    _, y = nnx.scan(step)((jnp.zeros(()), layer), x)
-    return y, layer
+    scan = nnx.scan(step)
+    return nnx.jit(lambda layer, x: scan((0.0, layer), x)[1])(layer, x), layer
 
 
 def under_vmap(lib, x):
     layers = stacked(lib, 4)
-    return nnx.vmap(lambda layer, x: layer(x))(layers, x), layers
+    return nnx.jit(nnx.vmap(apply))(layers, x), layers
 
 
 def under_named_vmap(lib, x):
     bn = lib.BatchNorm(6, axis_name="example", rngs=nnx.Rngs(0))
-    run = nnx.vmap(lambda bn, x: bn(x), in_axes=(None, 0), axis_name="example")
-    return run(bn, x), bn
+    run = nnx.vmap(apply, in_axes=(None, 0), axis_name="example")
+    return nnx.jit(run)(bn, x), bn
 
 
 @pytest.mark.parametrize(
     "run",
     [
-        under_jit,
-        under_plain_jit,
         under_remat,
         under_scan,
         under_scan_over_time,
@@ -729,13 +766,13 @@ def test_transforms_are_flax(run):
 
 def test_remat_updates_once():
     layer = ours("BatchNorm", momentum=0.5)
-    remat = nnx.remat(lambda layer, x: layer(x))
+    remat = nnx.remat(apply)
     x = sample()
-    nnx.grad(lambda layer: jnp.sum(remat(layer, x) ** 3))(layer)
+    nnx.jit(nnx.grad(lambda layer, x: jnp.sum(remat(layer, x) ** 3)))(layer, x)
     assert_close(layer.mean[...], 0.5 * np.mean(x, (0, 1, 2)))
 
 
-@names
+@pytest.mark.parametrize("name", ["BatchNorm", "GroupNorm"])
 def test_axis_name_is_flax(name):
     """Shards of equal size, unmasked: the case in which Flax is right."""
     x = sample((4, 2, 3, 6))
@@ -747,14 +784,13 @@ def test_axis_name_is_flax(name):
             layer = nnx.merge(graphdef, state)
             return call(layer, x), plain(nnx.state(layer))
 
-        return jax.vmap(one, (None, 0), axis_name="d")(state, x)
+        return jax.jit(jax.vmap(one, (None, 0), axis_name="d"))(state, x)
 
     reference, layer = pair(name, axis_name="d")
     assert_close(run(layer), run(reference))
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm"])
-def test_axis_index_groups_are_flax(name):
+def test_axis_index_groups_are_flax():
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
     x = sample((8, 6))
 
@@ -770,12 +806,12 @@ def test_axis_index_groups_are_flax(name):
         return jax.jit(mapped)(state, x)
 
     groups = [[0, 1], [2, 3]]
-    reference, layer = pair(name, axis_name="d", axis_index_groups=groups)
+    reference, layer = pair("BatchNorm", axis_name="d", axis_index_groups=groups)
     y = run(layer)
     assert_close(y, run(reference))
     # And the groups do matter.
-    layer.axis_index_groups = None
-    assert np.abs(y - run(layer)).max() > 0.1
+    layer.axis_name = layer.axis_index_groups = None
+    assert np.abs(y - forward(layer, x)[0]).max() > 0.1
 
 
 # jaxnorm's own: the generic module, traced modes, other running averages.
@@ -787,7 +823,8 @@ def test_the_generic_module_is_the_named_one(name):
     named = randomize(ours(name, **({} if name == "GroupNorm" else SETTINGS[name])))
     layer = generic(name)
     nnx.update(layer, nnx.state(named))
-    assert_close(outcome(layer, x, mask), outcome(named, x, mask), 1e-6)
+    found = forward(layer, x, mask=mask)
+    assert_close(found, forward(named, x, mask=mask), 1e-6)
     if name != "BatchNorm":
         # A model that is given its norm passes a mode that this one does not have.
         y = call(layer, x)
@@ -799,7 +836,7 @@ def test_arguments_of_the_generic_module(name):
     x = sample()
     kwargs = {
         "dtype": jnp.bfloat16,
-        "param_dtype": jnp.float16,
+        "param_dtype": jnp.bfloat16,
         "scale_init": nnx.initializers.normal(1.0),
         "bias_init": nnx.initializers.normal(1.0),
     }
@@ -809,6 +846,17 @@ def test_arguments_of_the_generic_module(name):
         y, expected = call(layer, x), call(named, x)
         assert y.dtype == expected.dtype == jnp.bfloat16
         assert_close(y, expected, 2**-7)
+
+
+def test_parameters_along_several_axes():
+    """Which Flax has in Linen only."""
+    norm = jaxnorm.LayerNorm(reduction_axes=(1, 3), feature_axes=(1, 3))
+    layer = jaxnorm.nnx.Norm(norm, (3, FEATURES), rngs=nnx.Rngs(0))
+    randomize(layer)
+    kwargs = {"reduction_axes": (1, 3), "feature_axes": (1, 3)}
+    x = sample()
+    expected, _ = linen("LayerNorm", layer, **kwargs)(x)
+    assert_close(forward(layer, x)[0], expected)
 
 
 @pytest.mark.parametrize("maker", [ours, generic])
@@ -885,48 +933,46 @@ def linen(name, layer, **kwargs):
     variables = {"params": params, "batch_stats": stats}
     module = getattr(nn, name)(**kwargs)
 
-    def run(x):
-        return module.apply(variables, x, mutable=["batch_stats"])
-
-    return run
+    return jax.jit(functools.partial(module.apply, variables, mutable=["batch_stats"]))
 
 
-@pytest.mark.parametrize("axes", [(1, 3), (2, -1), (3, 1), (-1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("axes", [(1, 3), (-1,), (0, 1, 2, 3)])
 def test_group_norm_over_chosen_axes_is_linen(axes):
     """Flax NNX repeats the statistics along the wrong axis."""
     x = sample()
     layer = randomize(ours("GroupNorm", reduction_axes=axes))
     expected, _ = linen("GroupNorm", layer, reduction_axes=axes)(x)
-    assert_close(call(layer, x), expected)
+    assert_close(forward(layer, x)[0], expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@names
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "bfloat16") for name in NAMES] + [("BatchNorm", "float16")],
+)
 def test_nothing_is_cast_down_before_the_statistics(name, dtype):
     """Flax NNX casts x to dtype first: at 100 +- 0.1 there is nothing left in it."""
     x = 100 + 0.05 * sample()
     layer = randomize(ours(name, dtype=dtype))
     run = linen(name, layer, dtype=dtype)
-    y = call(layer, x)
+    y, state = forward(layer, x)
     expected, updated = run(x)
     assert y.dtype == expected.dtype == dtype
     assert_close(y, expected, 2 * float(jnp.finfo(dtype).eps))
-    if name == "BatchNorm":
-        got = {"mean": layer.mean[...], "var": layer.var[...]}
-        assert_close(got, updated["batch_stats"])
+    for key, value in updated.get("batch_stats", {}).items():
+        assert_close(state[key,], value)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_running_statistics_are_not_cast_down(dtype):
+def test_running_statistics_are_not_cast_down():
     x = 100 + 0.05 * sample()
-    layer = ours("BatchNorm", dtype=dtype, momentum=0.0)
-    call(layer, x)
+    layer = ours("BatchNorm", dtype=jnp.bfloat16, momentum=0.0)
+    layer.mean[...], layer.var[...] = x.mean((0, 1, 2)), x.var((0, 1, 2))
     layer.eval()
-    run = linen("BatchNorm", layer, dtype=dtype, use_running_average=True)
-    assert_close(call(layer, x), run(x)[0], 2 * float(jnp.finfo(dtype).eps))
+    kwargs = {"dtype": jnp.bfloat16, "use_running_average": True}
+    expected, _ = linen("BatchNorm", layer, **kwargs)(x)
+    assert_close(forward(layer, x)[0], expected, 2**-6)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "uint8", "float32", "bool"])
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
 @names
 def test_masks_of_zeros_and_ones(name, dtype):
     x, mask = sample(), sample_mask()
@@ -934,17 +980,15 @@ def test_masks_of_zeros_and_ones(name, dtype):
     assert_identical(call(ours(name), x, mask=mask.astype(dtype)), expected)
 
 
-@pytest.mark.parametrize(
-    "shape", [(4, 1, 1, 1), (4, 1), (1, 3, 4, 1), (6,), ()], ids=str
-)
+@pytest.mark.parametrize("shape", [(4, 1, 1, 1), (1, 3, 4, 1)], ids=str)
 @names
 def test_masks_broadcast(name, shape):
     """Every mask that NumPy broadcasts to x, also for group norm."""
     x = sample()
     mask = jnp.arange(np.prod(shape, dtype=int)).reshape(shape) % 3 != 1
-    found = outcome(randomize(ours(name)), x, mask)
+    found = call(randomize(ours(name)), x, mask=mask)
     full = jnp.broadcast_to(mask, SHAPE)
-    assert_close(found, outcome(randomize(ours(name)), x, full), 1e-6)
+    assert_close(found, call(randomize(ours(name)), x, mask=full), 1e-6)
 
 
 @names
@@ -963,8 +1007,9 @@ def test_outputs_are_zero_where_masked(name):
 def test_what_is_masked_harms_nothing(name, poison):
     """Values, statistics and gradients are those of a clean batch, bit for bit."""
     x, mask = sample(), sample_mask()
-    expected = outcome(randomize(ours(name)), x, mask)
-    found = outcome(randomize(ours(name)), jnp.where(mask, x, poison), mask)
+    layer = randomize(ours(name))
+    expected = outcome(layer, x, mask=mask)
+    found = outcome(layer, jnp.where(mask, x, poison), mask=mask)
     assert_identical(found, expected)
 
 
@@ -993,20 +1038,20 @@ def test_a_bad_batch_leaves_the_statistics(which, bad, momentum):
         assert np.all(np.asarray(y) == 0)
 
 
-@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "RMSNorm"])
-def test_variance_far_from_zero(name, fast):
-    """Right whatever use_fast_variance says; E[x^2] - E[x]^2 would give 0 or 8."""
-    x = sample((4, 8, 8, 6)) + 1e4
-    # Subtracting the offset in float64 leaves the same float32 numbers, exactly.
+def test_variance_far_from_zero(name):
+    """By default, too, where E[x^2] - E[x]^2 would give 0 or 8 instead of 4."""
+    x = sample() + 1e4
+    # The same float32 numbers without the offset: a reference without its roundoff.
     centred = jnp.asarray(np.asarray(x, np.float64) - 1e4, jnp.float32)
-    layer = ours(name, use_fast_variance=fast)
+    assert np.array_equal(np.asarray(centred, np.float64) + 1e4, x)
+    layer = ours(name)
     expected, updated = linen(name, layer)(centred)
-    y = call(layer, x)
-    # The mean itself has float32's resolution at the offset.
-    assert_close(y, expected, 1e-3)
+    y, state = forward(layer, x)
+    # The mean has float32's resolution at the offset: 1e-3, of a deviation of 2.
+    assert_close(y, expected, 2e-3)
     if name == "BatchNorm":
-        assert_close(layer.var[...], updated["batch_stats"]["var"])
+        assert_close(state["var",], updated["batch_stats"]["var"], 1e-6)
 
 
 @names
@@ -1041,7 +1086,8 @@ def test_masked_statistics_across_devices():
         layer = nnx.merge(graphdef, state)
         return call(layer, x, mask=mask), layer.mean[...], layer.var[...]
 
-    y, mean, var = jax.vmap(one, (None, 0, 0), axis_name="d")(state, x, mask)
+    run = jax.vmap(one, (None, 0, 0), axis_name="d")
+    y, mean, var = jax.jit(run)(state, x, mask)
     assert_close(y.reshape(12, 6)[rows], expected)
     for shard in range(4):
         own = {"mean": mean[shard], "var": var[shard]}
@@ -1055,15 +1101,15 @@ def test_one_value_per_channel(shape):
     reference, layer = pair("BatchNorm")
     before = plain(nnx.state(layer))
     with pytest.warns(UserWarning) as record:
-        y = call(layer, x)
+        y = nnx.jit(call)(layer, x)
     assert len(record) == 1
-    assert_close(y, call(reference, x))
+    assert_close(y, forward(reference, x)[0])
     assert_identical(plain(nnx.state(layer)), before)
     with pytest.raises(ValueError):
         call(generic("BatchNorm"), x)
     # Evaluation on one example is what evaluation is for: nothing is said.
     reference, layer = pair("BatchNorm", use_running_average=True)
-    assert_close(call(layer, x), call(reference, x))
+    assert_close(forward(layer, x), forward(reference, x))
 
 
 def test_one_value_per_channel_is_said_once():

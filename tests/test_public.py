@@ -1,0 +1,62 @@
+"""What the package shows: names, docstrings, the README, and no Flax unless asked."""
+
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxnorm
+
+ROOT = pathlib.Path(__file__).parents[1]
+PUBLIC = {
+    name: value
+    for name, value in vars(jaxnorm).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}
+METHODS = {
+    name: value
+    for name, value in PUBLIC.items()
+    if inspect.isclass(value)
+    and issubclass(value, jaxnorm.Norm)
+    and not inspect.isabstract(value)
+}
+
+
+def test_importing_it_does_not_import_flax():
+    code = "import jaxnorm, sys; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    text = inspect.getdoc(PUBLIC[name])
+    assert text and text.split("\n")[0].rstrip().endswith((".", ":", ",", "where"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_a_function_a_row_and_a_reference(name):
+    module = sys.modules[METHODS[name].__module__]
+    assert module.__doc__ and "https://arxiv.org/abs/" in module.__doc__
+    function = getattr(jaxnorm, module.__name__.rpartition(".")[2])
+    for section in ("Args:", "Returns:", "Raises:", "Source:", ">>> "):
+        assert section in function.__doc__ or "All else is as in" in function.__doc__
+    table = (ROOT / "README.md").read_text()
+    assert f"| `{name}`" in table, f"the README's table of methods lacks {name}"
+    from norms import NORMS
+
+    assert any(type(row.norm) is METHODS[name] for row in NORMS.values())
+
+
+def test_every_method_trains_in_the_example():
+    text = (ROOT / "examples" / "01_train_digits.py").read_text()
+    for name in METHODS:
+        assert f"jaxnorm.{name}(" in text
+
+
+def test_the_version_is_one():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    import importlib.metadata
+
+    assert f"## {importlib.metadata.version('jaxnorm')}" in text
