@@ -294,8 +294,10 @@ def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Split:
 
 
 def checksum(*splits: Split) -> int:
-    arrays = [array for split in splits for array in split]
-    return zlib.crc32(b"".join(array.tobytes() for array in arrays))
+    value = 0
+    for array in (array for split in splits for array in split):
+        value = zlib.crc32(array.tobytes(), value)
+    return value
 
 
 def shifted(split: Split, rng: np.random.Generator) -> Split:
@@ -345,8 +347,8 @@ def past_epochs(options, config: dict) -> list[dict]:
         require(done == 0, f"{out} holds a run already: give --resume or another --out")
         return []
     require(done > 0, f"nothing to resume: {out} holds no checkpoint")
-    extra = f"{out} has {done} epochs, more than --epochs {options.epochs}"
-    require(done <= options.epochs, extra)
+    enough = done <= options.epochs
+    require(enough, f"{out} has {done} epochs, more than --epochs {options.epochs}")
     try:
         before = json.loads((out / "config.json").read_text())
         changed = [
@@ -394,14 +396,9 @@ def draw_curves(history: list[dict], path: Path) -> None:
 def train_epoch(step, state, split, batch_size, seed, epoch) -> tuple[State, dict]:
     rng = np.random.default_rng((seed, epoch))  # so that a resumed run repeats it
     order = rng.permutation(len(split.labels))
+    todo = batches(shifted(split, rng), order, batch_size)
     total, sums = -(-len(order) // batch_size), []
-    bar = tqdm(
-        batches(shifted(split, rng), order, batch_size),
-        total=total,
-        desc=f"epoch {epoch}",
-        leave=False,
-        disable=None,  # unless on a terminal
-    )
+    bar = tqdm(todo, f"epoch {epoch}", total, leave=False, disable=None)
     for batch in bar:
         state, batch_sums = step(state, batch)
         sums.append(jax.device_get(batch_sums))
@@ -411,8 +408,8 @@ def train_epoch(step, state, split, batch_size, seed, epoch) -> tuple[State, dic
 
 def evaluate(step, state, split, batch_size) -> dict:
     order = np.arange(len(split.labels))
-    sums = [step(state, batch) for batch in batches(split, order, batch_size)]
-    return summary("test", jax.device_get(sums))
+    todo = batches(split, order, batch_size)
+    return summary("test", [jax.device_get(step(state, batch)) for batch in todo])
 
 
 def mean_loss(sums: dict) -> float:
@@ -482,7 +479,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog=Path(__file__).name, description="Train on digits.")
+    parser = Parser(prog=Path(__file__).name, description="Train a ResNet on digits.")
     add = parser.add_argument
     add("--norm", default="batch", choices=NORMS, help="every norm of the network")
     add("--api", default="linen", choices=MODELS, help="flavour of Flax")

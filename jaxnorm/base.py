@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, cast, dataclass_transform, final
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices, running
@@ -17,7 +18,7 @@ from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize
 
-Params = Mapping[str, ArrayLike]  # {"scale", "bias"} for most methods
+Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
 Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
 
 
@@ -169,7 +170,7 @@ class Norm(abc.ABC):
 
 def as_flag(value: Any) -> bool | Array:
     """`value` as a bool where it is known, else as the traced boolean scalar it is."""
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         return bool(value)
     if value.shape or value.dtype != jnp.bool_:
         raise TypeError(
@@ -177,6 +178,11 @@ def as_flag(value: Any) -> bool | Array:
             f"{value.dtype} of shape {value.shape}"
         )
     return cast(Array, value)
+
+
+def as_arrays(stats: Stats) -> dict[str, Array]:
+    """`stats` as they are, in a dict of their own."""
+    return {k: jnp.asarray(v) for k, v in stats.items()}
 
 
 @method
@@ -191,7 +197,7 @@ class StatelessNorm(Norm):
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype):
         y, _ = self.by_own_moments(x, params, mask=mask, dtype=dtype)
-        return y, dict(stats)
+        return y, as_arrays(stats)
 
 
 @method
@@ -236,7 +242,7 @@ class RunningNorm(Norm):
     def apply(self, x, params, stats, *, use_running_average, mask, dtype):
         flag = use_running_average
         if flag is True:
-            return self._by_running(x, params, stats, mask, dtype), dict(stats)
+            return self._by_running(x, params, stats, mask, dtype), as_arrays(stats)
         y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
         new = running.update_stats(
             stats,
@@ -249,7 +255,7 @@ class RunningNorm(Norm):
             return y, new
         kept = self._by_running(x, params, stats, mask, dtype)
         return jax.tree.map(
-            lambda a, b: jnp.where(flag, a, b), (kept, dict(stats)), (y, new)
+            lambda a, b: jnp.where(flag, a, b), (kept, as_arrays(stats)), (y, new)
         )
 
     def _by_running(self, x, params, stats, mask, dtype):

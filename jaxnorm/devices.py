@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.extend.core
@@ -88,31 +87,28 @@ def sync(
     groups = as_groups(axis_index_groups)
     group_size(name, groups)
     known = isinstance(m.size, int) and groups is None
-    mean, var, size, residue = _sync(name, groups, *m)
-    return Moments(mean, var, m.size * axis_size(name) if known else size, residue)
+    pooled = _sync(name, groups, m)
+    return pooled._replace(size=m.size * axis_size(name)) if known else pooled
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sync(
-    name: AxisName, groups: Groups | None, mean: Array, var: Array, size: Any, rest: Any
-) -> tuple[Array, Array, Array, Array]:
-    size, rest = (jnp.broadcast_to(jnp.asarray(v), var.shape) for v in (size, rest))
-    m = Moments(mean, var, size, rest.astype(mean.dtype))
-    slots = axis_size(name) * 5 * mean.size * mean.dtype.itemsize
+def _sync(name: AxisName, groups: Groups | None, m: Moments) -> Moments:
+    own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
+    residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
+    m = Moments(m.mean, m.var, own, residue)
+    slots = axis_size(name) * len(m) * m.mean.size * m.mean.dtype.itemsize
     if groups is None and slots > MAX_SLOT_BYTES:
-        return tuple(pool(m, lambda v: lax.psum(v, name)))
-    return tuple(_pool_slots(m, name, groups))
+        return pool(m, lambda v: lax.psum(v, name))
+    return _pool_slots(m, name, groups)
 
 
 @_sync.defjvp
 def _sync_jvp(name, groups, primals, tangents):
-    mean, var, size, residue = _sync(name, groups, *primals)
-    own_mean, _, own_size, _ = primals
-    dmean, dvar = sync_tangent(
-        name, groups, own_mean - mean, own_size, size, *tangents[:2]
-    )
-    rest = no_tangent(size), jnp.zeros_like(residue)
-    return (mean, var, size, residue), (dmean, dvar, *rest)
+    (own,), (dm,) = primals, tangents
+    m = _sync(name, groups, own)
+    apart = own.mean - m.mean
+    dmean, dvar = sync_tangent(name, groups, apart, own.size, m.size, dm.mean, dm.var)
+    return m, Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
 
 
 def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
@@ -127,11 +123,6 @@ def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
     dmean, dvar = _group_sum(jnp.stack(shares), name, groups)
     return dmean, dvar.real
-
-
-def no_tangent(size):
-    """The tangent of an integer, as JAX wants it."""
-    return zero_from_primal(size)
 
 
 def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:

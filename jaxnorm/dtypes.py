@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
     """The least dtype that holds all of `dtypes`, also in JAX's strict mode."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes)
+        return jnp.dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
 from jaxnorm.base import as_flag
-from jaxnorm.dtypes import promote
+from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.modules import refuse, run, settings, warn
 
 _NO_FLAG = (
@@ -63,8 +63,8 @@ class Norm(nnx.Module):
         self.norm = norm
         self.use_running_average = use_running_average
         self.dtype = dtype
-        stats_dtype = dtype if jnp.issubdtype(dtype, jnp.complexfloating) else None
-        for k, v in norm.init_stats(shape, stats_dtype or jnp.float32).items():
+        stats_dtype = jnp.float32 if dtype is None else at_least_float32(dtype)
+        for k, v in norm.init_stats(shape, stats_dtype).items():
             setattr(self, k, nnx.BatchStat(v))
         for k, v in norm.init_params(shape, param_dtype).items():
             init = inits.get(k)

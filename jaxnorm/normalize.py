@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
@@ -83,8 +84,8 @@ def _normalize_jvp(plan, primals, tangents):
     dy, dmean, dvar = tangent(
         x, mask, own.mean, own.size, synced, rstd, scale, dx, depsilon, dscale, dbias
     )
-    dsize, dresidue = devices.no_tangent(m.size), jnp.zeros_like(m.residue)
-    return (y, m), (dy, Moments(dmean, dvar, dsize, dresidue))
+    dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
+    return (y, m), (dy, dm)
 
 
 def _tangent(

@@ -5,7 +5,7 @@ and none of its structure: each statistic gathers its own valid elements one by 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,7 +117,7 @@ def ghost_batch_norm(
 def running(stats, batch, *, momentum, unbiased=False):
     """The running statistics after one more batch, as a new dict."""
     mean, var, size = _triple(batch)
-    new = {name: np.array(_exact(value)) for name, value in stats.items()}
+    new: dict[str, Any] = {name: np.array(_exact(v)) for name, v in stats.items()}
     new["mean"] = new["mean"].astype(np.result_type(new["mean"], mean))
     if "count" in new:
         new["count"] = new["count"].astype(np.int64)
@@ -130,7 +130,7 @@ def running(stats, batch, *, momentum, unbiased=False):
         n = size[f]
         if n < 2:
             continue
-        keep = momentum
+        keep = momentum if momentum is not None else 0.0
         if momentum is None:
             keep = new["count"][f] / (new["count"][f] + 1)
             new["count"][f] += 1
@@ -191,7 +191,7 @@ def _partial(f, args, index, where, unit, step):
     x = _exact(args[index])
     # A step lost in the rounding of a large element would measure nothing.
     if np.isfinite(x[where]):
-        step = max(step, 1e-10 * abs(x[where]))
+        step = max(step, 1e-10 * float(np.abs(x[where])))
 
     def along(t):
         moved = x.copy()

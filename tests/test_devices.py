@@ -346,6 +346,7 @@ def test_one_collective_forward_and_one_backward(name, check_vma, masked):
     row = SYNCED[name]
     norm = changed(row.norm, axis_name="d")
     p = problem(row)
+    assert row.split is not None
     spec = P(*[None] * row.split, "d")
     features = row.split in row.norm.axes(row.shape).feature
     assert not features

@@ -1,5 +1,7 @@
 """Every wrong input raises while tracing: the rule, the values, the way out."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -48,12 +50,12 @@ def test_statistics_of_another_shape(name, evaluate):
             row.norm(p.x, p.params, bad, use_running_average=evaluate)
 
 
-@pytest.mark.parametrize("x", [jax.random.key(0), jnp.zeros(3, jnp.float0)])
 @pytest.mark.parametrize("name", ["batch", "layer"])
-def test_what_is_no_number(name, x):
+def test_what_is_no_number(name):
     norm = NORMS[name].norm
-    with pytest.raises(TypeError, match="takes arrays of numbers, got dtype"):
-        norm(x, {}, norm.init_stats((3,)))
+    keys = jax.random.split(jax.random.key(0), (4, 3))
+    with pytest.raises(TypeError, match="takes arrays of numbers, got dtype key"):
+        norm(keys, {}, norm.init_stats((3,)))
 
 
 @pytest.mark.parametrize("kind", [type(r.norm) for r in NORMS.values()])
@@ -75,9 +77,9 @@ def test_settings_are_keyword_only_values(kind):
 def test_functions_take_their_settings_by_keyword():
     x = jnp.ones((4, 3))
     with pytest.raises(TypeError, match="positional"):
-        jaxnorm.layer_norm(x, None, None, 12)
+        cast(Any, jaxnorm.layer_norm)(x, None, None, 12)
     with pytest.raises(TypeError, match="use_running_average"):
-        jaxnorm.batch_norm(x, jaxnorm.init_stats(3))
+        cast(Any, jaxnorm.batch_norm)(x, jaxnorm.init_stats(3))
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, 99])
@@ -108,7 +110,7 @@ def test_axes_that_are_no_integers(axis):
     with pytest.raises(TypeError, match="axis must be an integer or a sequence of"):
         jaxnorm.BatchNorm(axis=axis).axes((2, 3))
     with pytest.raises(TypeError, match="num_groups must be an integer, got 2.0"):
-        jaxnorm.GroupNorm(num_groups=2.0).axes((2, 4, 6))
+        cast(Any, jaxnorm.GroupNorm)(num_groups=2.0).axes((2, 4, 6))
 
 
 @pytest.mark.parametrize("axis, ndim", [(2, 2), (-3, 2), ((0, 5), 3)])

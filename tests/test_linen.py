@@ -207,6 +207,13 @@ def test_signatures_extend_flax(name):
     assert [f for f in our_fields if f in flax_fields] == flax_fields
 
 
+def test_own_arguments_are_in_the_signature():
+    """Where `help` and editors find them."""
+    parameters = inspect.signature(jaxnorm.linen.BatchNorm).parameters
+    assert parameters["unbiased"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["unbiased"].default is False
+
+
 def test_signature_of_the_generic_module():
     parameters = inspect.signature(jaxnorm.linen.Norm).parameters
     expected = {

@@ -129,12 +129,11 @@ def test_nothing_valid(name):
 
     @jax.jit
     def f(x):
-        return jax.value_and_grad(
-            lambda x: (lambda y, s: (y.sum(), s))(
-                *row.norm(x, p.params, p.stats, mask=False)
-            ),
-            has_aux=True,
-        )(x)
+        def total(x):
+            y, stats = row.norm(x, p.params, p.stats, mask=False)
+            return y.sum(), stats
+
+        return jax.value_and_grad(total, has_aux=True)(x)
 
     (total, stats), dx = f(x)
     assert total == 0

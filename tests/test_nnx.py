@@ -220,6 +220,13 @@ def test_signatures_extend_flax(name):
         assert_extends(flax_class.set_view, our_class.set_view)
 
 
+def test_own_arguments_are_in_the_signature():
+    """Where `help` and editors find them."""
+    parameters = inspect.signature(jaxnorm.nnx.BatchNorm.__init__).parameters
+    assert parameters["unbiased"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["unbiased"].default is False
+
+
 def test_signature_of_the_generic_module():
     parameters = inspect.signature(jaxnorm.nnx.Norm.__init__).parameters
     empty = inspect.Parameter.empty

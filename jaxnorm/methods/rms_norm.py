@@ -59,8 +59,9 @@ def rms_norm(
     Source: Zhang and Sennrich, 2019.
 
     >>> import jax.numpy as jnp, jaxnorm
-    >>> print(jaxnorm.rms_norm(jnp.array([[1.0, 7.0]]), jnp.array([5.0, 5.0])).round(3))
-    [[1. 7.]]
+    >>> print(jaxnorm.rms_norm(jnp.array([[2.0, 2.0], [-30.0, 30.0]])).round(3))
+    [[ 1.  1.]
+     [-1.  1.]]
     """
     norm = RMSNorm(
         reduction_axes=reduction_axes,
