@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
@@ -78,7 +79,8 @@ def moments(
     taken of `x - pivot`, where the pivot is the mean of a sixteenth or more of the
     elements (of all of them under a mask), so that the subtraction of the squared mean
     magnifies the rounding of the sums at most 16 times, whatever the mean (Chan, Golub
-    and LeVeque, 1983). Where nothing is valid, mean, variance and size are 0.
+    and LeVeque, 1983). On a CPU the pivot is 0 first, and that one only where 0 would
+    break this bound. Where nothing is valid, mean, variance and size are 0.
 
     `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError
     if it does not, and TypeError if `x` holds no numbers.
@@ -215,6 +217,19 @@ def _mean_and_var(
         var = _mean(abs_square(x), axes, size)
         zero = jnp.zeros_like(var, x.dtype)
         return zero, var, zero
+    return lax.platform_dependent(
+        x,
+        mask,
+        size,
+        cpu=functools.partial(_by_squares, axes),
+        default=functools.partial(_by_pivot, axes),
+    )
+
+
+def _by_pivot(
+    axes: Axes, x: Array, mask: Array | None, size: Any
+) -> tuple[Array, Array, Array]:
+    """Both sums of `x - pivot`: one pass over `x`, where elementwise work is free."""
     pivot = _rounded(_pivot(x, axes) if mask is None else _mean(x, axes, size))
     shifted = x - pivot
     if mask is not None:
@@ -224,6 +239,36 @@ def _mean_and_var(
     var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
     mean, residue = _add(pivot, shift)
     return mean, jnp.maximum(var, 0), residue
+
+
+def _by_squares(
+    axes: Axes, x: Array, mask: Array | None, size: Any
+) -> tuple[Array, Array, Array]:
+    """`E[x^2] - E[x]^2` where that is exact, which is known once it is taken.
+
+    XLA:CPU writes `x - pivot` to memory before it sums it, but not `x`; on a GPU, the
+    condition would make the host wait.
+    """
+    mean = _mean(x, axes, size)
+    var = _mean(abs_square(x), axes, size) - abs_square(mean)
+    near = _everywhere(abs_square(mean) <= 16 * var)
+    return lax.cond(
+        near,
+        lambda: (mean, jnp.maximum(var, 0), jnp.zeros_like(mean)),
+        lambda: _by_pivot(axes, x, mask, size),
+    )
+
+
+@custom_vmap
+def _everywhere(flags: Array) -> Array:
+    return jnp.all(flags)
+
+
+@_everywhere.def_vmap
+def _everywhere_in_the_batch(_, __, flags):
+    # One answer for all of a vmap keeps the condition a condition, not a selection
+    # that computes both sides.
+    return _everywhere(flags), False
 
 
 @_mean_and_var.defjvp
