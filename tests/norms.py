@@ -160,11 +160,14 @@ SYNCED = {k: r for k, r in NORMS.items() if r.split is not None}
 
 
 class Problem(NamedTuple):
-    """Random arrays for a row; `x` in float32 unless asked otherwise."""
+    """Random arrays for a row; `x` in float32 unless asked otherwise.
 
-    x: jax.Array
-    params: dict[str, jax.Array]
-    stats: dict[str, jax.Array]
+    In NumPy, so that no test compiles a program just to make its inputs.
+    """
+
+    x: Any
+    params: dict[str, Any]
+    stats: dict[str, Any]
     mask: np.ndarray
     cotangent: np.ndarray
 
@@ -173,26 +176,32 @@ def problem(row: Row, shape=None, *, dtype=jnp.float32, offset=0.0, seed=0) -> P
     rng = np.random.default_rng(seed)
     shape = row.shape if shape is None else shape
     features = row.norm.axes(shape).feature_shape
-    x = jnp.asarray(rng.normal(size=shape) + offset, dtype)
+    x = (rng.normal(size=shape) + offset).astype(dtype)
     params = {
-        k: jnp.asarray(rng.uniform(0.5, 2, size=features), v.dtype)
-        for k, v in row.norm.init_params(features).items()
+        k: rng.uniform(0.5, 2, size=features).astype(np.float32)
+        for k in row.norm.params
     }
     mask = rng.random(shape) > 0.4
-    cotangent = rng.normal(size=shape)
-    return Problem(x, params, row.norm.init_stats(features), mask, cotangent)
+    cotangent = rng.normal(size=shape).astype(np.float32)
+    return Problem(x, params, dict(initial_stats(row.norm, features)), mask, cotangent)
+
+
+@functools.cache
+def initial_stats(norm: jaxnorm.Norm, features, dtype=jnp.float32):
+    return {k: np.asarray(v) for k, v in norm.init_stats(features, dtype).items()}
 
 
 def expected(row: Row, x, params, mask=None) -> reference.Result:
     return row.reference(np.asarray(x), *_arrays(params), mask=mask)
 
 
-def spread(row: Row, x, mask=None):
+@functools.partial(jax.jit, static_argnums=0)
+def spread(norm: jaxnorm.Norm, x, mask=None):
     """jaxnorm's moments of `x`, each broadcast to the shape of `x`."""
-    axes = row.norm.axes(x.shape)
-    if isinstance(row.norm, jaxnorm.GhostBatchNorm):
-        axes = axes_of.virtual_batches(x.shape, row.norm.axis, row.norm.size)
-    m = jaxnorm.moments(x, axes, mask=mask, center=row.norm.center)
+    axes = norm.axes(x.shape)
+    if isinstance(norm, jaxnorm.GhostBatchNorm):
+        axes = axes_of.virtual_batches(x.shape, norm.axis, norm.size)
+    m = jaxnorm.moments(x, axes, mask=mask, center=norm.center)
     return [jnp.broadcast_to(v, axes.folded).reshape(x.shape) for v in m[:3]]
 
 

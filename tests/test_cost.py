@@ -70,7 +70,7 @@ def test_evaluation_and_parts_keep_no_more(name):
 @pytest.mark.parametrize("name", WIDE)
 def test_no_transpose_or_copy_of_the_input(name):
     norm, p = arguments(name, jnp.float32)
-    weights = jnp.asarray(p.cotangent, jnp.float32)
+    weights = p.cotangent
 
     def f(x, params, weights):
         return (norm(x, params, p.stats)[0] * weights).sum()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from norms import NORMS, RUNNING, SYNCED, assert_close, problem, spread
+from norms import NORMS, RUNNING, SYNCED, assert_close, problem
 
 import jaxnorm
 from jaxnorm import devices
@@ -117,7 +117,7 @@ def ragged(shape, axis, kind):
 def test_any_partition_equals_one_device(name, mode):
     row = SYNCED[name]
     p = problem(row, offset=3.0)
-    weights = jnp.asarray(p.cotangent, jnp.float32)
+    weights = p.cotangent
 
     def plain(x, params, stats, mask):
         return row.norm(x, params, stats, mask=mask)
@@ -163,7 +163,7 @@ def test_synchronized_variance_is_exact_far_from_zero(offset, masked):
 def test_sharded_inputs_under_jit_need_nothing(name, explicit):
     row = NORMS[name]
     p = problem(row)
-    weights = jnp.asarray(p.cotangent, jnp.float32)
+    weights = p.cotangent
 
     def plain(x, params, stats, mask):
         return row.norm(x, params, stats, mask=mask)
@@ -276,11 +276,32 @@ def _at(tree, i):
     return jax.tree.map(lambda v: v[i], tree)
 
 
+@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance", "ghost"])
+def test_local_statistics_in_shard_map(name):
+    """No name, no communication: masks and gradients in shard_map with check_vma."""
+    row = NORMS[name]
+    p = problem(row)
+
+    def one(x, params, mask):
+        return row.norm(x, params, p.stats, mask=mask)[0]
+
+    many = jax.shard_map(
+        one, mesh=mesh(d=4), in_specs=(P("d"), P(), P("d")), out_specs=P("d")
+    )
+    grads = (
+        jax.jit(jax.grad(lambda *a, f=f: (f(*a, p.mask) * p.cotangent).sum(), (0, 1)))
+        for f in (many, one)
+    )
+    actual, desired = (g(p.x, p.params) for g in grads)
+    close = functools.partial(assert_close, summed=p.x.size, size=100)
+    jax.tree.map(close, actual, desired)
+
+
 def test_features_split_over_devices():
     """Layer norm of rows whose features are sharded, parameters with them."""
     row = NORMS["layer"]
     p = problem(row, (8, 12))
-    weights = jnp.asarray(p.cotangent, jnp.float32)
+    weights = p.cotangent
     norm = changed(row.norm, axis_name="d")
     cut = P(None, "d")
     call = jax.shard_map(
@@ -333,10 +354,16 @@ def test_aligned_virtual_batches_communicate_nothing():
     sharding = NamedSharding(mesh(d=4), P("d"))
     x = jax.device_put(jnp.ones((16, 5, 3)), sharding)
     y_only = jax.jit(lambda x: ghost(x, {}, stats)[0])
-    assert collectives(y_only.lower(x).compile().as_text()) == []
-    assert y_only(x).sharding.is_equivalent_to(sharding, 3)
     grad = jax.jit(jax.grad(lambda x: (ghost(x, {}, stats)[0] ** 3).sum()))
-    assert collectives(grad.lower(x).compile().as_text()) == []
+    for f in (y_only, grad):
+        text = f.lower(x).compile().as_text()
+        # On a CPU, devices agree on whether to sum about a pivot: one boolean.
+        numbers = [
+            v for v in re.findall(r"= (\S+) all-reduce\(", text) if v != "pred[]"
+        ]
+        assert numbers == []
+        assert set(collectives(text)) <= {"all-reduce"}
+        assert f(x).sharding.is_equivalent_to(sharding, 3)
 
 
 @pytest.mark.parametrize("name", ["batch", "layer_space", "rms_space", "group"])
@@ -471,4 +498,3 @@ def test_no_copy_of_the_input_between_devices(name):
     x = jax.device_put(p.x, NamedSharding(grid, P("d")))
     text = jax.jit(row.norm).lower(x, p.params, p.stats).compile().as_text()
     assert set(collectives(text)) <= {"all-reduce"}
-    assert spread(row, p.x)[0].shape == p.x.shape

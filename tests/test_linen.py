@@ -557,6 +557,18 @@ def test_running_statistics_after_each_step(axis):
         assert_close(variables["batch_stats"], {"mean": mean, "var": var})
 
 
+@names
+def test_repeated_calls_compile_nothing(name, caplog):
+    """Without jit, too: what the first call compiles serves the next, as in Flax."""
+    x = sample()
+    for module in (theirs(name), ours(name)):
+        variables = variables_of(module, x)
+        apply(module, variables, x)
+        with jax.log_compiles():
+            apply(module, variables, x)
+        assert not [r.message for r in caplog.records if "ompil" in r.message]
+
+
 # Inside models.
 
 

@@ -341,6 +341,8 @@ def test_train_eval_and_views(which):
     assert model.bn.use_running_average is True
     y = model(x)
     assert_identical(plain(nnx.state(model)), before)
+    # Nothing is written, so that the model may be closed over by a transform.
+    assert_close(jax.jit(lambda x: model(x))(x), y)
     model.train()
     assert model.bn.use_running_average is False
     # A view evaluates with the variables of the model, which goes on training.

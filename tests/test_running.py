@@ -145,7 +145,7 @@ def test_evaluation_uses_the_state_and_leaves_it(name):
 def test_use_running_average_may_be_traced(name):
     row = RUNNING[name]
     p = problem(row)
-    weights = jnp.asarray(p.cotangent, jnp.float32)
+    weights = p.cotangent
 
     def f(x, params, flag):
         y, stats = row.norm(x, params, p.stats, use_running_average=flag, mask=p.mask)

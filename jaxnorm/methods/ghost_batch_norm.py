@@ -63,7 +63,8 @@ def ghost_batch_norm(
 
     The running statistics follow the moments of the whole batch, and evaluation knows
     no virtual batches. Under jit, with examples sharded over devices and virtual
-    batches that do not straddle them, y needs no communication.
+    batches that do not straddle them, y needs no communication (but one boolean on a
+    CPU, see `jaxnorm.moments`).
 
     Args:
         size: examples per virtual batch; divides the leading axis of x.
