@@ -217,6 +217,14 @@ def _mean_and_var(
         var = _mean(abs_square(x), axes, size)
         zero = jnp.zeros_like(var, x.dtype)
         return zero, var, zero
+    return _centered(axes, x, mask, size)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _centered(
+    axes: Axes, x: Array, mask: Array | None, size: Any
+) -> tuple[Array, Array, Array]:
+    """Mean, variance and residue; compiled once, also where nothing around it is."""
     return lax.platform_dependent(
         x,
         mask,

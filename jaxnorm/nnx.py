@@ -4,7 +4,7 @@ The named classes inherit their constructors and defaults from the Flax that is
 installed, so that they follow it; what they compute is jaxnorm's.
 """
 
-import functools
+import inspect
 from typing import Any
 
 import jax
@@ -67,12 +67,15 @@ class Norm(nnx.Module):
         for k, v in norm.init_stats(shape, stats_dtype).items():
             setattr(self, k, nnx.BatchStat(v))
         for k, v in norm.init_params(shape, param_dtype).items():
-            init = inits.get(k)
-            if init is not None:
-                if rngs is None:
-                    raise ValueError(f"{k}_init needs a key: pass rngs=nnx.Rngs(seed)")
-                v = init(rngs.params(), v.shape, param_dtype)
-            setattr(self, k, nnx.data(None) if absent.get(k) else nnx.Param(v))
+            if absent.get(k):
+                setattr(self, k, nnx.data(None))
+                continue
+            # A key for each parameter, used or not, as Flax draws them.
+            key, init = None if rngs is None else rngs.params(), inits.get(k)
+            if init is not None and key is None:
+                raise ValueError(f"{k}_init needs a key: pass rngs=nnx.Rngs(seed)")
+            value = v if init is None else init(key, v.shape, param_dtype)
+            setattr(self, k, nnx.Param(value))
 
     def __call__(
         self,
@@ -101,7 +104,6 @@ class BatchNorm(nnx.BatchNorm):
     statistics are rounded to it before they are used.
     """
 
-    @functools.wraps(nnx.BatchNorm.__init__)
     def __init__(self, *args, unbiased: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
@@ -113,6 +115,16 @@ class BatchNorm(nnx.BatchNorm):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
         return _apply(self, settings(jaxnorm.BatchNorm, self), x, flag, mask)
+
+
+def _signature(cls: type, *own: str) -> inspect.Signature:
+    """Flax's signature of the constructor of `cls`, with the arguments named `own`."""
+    flax = inspect.signature(cls.__mro__[1].__init__)
+    added = [inspect.signature(cls.__init__).parameters[name] for name in own]
+    return flax.replace(parameters=[*flax.parameters.values(), *added])
+
+
+BatchNorm.__init__.__signature__ = _signature(BatchNorm, "unbiased")  # pyright: ignore
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -529,7 +530,7 @@ def test_half_precision_values_are_flax(name, dtype):
 
 
 def test_integer_inputs_are_flax():
-    x = jax.random.randint(jax.random.key(0), SHAPE, -9, 9)
+    x = (7 * jnp.arange(np.prod(SHAPE)) % 19 - 9).reshape(SHAPE)
     variables = variables_of(theirs("BatchNorm"), x)
     y, updated = forward(ours("BatchNorm"), variables, x)
     expected = forward(theirs("BatchNorm"), variables, x)
@@ -576,7 +577,7 @@ def network(lib):
     """A small residual network, written for the namespace `lib`."""
 
     class Block(nn.Module):
-        norm: type
+        norm: Callable[..., nn.Module]
 
         @nn.compact
         def __call__(self, x):
@@ -592,7 +593,7 @@ def network(lib):
             )
             x = Block(norm, name="first")(x)
             x = x + lib.LayerNorm(scale_init=nn.initializers.normal(1.0))(x)
-            x = lib.GroupNorm(num_groups=3)(x) + lib.LayerNorm()(x)
+            x = lib.GroupNorm(num_groups=3)(x)
             return nn.Dense(3)(x.mean((1, 2)))
 
     return Network()
@@ -605,7 +606,7 @@ def test_a_model_moves_over():
     variables = init(model, x, train=True)
     assert_identical(variables, flax_variables)
     assert "BatchNorm_0" in variables["params"]["first"]
-    assert set(variables["params"]) > {"LayerNorm_0", "LayerNorm_1", "GroupNorm_0"}
+    assert set(variables["params"]) > {"LayerNorm_0", "GroupNorm_0"}
 
     @functools.partial(jax.jit, static_argnames="model")
     def step(model, variables, x):
@@ -964,6 +965,7 @@ def test_cumulative_average():
         none = jnp.zeros((5, 1), bool)
         _, updated = apply(module, variables, x, mask=none)
         assert_identical(updated["batch_stats"], stats)
+    x, stats = sample((5, 6)), variables["batch_stats"]
     evaluated = module.clone(use_running_average=True).apply(variables, x)
     plain = {"mean": stats["mean"], "var": stats["var"]}
     expected = nn.BatchNorm(True).apply({**variables, "batch_stats": plain}, x)
