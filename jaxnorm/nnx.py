@@ -72,10 +72,11 @@ class Norm(nnx.Module):
                 continue
             # A key for each parameter, used or not, as Flax draws them.
             key, init = None if rngs is None else rngs.params(), inits.get(k)
-            if init is not None and key is None:
-                raise ValueError(f"{k}_init needs a key: pass rngs=nnx.Rngs(seed)")
-            value = v if init is None else init(key, v.shape, param_dtype)
-            setattr(self, k, nnx.Param(value))
+            if init is not None:
+                if key is None:
+                    raise ValueError(f"{k}_init needs a key: pass rngs=nnx.Rngs(seed)")
+                v = init(key, v.shape, param_dtype)
+            setattr(self, k, nnx.Param(v))
 
     def __call__(
         self,
