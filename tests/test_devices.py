@@ -158,8 +158,11 @@ def test_synchronized_variance_is_exact_far_from_zero(offset, masked):
     np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize(
+    "name, explicit",
+    [(n, False) for n in NORMS]
+    + [(n, True) for n in ("batch", "layer", "group", "instance_first", "ghost")],
+)
 def test_sharded_inputs_under_jit_need_nothing(name, explicit):
     row = NORMS[name]
     p = problem(row)
@@ -366,9 +369,11 @@ def test_aligned_virtual_batches_communicate_nothing():
         assert f(x).sharding.is_equivalent_to(sharding, 3)
 
 
-@pytest.mark.parametrize("name", ["batch", "layer_space", "rms_space", "group"])
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "name, check_vma, masked",
+    [("batch", v, m) for v in (True, False) for m in (True, False)]
+    + [("layer_space", True, False), ("rms_space", False, True), ("group", True, True)],
+)
 def test_one_collective_forward_and_one_backward(name, check_vma, masked):
     row = SYNCED[name]
     norm = changed(row.norm, axis_name="d")

@@ -54,11 +54,9 @@ def test_masks_of_zeros_and_ones(name, dtype):
 
 
 @every_norm
-@pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
-def test_what_lies_under_a_mask_changes_nothing(name, poison):
+def test_what_lies_under_a_mask_changes_nothing(name):
     row = NORMS[name]
     p = problem(row)
-    weights = p.cotangent
 
     @jax.jit
     def all_of_it(x):
@@ -66,15 +64,16 @@ def test_what_lies_under_a_mask_changes_nothing(name, poison):
             return row.norm(x, params, p.stats, mask=p.mask)
 
         (y, stats), vjp = jax.vjp(f, x, p.params)
-        return y, stats, vjp((weights, jax.tree.map(jnp.ones_like, stats)))
+        return y, stats, vjp((p.cotangent, jax.tree.map(jnp.ones_like, stats)))
 
     clean = all_of_it(p.x)
-    poisoned = all_of_it(np.where(p.mask, p.x, np.float32(poison)))
-    assert all(np.isfinite(v).all() for v in jax.tree.leaves(poisoned))
-    jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
-    y, _, (dx, _) = jax.tree.map(np.asarray, poisoned)
-    np.testing.assert_array_equal(y[~p.mask], 0)
-    np.testing.assert_array_equal(dx[~p.mask], 0)
+    for poison in (np.nan, np.inf, 1e30):
+        poisoned = all_of_it(np.where(p.mask, p.x, np.float32(poison)))
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(poisoned))
+        jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+        y, _, (dx, _) = jax.tree.map(np.asarray, poisoned)
+        np.testing.assert_array_equal(y[~p.mask], 0)
+        np.testing.assert_array_equal(dx[~p.mask], 0)
 
 
 @pytest.mark.parametrize("name", ["batch", "layer", "rms", "instance"])

@@ -28,8 +28,9 @@ def per_feature(row, x, mask=None):
 
 
 @every_running
-@pytest.mark.parametrize("momentum", [0.9, 0.0, None])
-@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize(
+    "momentum, unbiased", [(0.9, True), (0.0, False), (None, False), (None, True)]
+)
 def test_values_step_by_step(name, momentum, unbiased):
     row = RUNNING[name]
     norm = changed(row.norm, momentum=momentum, unbiased=unbiased)
@@ -54,35 +55,37 @@ def test_a_scan_over_steps_keeps_structure_and_dtypes(name, momentum):
     row = RUNNING[name]
     norm = changed(row.norm, momentum=momentum)
     for dtype in (jnp.float32, jnp.bfloat16):
-        batches = jnp.stack([problem(row, seed=s, dtype=dtype).x for s in range(3)])
+        batches = np.stack([problem(row, seed=s, dtype=dtype).x for s in range(3)])
         stats = norm.init_stats(problem(row).params["scale"].shape)
         last, ys = jax.lax.scan(lambda s, x: norm(x, {}, s)[::-1], stats, batches)
         for k, v in stats.items():
             assert last[k].dtype == v.dtype and last[k].shape == v.shape
+        step = jax.jit(norm)
         for x in batches:
-            _, stats = norm(x, {}, stats)
+            _, stats = step(x, {}, stats)
         jax.tree.map(assert_close, last, stats)
         assert ys.dtype == dtype
     with jax.enable_x64(True):
-        wide = batches.astype(jnp.float64)
+        wide = batches.astype(np.float64)
         stats = norm.init_stats(stats["mean"].shape)
         last, _ = jax.lax.scan(lambda s, x: norm(x, {}, s)[::-1], stats, wide)
         assert last["mean"].dtype == last["var"].dtype == jnp.float32
 
 
 @every_running
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_batch_that_is_not_finite_leaves_the_state(name, bad):
+def test_a_batch_that_is_not_finite_leaves_the_state(name):
     row = RUNNING[name]
-    for norm in (row.norm, changed(row.norm, momentum=None)):
+    for momentum in (0.9, None):
+        norm = changed(row.norm, momentum=momentum)
+        step = jax.jit(norm)
         p = problem(row)
-        stats = norm.init_stats(p.params["scale"].shape)
-        _, stats = norm(p.x, p.params, stats)
-        x = p.x.copy()
-        x[(1,) * x.ndim] = bad
-        y, new = jax.jit(norm)(x, p.params, stats)
-        assert not np.isfinite(y).all()  # the batch is bad, and shows it
-        jax.tree.map(np.testing.assert_array_equal, new, stats)
+        _, stats = step(p.x, p.params, norm.init_stats(p.params["scale"].shape))
+        for bad in (np.nan, np.inf, -np.inf):
+            x = p.x.copy()
+            x[(1,) * x.ndim] = bad
+            y, new = step(x, p.params, stats)
+            assert not np.isfinite(y).all()  # the batch is bad, and shows it
+            jax.tree.map(np.testing.assert_array_equal, new, stats)
 
 
 @every_running
