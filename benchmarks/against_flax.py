@@ -2,8 +2,9 @@
 
     python benchmarks/against_flax.py
 
-Both do the same work in one run, in turns, so that what else the machine does hits both
-alike. Prints the lower quartile of each, in milliseconds, and the ratio; float32.
+Both do the same work in one run, in an order drawn anew each round, so that what else
+the machine does hits both alike. Prints the lower quartile of each, in milliseconds,
+and the ratio; float32.
 """
 
 import time
@@ -62,12 +63,14 @@ def programs(library, name, shape, options):
 
 
 def milliseconds(calls):
-    """The lower quartile of each call's times, the calls taking turns."""
+    """The lower quartile of each call's times, the calls taking turns at random."""
     times = {key: [] for key in calls}
+    rng = np.random.default_rng(0)
     for _ in range(ROUNDS + 2):
-        for key, call in calls.items():
+        for i in rng.permutation(len(calls)):
+            key = list(calls)[i]
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(calls[key]())
             times[key].append(time.perf_counter() - start)
     return {k: 1e3 * float(np.quantile(t[2:], 0.25)) for k, t in times.items()}
 
