@@ -422,7 +422,11 @@ def test_gradients_of_the_parameters_ride_along():
             argnums=(0, 1),
         )
     )
-    assert len(collectives(grad.lower(p.x, p.params).compile().as_text())) == 2
+    program = grad.lower(p.x, p.params)
+    assert len(collectives(program.compile().as_text())) == 2
+    # As written, before XLA combines any: the statistics, and both sums of the
+    # backward pass, with which scale and bias have their gradients.
+    assert str(program.as_text()).count("stablehlo.all_reduce") == 2
 
 
 def test_very_many_statistics_take_two_small_collectives(monkeypatch):
