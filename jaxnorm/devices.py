@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 
-from jaxnorm.moments import Moments, pool
+from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -127,8 +127,7 @@ def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
 
 def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:
     """Pools what every device of the group wrote into a slot of its own."""
-    # In the dtype of the mean, sizes travel exactly in two parts; see `pool`.
-    parts = (m.mean, m.residue, m.var, m.size >> 16, m.size & 0xFFFF)
+    parts = (m.mean, m.residue, m.var, *size_parts(m.size))
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
     members, place = axis_size(name), lax.axis_index(name)
     if groups is not None:
@@ -137,10 +136,8 @@ def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:
     slots = lax.dynamic_update_index_in_dim(slots, own, place, 0)
     slots = _group_sum(slots, name, groups)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
-    size = (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)
-    pooled = pool(
-        Moments(mean, var.real, size, residue), lambda v: v.sum(0, keepdims=True)
-    )
+    each = Moments(mean, var.real, joined_size(high, low), residue)
+    pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 
 

@@ -104,10 +104,9 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     """
     dtype = m.mean.dtype
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
-    # A float32 holds integers up to 2**24 exactly, so sizes are summed in two parts.
-    parts = (size.astype(dtype) * m.mean, size >> 16, size & 0xFFFF)
+    parts = (size.astype(dtype) * m.mean, *size_parts(size))
     rough, high, low = _unstack(total(_stack(parts, dtype)))
-    whole = _as_size(high, low)
+    whole = joined_size(high, low)
     rough = _rounded(_over(rough, jnp.maximum(whole, 1)))
     apart = (m.mean - rough) + m.residue
     parts = (apart, m.var + abs_square(apart))
@@ -127,7 +126,14 @@ def _unstack(x: Array) -> list[Array]:
     return [x[..., i] for i in range(x.shape[-1])]
 
 
-def _as_size(high: Array, low: Array) -> Array:
+def size_parts(size: Array) -> tuple[Array, Array]:
+    """`size` as two integers small enough to be summed exactly in float32, which holds
+    integers up to 2**24."""
+    return size >> 16, size & 0xFFFF
+
+
+def joined_size(high: Array, low: Array) -> Array:
+    """The size whose parts, or the sums of whose parts, these are."""
     return (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)
 
 
@@ -167,10 +173,13 @@ def _aligned(mask: Array, shape: tuple[int, ...]) -> Array:
     return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
 
+def _folded(mask: Array, axes: Axes) -> Array:
+    return jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
+
+
 def _count(mask: Array, axes: Axes) -> Array:
     """Valid elements per statistic, in int32: float32 cannot count past 2**24."""
-    whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
-    return whole.sum(axes.reduce, keepdims=True, dtype=jnp.int32)
+    return _folded(mask, axes).sum(axes.reduce, keepdims=True, dtype=jnp.int32)
 
 
 def _mean(x: Array, axes: Axes, size: Any) -> Array:
@@ -241,8 +250,7 @@ def _by_pivot(
     pivot = _rounded(_pivot(x, axes) if mask is None else _mean(x, axes, size))
     shifted = x - pivot
     if mask is not None:
-        whole = jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
-        shifted = jnp.where(whole, shifted, jnp.zeros((), x.dtype))
+        shifted = jnp.where(_folded(mask, axes), shifted, jnp.zeros((), x.dtype))
     shift = _mean(shifted, axes, size)
     var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
     mean, residue = _add(pivot, shift)

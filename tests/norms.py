@@ -159,6 +159,11 @@ RUNNING = {k: r for k, r in NORMS.items() if r.norm.has_stats}
 SYNCED = {k: r for k, r in NORMS.items() if r.split is not None}
 
 
+def changed(norm, **settings):
+    """The same norm with other settings."""
+    return type(norm)(**(vars(norm) | settings))
+
+
 class Problem(NamedTuple):
     """Random arrays for a row; `x` in float32 unless asked otherwise.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from norms import NORMS, RUNNING, SYNCED, assert_close, problem
+from norms import NORMS, RUNNING, SYNCED, assert_close, changed, problem
 
 import jaxnorm
 from jaxnorm import devices
@@ -24,10 +24,6 @@ def mesh(**sizes):
     count = int(np.prod(list(sizes.values())))
     grid = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes))
-
-
-def changed(norm, **settings):
-    return type(norm)(**(vars(norm) | settings))
 
 
 def shards(x, axis, count):

@@ -7,16 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from norms import NORMS, RUNNING, assert_close, problem
+from norms import NORMS, RUNNING, assert_close, changed, problem
 
 import jaxnorm
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_running = pytest.mark.parametrize("name", RUNNING)
-
-
-def changed(norm, **settings):
-    return type(norm)(**(vars(norm) | settings))
 
 
 def per_feature(row, x, mask=None):
