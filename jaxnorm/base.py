@@ -40,7 +40,8 @@ class Norm(abc.ABC):
     epsilon: float = 1e-6
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
-    params: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    params: ClassVar[tuple[str, ...]] = ("scale", "bias")  # names a call may pass
+    inputs: ClassVar[tuple[str, ...]] = ()  # names a call must pass, beside x
     center: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -88,6 +89,7 @@ class Norm(abc.ABC):
         use_running_average: bool | Array,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
+        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """What `__call__` does, and no error for a variance of single values."""
 
@@ -101,25 +103,42 @@ class Norm(abc.ABC):
         use_running_average: bool | ArrayLike = False,
         mask: ArrayLike | None = None,
         dtype: DTypeLike | None = None,
+        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the normalized array, in `dtype` or that of `x`, and the statistics.
 
         With `use_running_average` (which may be traced) a method with running
         statistics normalizes by these and returns them as they are. `mask` is boolean,
         or 0 and 1, and broadcasts to `x`: what it excludes counts for nothing and comes
-        out as 0. Integers are read as float32.
+        out as 0. Integers are read as float32. `inputs` are what the method's `inputs`
+        name, such as the domain of each example; few methods have any.
 
         Raises ValueError or TypeError where shapes, dtypes or settings do not fit, and
         where each variance would be that of a single value.
         """
         x = as_floating(x)
         flag = as_flag(use_running_average)
+        self.check_names(params, inputs)
         problem = self.lone_values(x.shape, flag)
         if problem:
             raise ValueError(problem)
         return self.apply(
-            x, params, stats, use_running_average=flag, mask=mask, dtype=dtype
+            x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
         )
+
+    def check_names(self, params: Params, inputs: Mapping[str, Any]) -> None:
+        """Raises unless `params` and `inputs` hold what the method names."""
+        kind = type(self).__name__
+        unknown = sorted(set(params) - set(self.params))
+        if unknown:
+            raise ValueError(
+                f"{kind} has no parameter {unknown}: it takes {list(self.params)}"
+            )
+        if set(inputs) != set(self.inputs):
+            raise TypeError(
+                f"{kind} is called with the inputs {list(self.inputs)} beside x, got "
+                f"{sorted(inputs)}: pass exactly those, by name"
+            )
 
     def lone_values(self, shape: Shape, flag: bool | Array) -> str | None:
         """What to say if each statistic of an array of `shape` has a single value."""
@@ -194,23 +213,28 @@ class StatelessNorm(Norm):
         """Nothing: the method keeps no statistics."""
         return {}
 
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """Normalizes by the moments over `axes`, unless a method says otherwise."""
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
+
     @final
-    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        y, _ = self.by_own_moments(x, params, mask=mask, dtype=dtype)
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
+        y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
         return y, as_arrays(stats)
 
 
 @method
-class RunningNorm(Norm):
-    """A norm by batch moments at training and by their moving average at evaluation.
-
-    `momentum` is the weight of the old statistics at each step; None keeps the average
-    over all batches instead. With `unbiased` the variance kept is the unbiased one, as
-    in PyTorch; the batch is always normalized by the biased one.
-    """
+class StatefulNorm(Norm):
+    """A norm that learns statistics at training and uses them at evaluation."""
 
     momentum: float | None = 0.99
-    unbiased: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,6 +243,54 @@ class RunningNorm(Norm):
                 f"momentum is the weight of the old statistics, from 0 to 1, got "
                 f"{self.momentum}: PyTorch's momentum m is 1 - m here"
             )
+
+    @abc.abstractmethod
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The normalized batch, and the statistics after it."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """`x` normalized by `stats`."""
+
+    @final
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
+        flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
+        if flag is True:
+            return self.evaluate(x, params, stats, **args), as_arrays(stats)
+        trained = self.train(x, params, stats, **args)
+        if flag is False:
+            return trained
+        kept = self.evaluate(x, params, stats, **args), as_arrays(stats)
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, trained)
+
+
+@method
+class RunningNorm(StatefulNorm):
+    """A norm by batch moments at training and by their moving average at evaluation.
+
+    `momentum` is the weight of the old statistics at each step; None keeps the average
+    over all batches instead. With `unbiased` the variance kept is the unbiased one, as
+    in PyTorch; the batch is always normalized by the biased one.
+    """
+
+    unbiased: bool = False
+    kept: ClassVar[tuple[str, ...]] = ("mean", "var")
 
     @abc.abstractmethod
     def by_batch(
@@ -233,34 +305,26 @@ class RunningNorm(Norm):
         """Normalizes by the batch; returns the moments that the running ones follow,
         one of each per feature."""
 
-    @final
     def init_stats(self, feature_shape, dtype=jnp.float32):
         """Mean 0 and variance 1, and a count where `momentum` is None."""
-        return running.init_stats(feature_shape, momentum=self.momentum, dtype=dtype)
+        return running.init_stats(
+            feature_shape, momentum=self.momentum, dtype=dtype, kept=self.kept
+        )
 
-    @final
-    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        flag = use_running_average
-        if flag is True:
-            return self._by_running(x, params, stats, mask, dtype), as_arrays(stats)
+    def train(self, x, params, stats, *, mask, dtype):
         y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
-        new = running.update_stats(
+        return y, running.update_stats(
             stats,
             m,
             self.axes(x.shape),
             momentum=self.momentum,
             unbiased=self.unbiased,
-        )
-        if flag is False:
-            return y, new
-        kept = self._by_running(x, params, stats, mask, dtype)
-        return jax.tree.map(
-            lambda a, b: jnp.where(flag, a, b), (kept, as_arrays(stats)), (y, new)
+            kept=self.kept,
         )
 
-    def _by_running(self, x, params, stats, mask, dtype):
+    def evaluate(self, x, params, stats, *, mask, dtype):
         axes = self.axes(x.shape)
-        m = running.read(stats, axes, x.dtype)
+        m = running.read(stats, axes, x.dtype, kept=self.kept)
         return standardize(
             x,
             m.mean,

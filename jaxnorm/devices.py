@@ -1,7 +1,9 @@
 """Where devices meet: moments pooled over named axes, with one collective each way."""
 
+import collections
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -167,18 +169,25 @@ def _places(groups: Groups) -> np.ndarray:
     return np.array([table[i] for i in range(len(table))])
 
 
-def vary_together(k: Array, b: Array, like: Array) -> tuple[Array, Array]:
-    """`k` and `b`, marked as varying over the mesh axes that `like` varies over.
+def vary_together(like: Array, *arrays: Array | None) -> list[Any]:
+    """`arrays`, marked as varying over the mesh axes that `like` varies over.
 
     JAX marks them by itself where they meet `like` (in shard_map with check_vma), and
-    each mark is a psum when transposed. Marked together they cost one.
+    each mark is a psum when transposed. Marked together, as one array, they cost one.
     """
-    missing = _varying(like) - (_varying(k) | _varying(b))
-    if not missing:
-        return k, b
-    both = jnp.stack(jnp.broadcast_arrays(k, b))
-    both = lax.pcast(both, tuple(sorted(missing)), to="varying")
-    return both[0], both[1]
+    marked: list[Any] = list(arrays)
+    alike = collections.defaultdict(list)
+    for i, v in enumerate(arrays):
+        missing = frozenset() if v is None else _varying(like) - _varying(v)
+        if v is not None and missing:
+            alike[v.dtype, tuple(sorted(missing))].append((i, v))
+    for (_, missing), group in alike.items():
+        flat = jnp.concatenate([v.ravel() for _, v in group])
+        flat = lax.pcast(flat, missing, to="varying")
+        ends = np.cumsum([v.size for _, v in group])[:-1]
+        for (i, v), part in zip(group, jnp.split(flat, ends), strict=True):
+            marked[i] = part.reshape(v.shape)
+    return marked
 
 
 def _varying(x: Array) -> frozenset[str]:
