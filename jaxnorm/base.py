@@ -11,9 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm import devices, running
+from jaxnorm import axes, devices, running
 from jaxnorm.axes import Axes, Shape
-from jaxnorm.dtypes import as_floating
+from jaxnorm.dtypes import as_floating, at_least_float32, promote
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize
@@ -43,6 +43,7 @@ class Norm(abc.ABC):
     params: ClassVar[tuple[str, ...]] = ("scale", "bias")  # names a call may pass
     inputs: ClassVar[tuple[str, ...]] = ()  # names a call must pass, beside x
     center: ClassVar[bool] = True
+    pools: ClassVar[bool] = True  # whether devices can share statistics
 
     def __post_init__(self):
         hashable = {
@@ -56,6 +57,11 @@ class Norm(abc.ABC):
             object.__setattr__(self, name, value)
         if isinstance(self.epsilon, int | float) and not self.epsilon >= 0:
             raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+        if self.axis_name is not None and not self.pools:
+            raise ValueError(
+                f"{type(self).__name__} shares nothing between devices, got axis_name="
+                f"{self.axis_name!r}: leave it out"
+            )
 
     @abc.abstractmethod
     def axes(self, shape: Shape) -> Axes:
@@ -231,6 +237,39 @@ class StatelessNorm(Norm):
 
 
 @method
+class RowNorm(StatelessNorm):
+    """A norm over `reduction_axes`, with parameters along `feature_axes`.
+
+    With `zero_centered_scale` the scale is kept less 1, so that weight decay draws it
+    to 1.
+    """
+
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+    zero_centered_scale: bool = False
+
+    @final
+    def axes(self, shape):
+        return axes.over(shape, self.reduction_axes, self.feature_axes)
+
+    @final
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        params = super().init_params(feature_shape, dtype)
+        if self.zero_centered_scale:
+            params["scale"] = jnp.zeros(feature_shape, dtype)
+        return params
+
+    @final
+    def transform(self, x, params, *, mask, dtype):
+        scale = params.get("scale")
+        if self.zero_centered_scale and scale is not None:
+            scale = jnp.asarray(scale)
+            wide = promote(at_least_float32(x.dtype), scale.dtype)
+            params = {**params, "scale": scale.astype(wide) + 1}
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
+
+
+@method
 class StatefulNorm(Norm):
     """A norm that learns statistics at training and uses them at evaluation."""
 
@@ -311,25 +350,34 @@ class RunningNorm(StatefulNorm):
             feature_shape, momentum=self.momentum, dtype=dtype, kept=self.kept
         )
 
-    def train(self, x, params, stats, *, mask, dtype):
-        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
-        return y, running.update_stats(
+    def train(self, x, params, stats, *, mask, dtype, **inputs):
+        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype, **inputs)
+        return y, self.updated(stats, m, x.shape)
+
+    def stats_axes(self, shape: Shape) -> Axes:
+        """Axes whose features have the shape of the running statistics."""
+        return self.axes(shape)
+
+    @final
+    def updated(self, stats: Stats, m: Moments, shape: Shape) -> dict[str, Array]:
+        """The statistics, moved towards those of a batch of `shape`."""
+        return running.update_stats(
             stats,
             m,
-            self.axes(x.shape),
+            self.stats_axes(shape),
             momentum=self.momentum,
             unbiased=self.unbiased,
             kept=self.kept,
         )
 
     def evaluate(self, x, params, stats, *, mask, dtype):
-        axes = self.axes(x.shape)
-        m = running.read(stats, axes, x.dtype, kept=self.kept)
+        where = self.axes(x.shape)
+        m = running.read(stats, where, x.dtype, kept=self.kept)
         return standardize(
             x,
             m.mean,
             m.rstd(self.epsilon),
-            axes,
+            where,
             scale=params.get("scale"),
             bias=params.get("bias"),
             mask=mask,

@@ -1,6 +1,7 @@
 """Step 4: the moving statistics that stand in for the batch at evaluation."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -78,8 +79,7 @@ def update_stats(
             f"complex input: initialize the statistics with dtype={m.mean.dtype}"
         )
     mean, var, size = _per_feature(m, axes)
-    finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
-    counted = finite & (size > 1)
+    counted = all_finite(mean, var) & (size > 1)
     if unbiased:
         size = jnp.maximum(size, 2).astype(var.dtype)
         var = var * (size / (size - 1))
@@ -95,14 +95,35 @@ def update_stats(
     return new
 
 
-def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
-    """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
+def all_finite(*arrays: Array) -> Array:
+    """Whether a batch with these statistics may leave a trace."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(v).all() for v in arrays])
+
+
+def replaced(
+    stats: Mapping[str, ArrayLike], new: Mapping[str, Array], when: Array
+) -> Stats:
+    """`stats` with those of `new` in their place, where `when`; without gradient."""
+    out = {k: jnp.asarray(v) for k, v in stats.items()}
+    for k, v in new.items():
+        v = lax.stop_gradient(v).astype(out[k].dtype)
+        out[k] = jnp.where(when, v.reshape(out[k].shape), out[k])
+    return out
+
+
+def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
+    """Raises ValueError unless `stats` holds `names`."""
     missing = [k for k in names if k not in stats]
     if missing:
         raise ValueError(
             f"stats lacks {missing}, it holds {sorted(stats)}: start from init_stats, "
             "with momentum=None for a cumulative average"
         )
+
+
+def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
+    require(stats, names)
     for k in names:
         if jnp.shape(stats[k]) != axes.feature_shape:
             raise ValueError(

@@ -68,6 +68,12 @@ def pointwise(
     return jax.checkpoint(f, prevent_cse=False)(x, mask, *arrays)
 
 
+def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
+    """`y * scale + bias`, where None is 1 and 0."""
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
 def as_param(
     name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike
 ) -> Array | None:
@@ -89,6 +95,16 @@ def as_param(
             "for one per example"
         )
     return value.astype(promote(dtype, value.dtype)).reshape(shape)
+
+
+def as_number(
+    name: str, value: ArrayLike | None, default: float, dtype: DTypeLike
+) -> Array:
+    """A parameter that is one number; raises ValueError if it has a shape."""
+    value = jnp.asarray(default if value is None else value, dtype)
+    if value.shape:
+        raise ValueError(f"{name} has shape {value.shape}, but it is one number")
+    return value
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -135,9 +151,7 @@ def _slope(mean, rstd, scale):
     return rstd if scale is None else rstd * scale
 
 
-def unfold(
-    y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None
-) -> Array:
+def unfold(y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None) -> Array:
     """The array's own shape again, in `dtype`, and 0 where `mask` is false."""
     y = y.reshape(axes.shape).astype(dtype)
     return y if mask is None else jnp.where(mask, y, jnp.zeros((), dtype))
