@@ -44,6 +44,7 @@ class Norm(abc.ABC):
     inputs: ClassVar[tuple[str, ...]] = ()  # names a call must pass, beside x
     center: ClassVar[bool] = True
     pools: ClassVar[bool] = True  # whether devices can share statistics
+    has_stats: ClassVar[bool] = True  # whether the method keeps statistics
 
     def __post_init__(self):
         hashable = {
@@ -72,18 +73,13 @@ class Norm(abc.ABC):
     ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias, in the shape of the features."""
         fill = {"scale": jnp.ones, "bias": jnp.zeros}
-        return {k: fill[k](feature_shape, dtype) for k in self.params}
+        return {k: v(feature_shape, dtype) for k, v in fill.items() if k in self.params}
 
     @abc.abstractmethod
     def init_stats(
         self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
     ) -> dict[str, Array]:
         """The statistics before any step; empty for a method that keeps none."""
-
-    @property
-    def has_stats(self) -> bool:
-        """Whether the method keeps running statistics."""
-        return bool(jax.eval_shape(lambda: self.init_stats((1,))))
 
     @abc.abstractmethod
     def apply(
@@ -213,6 +209,8 @@ def as_arrays(stats: Stats) -> dict[str, Array]:
 @method
 class StatelessNorm(Norm):
     """A norm by the moments of the array at hand, at training and evaluation alike."""
+
+    has_stats = False
 
     @final
     def init_stats(self, feature_shape, dtype=jnp.float32):

@@ -120,11 +120,12 @@ class CrossIterationBatchNorm(RunningNorm):
     def _over_batches(self, own, past, kernel, shape):
         """Moments of this batch and of past ones, as if by the present kernel."""
         wide = own.var.dtype
-        moved = kernel.astype(wide) - past["kernel"].astype(wide)
+        moved = kernel.astype(wide)[None] - past["kernel"].astype(wide)
         over = tuple(range(1, moved.ndim - 1))
         shift = (past["mean_slope"].astype(wide) * moved).sum(over)
         change = (past["var_slope"].astype(wide) * moved).sum(over)
-        filled = jnp.arange(self.window - 1) < past["batches"]
+        batches = past["batches"]
+        filled = jnp.arange(self.window - 1, dtype=batches.dtype) < batches
         shape = (-1, *own.var.shape)
         mean = (past["mean"].astype(wide) + shift).reshape(shape)
         # That of the squares, to the first order, less the square of this mean.

@@ -116,7 +116,7 @@ class IterNorm(StatefulNorm):
 
     def _whitening(self, covariance):
         """The inverse square root of `covariance + epsilon`, by Newton's iteration."""
-        one = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+        one = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
         covariance = covariance + self.epsilon * one
         trace = jnp.trace(covariance, axis1=1, axis2=2)[:, None, None]
         covariance = covariance / trace

@@ -30,7 +30,7 @@ class L1BatchNorm(RunningNorm):
         own = moments(x, where, mask=mask)
         m = sync(own, self.axis_name, self.axis_index_groups)
         total = devices.group_sum(
-            _absolute(x, mask, m.mean, where), self.axis_name, self.axis_index_groups
+            _absolute(x, mask, m, where), self.axis_name, self.axis_index_groups
         )
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
@@ -48,18 +48,18 @@ class L1BatchNorm(RunningNorm):
         return y, m._replace(var=var)
 
 
-def _absolute(x, mask, mean, where):
+def _absolute(x, mask, m, where):
     """The sum of distances from the mean; of x's size only `x` is kept for later."""
     mask = as_mask(mask, x.shape)
 
-    def total(x, mean):
-        far = jnp.abs(fold(x, mask, where) - mean)
+    def total(x, mean, residue):
+        far = jnp.abs((fold(x, mask, where) - mean) - residue)
         if mask is not None:
             valid = jnp.broadcast_to(mask, x.shape).reshape(where.folded)
             far = jnp.where(valid, far, 0)
         return far.sum(where.reduce, keepdims=True)
 
-    return jax.checkpoint(total, prevent_cse=False)(x, mean)
+    return jax.checkpoint(total, prevent_cse=False)(x, m.mean, m.residue)
 
 
 def l1_batch_norm(

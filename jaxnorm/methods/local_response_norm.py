@@ -73,7 +73,8 @@ def local_response_norm(
 
     >>> import jax.numpy as jnp, jaxnorm, numpy as np
     >>> x = jnp.array([[1.0, 2.0, 3.0]])
-    >>> print(np.asarray(jaxnorm.local_response_norm(x, size=2, alpha=2.0, beta=1.0)).round(3))
+    >>> y = jaxnorm.local_response_norm(x, size=2, alpha=2.0, beta=1.0)
+    >>> print(np.asarray(y).round(3))
     [[0.5   0.333 0.214]]
     """
     norm = LocalResponseNorm(size=size, alpha=alpha, beta=beta, k=k, axis=axis)

@@ -122,7 +122,7 @@ class MovingAverageBatchNorm(StatefulNorm):
 
     def _place(self, count, like):
         """The row of this batch in the buffers, and 1 for each row that is filled."""
-        rows = jnp.arange(self.window)
+        rows = jnp.arange(self.window, dtype=count.dtype)
         filled = (rows < jnp.minimum(count + 1, self.window)).astype(like.dtype)
         return count % self.window, filled.reshape(-1, *[1] * like.ndim)
 

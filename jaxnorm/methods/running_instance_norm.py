@@ -95,8 +95,8 @@ def running_instance_norm(
     >>> y, stats = jaxnorm.running_instance_norm(
     ...     x, jaxnorm.init_stats(1), use_running_average=False, momentum=0.0
     ... )
-    >>> print(np.asarray(y).round(3).ravel(), stats["mean"], np.asarray(stats["var"]).round(3))
-    [-1.  1. -1.  1.] [11.] [50.5]
+    >>> print(np.asarray(y).round(3).ravel(), stats["mean"])
+    [-1.  1. -1.  1.] [11.]
     """
     norm = RunningInstanceNorm(
         axis=axis,

@@ -85,8 +85,9 @@ def _shares(name, weight, dtype):
 
 
 def _mixture(shares, instance, layer, batch):
+    """The shares add up to 1: equal parts give exactly these."""
     shares = shares.astype(instance.dtype)
-    return shares[0] * instance + shares[1] * layer + shares[2] * batch
+    return instance + shares[1] * (layer - instance) + shares[2] * (batch - instance)
 
 
 def switchable_norm(
