@@ -34,6 +34,7 @@ class Row(NamedTuple):
     backward: Callable[..., dict[str, Any]] | None = None  # if not the derivative
     held: Callable[..., dict[str, Any]] | None = None  # what the gradient sees fixed
     masks: bool = True
+    poison: bool = True  # whether what a mask hides may be NaN
     constant: bool = True  # whether a constant input gives zeros
     collectives: int = 1  # in each direction, if synchronized
 
@@ -324,6 +325,7 @@ NORMS: dict[str, Row] = {
         ref=functools.partial(cross_iteration, window=3),
         split=None,
         inputs=scaling,
+        poison=False,
         constant=False,
     ),
     "eval": other(jaxnorm.EvalNorm, {"weight": 0.3}, LAST, lone=(1, 4)),

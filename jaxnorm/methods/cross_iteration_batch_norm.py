@@ -71,12 +71,7 @@ class CrossIterationBatchNorm(RunningNorm):
         )
         now = self._with_slopes(own, kernel, lambda k: self._moments(layer(k), mask))
         usable = all_finite(*now.values()) & jnp.any(jnp.asarray(own.size) > 1)
-        rolled = {
-            f"past_{k}": jnp.concatenate([v.reshape(1, *past[k].shape[1:]), past[k]])[
-                :-1
-            ]
-            for k, v in now.items()
-        }
+        rolled = {f"past_{k}": _rolled(past[k], v) for k, v in now.items()}
         new = self.updated(stats, m, x.shape)
         rolled["batches"] = past["batches"] + 1
         return y, replaced(new, rolled, usable)
@@ -150,6 +145,12 @@ class CrossIterationBatchNorm(RunningNorm):
         return {"mean": own.mean, "var": own.var, **slopes, "kernel": kernel}
 
 
+def _rolled(past: Array, now: Array) -> Array:
+    """With this batch as the latest, and without the oldest."""
+    now = now.reshape(1, *past.shape[1:]).astype(past.dtype)
+    return jnp.concatenate([now, past])[:-1]
+
+
 def cross_iteration_batch_norm(
     x: ArrayLike,
     stats: Stats,
@@ -184,7 +185,8 @@ def cross_iteration_batch_norm(
     Args:
         stats: from `CrossIterationBatchNorm(kernel_shape=...).init_stats`.
         kernel: of the layer that gave x; its last axis holds the features.
-        layer: such that `x == layer(kernel)`.
+        layer: such that `x == layer(kernel)`; as it is differentiated, what `mask`
+            excludes must be finite.
         window: number of batches, this one among them.
 
     All else is as in `jaxnorm.batch_norm`.
