@@ -8,6 +8,7 @@ from jaxnorm.base import StatelessNorm as StatelessNorm
 from jaxnorm.base import method as method
 from jaxnorm.control import control_labels as control_labels
 from jaxnorm.devices import sync as sync
+from jaxnorm.inputs import Standardize as Standardize
 from jaxnorm.methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm.methods.batch_norm import batch_norm as batch_norm
 from jaxnorm.methods.batch_renorm import BatchRenorm as BatchRenorm

@@ -78,7 +78,7 @@ def sync(
     One collective forward and one backward: each device writes its moments into its
     own slot of an array of zeros, (devices, 5, statistics), and one psum of that gives
     every device all of them, to pool exactly. Past 1 MiB of slots (6553 statistics on
-    8 devices, 204 on 256, 12 on 4096) two psums of (statistics, 3 and 2) replace it,
+    8 devices, 204 on 256, 12 on 4096) two psums of (statistics, 4 and 2) replace it,
     as exact and smaller.
 
     Raises ValueError if `axis_name` is not bound, or the groups are no partition.
