@@ -75,6 +75,7 @@ def controlled(
         as_param(k, params.get(k), axes, rstd.dtype) for k in ("scale", "bias")
     )
     gain = jnp.ones_like(rstd) if gain is None else gain
+    rstd, gain, extra = lax.stop_gradient((rstd, gain, extra))
     size = jnp.maximum(jnp.asarray(size), 1).astype(rstd.dtype)
     plan = Plan(renew, axes, dtype, axis_name, axis_index_groups, copies(control, x))
     arrays = vary_together(x, rstd, gain, size, scale, bias, control, *extra)
