@@ -33,7 +33,7 @@ class Row(NamedTuple):
     inputs: Callable[[Any], dict[str, Any]] = lambda x: {}  # beside x
     backward: Callable[..., dict[str, Any]] | None = None  # if not the derivative
     held: Callable[..., dict[str, Any]] | None = None  # what the gradient sees fixed
-    masks: bool = True
+    positions: bool = False  # whether masks are of whole positions
     poison: bool = True  # whether what a mask hides may be NaN
     constant: bool = True  # whether a constant input gives zeros
     collectives: int = 1  # in each direction, if synchronized
@@ -343,7 +343,7 @@ NORMS: dict[str, Row] = {
         LAST,
         ((16, 4),),
         bad=(((8, 3, 5), "num_groups=2 does not divide the 5 features"),),
-        masks=False,
+        positions=True,
         collectives=2,
     ),
     "l1": other(jaxnorm.L1BatchNorm, {}, LAST, ((16, 5),), lone=(1, 4), collectives=2),
@@ -442,7 +442,7 @@ def problem(row: Row, shape=None, *, dtype=jnp.float32, offset=0.0, seed=0) -> P
         )
         for k, v in param_shapes(row.norm, features).items()
     }
-    mask = rng.random(shape) > 0.4
+    mask = rng.random((*shape[:-1], 1) if row.positions else shape) > 0.4
     cotangent = rng.normal(size=shape).astype(np.float32)
     return Problem(x, params, dict(initial_stats(row.norm, features)), mask, cotangent)
 

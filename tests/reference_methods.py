@@ -471,37 +471,36 @@ def iter_norm(
     epsilon=1e-5,
 ):
     """Whiten groups of features by Newton's iteration (Huang 2019, 1904.03441)."""
-    if mask is not None:
-        raise ValueError("iter_norm takes no mask")
     if (num_groups is None) == (group_size is None):
         raise ValueError("give exactly one of num_groups and group_size")
-    x = _exact(x)
+    x, valid = _select(x, mask)
     d = group_size or x.shape[-1] // num_groups
     groups = x.shape[-1] // d
     rows = x.reshape(-1, x.shape[-1])
+    present = rows[valid.reshape(rows.shape)[:, 0]]  # masks are of whole rows
     new = _copy(stats)
     if use_running_average:
         mean, whitening = _exact(stats["mean"]), _exact(stats["whitening"])
     else:
-        mean = rows.mean(0)
+        mean = present.sum(0) / max(len(present), 1)
         whitening = np.zeros((groups, d, d))
         for k in range(groups):
             group = slice(k * d, (k + 1) * d)
-            centred = rows[:, group] - mean[group]
-            sigma = centred.T @ centred / len(rows) + epsilon * np.eye(d)
+            centred = present[:, group] - mean[group]
+            sigma = centred.T @ centred / max(len(present), 1) + epsilon * np.eye(d)
             trace = np.trace(sigma)
             p = np.eye(d)
             for _ in range(iterations):
                 p = (3 * p - p @ p @ p @ (sigma / trace)) / 2
             whitening[k] = p / np.sqrt(trace)
-        if len(rows) >= 2:
+        if len(present) >= 2:
             for name, value in (("mean", mean), ("whitening", whitening)):
                 new[name] = momentum * new[name] + (1 - momentum) * value
     z = np.zeros(rows.shape)
     for k in range(groups):
         group = slice(k * d, (k + 1) * d)
         z[:, group] = (rows[:, group] - mean[group]) @ whitening[k]
-    return _affine(z.reshape(x.shape), params), new
+    return _finish(_affine(z.reshape(x.shape), params), valid), new
 
 
 def l1_batch_norm(

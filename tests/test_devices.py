@@ -48,11 +48,10 @@ def spread_over(mapped, axis):
 
 
 def called(row, norm=None):
-    """A call of the row's norm; a row without masks is given none."""
+    """A call of the row's norm, with all that it takes."""
     norm = row.norm if norm is None else norm
 
     def call(x, params, stats, mask):
-        mask = mask if row.masks else None
         return norm(x, params, stats, mask=mask, **row.inputs(x))
 
     return call

@@ -11,7 +11,7 @@ from jaxnorm import axes, devices, running
 from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import sync, vary_together
 from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import fold, moments
+from jaxnorm.moments import as_mask, fold, moments
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -20,7 +20,8 @@ class IterNorm(StatefulNorm):
     """Whitens each group of features: subtracts the mean and multiplies by the inverse
     root of the covariance, which Newton's iteration approaches.
 
-    More iterations whiten more; few make it more robust. Takes no mask.
+    More iterations whiten more; few make it more robust. A mask is of whole positions:
+    it has 1 for the feature axis.
     """
 
     epsilon: float = 1e-5
@@ -45,13 +46,14 @@ class IterNorm(StatefulNorm):
 
     def train(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        self._check(x, stats, mask)
+        mask = self._checked(x, stats, mask)
         name, groups = self.axis_name, self.axis_index_groups
-        m = sync(moments(x, where), name, groups)
-        total = devices.group_sum(self._products(x, m.mean), name, groups)
-        matrix = self._whitening(total / jnp.asarray(m.size).astype(total.dtype))
-        y = self._whitened(x, params, m.mean, matrix, dtype)
-        when = running.all_finite(m.mean, matrix) & (jnp.asarray(m.size) > 1)
+        m = sync(moments(x, where, mask=mask), name, groups)
+        total = devices.group_sum(self._products(x, m.mean, mask), name, groups)
+        size = jnp.max(jnp.asarray(m.size))  # the same for all features
+        matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
+        y = self._whitened(x, params, m.mean, matrix, mask, dtype)
+        when = running.all_finite(m.mean, matrix) & (size > 1)
         keep = jnp.asarray(self.momentum, matrix.dtype)
         new = {"mean": m.mean.reshape(where.feature_shape), "whitening": matrix}
         new = {
@@ -62,13 +64,13 @@ class IterNorm(StatefulNorm):
 
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        self._check(x, stats, mask)
+        mask = self._checked(x, stats, mask)
         wide = at_least_float32(x.dtype)
         mean, matrix = (
             jnp.asarray(stats[k]).astype(wide) for k in ("mean", "whitening")
         )
         mean = mean.reshape(where.param_shape())
-        return self._whitened(x, params, mean, matrix, dtype)
+        return self._whitened(x, params, mean, matrix, mask, dtype)
 
     def _groups(self, features):
         """How many groups of features there are, and of how many."""
@@ -80,12 +82,16 @@ class IterNorm(StatefulNorm):
         )
         return where.folded[1:]
 
-    def _check(self, x, stats, mask):
+    def _checked(self, x, stats, mask):
+        """The mask, of the rank of x; raises where anything does not fit."""
+        mask = as_mask(mask, x.shape)
         if mask is not None:
-            raise ValueError(
-                "IterNorm takes no mask: its covariance is that of whole examples; "
-                "leave out what is not valid"
-            )
+            mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+            if mask.shape[self.axis] != 1:
+                raise ValueError(
+                    f"IterNorm takes masks of whole positions, with 1 for the feature "
+                    f"axis {self.axis}, got shape {mask.shape}"
+                )
         if jnp.iscomplexobj(x):
             raise TypeError(f"IterNorm takes real numbers, got {x.dtype}")
         features = self.axes(x.shape).feature_shape
@@ -97,18 +103,21 @@ class IterNorm(StatefulNorm):
                 f"stats['whitening'] has shape {jnp.shape(stats['whitening'])}, but "
                 f"{features} features in {count} groups need {(count, size, size)}"
             )
+        return mask
 
-    def _rows(self, x, mean):
-        """Centred, as (elements, groups, features of each)."""
+    def _rows(self, x, mean, mask):
+        """Centred, as (elements, groups, features of each); 0 where masked."""
         where = self.axes(x.shape)
-        x = jnp.moveaxis(fold(x, None, where) - mean, where.feature[0], -1)
+        x = fold(x, mask, where) - mean
+        x = x if mask is None else jnp.where(mask, x, 0)
+        x = jnp.moveaxis(x, where.feature[0], -1)
         return x.reshape(-1, *self._groups(x.shape[-1]))
 
-    def _products(self, x, mean):
+    def _products(self, x, mean, mask):
         """Sums of products of features; only `x` is kept for the backward pass."""
 
         def products(x, mean):
-            rows = self._rows(x, mean)
+            rows = self._rows(x, mean, mask)
             return jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
 
         (mean,) = vary_together(x, mean)
@@ -126,21 +135,22 @@ class IterNorm(StatefulNorm):
             root = (3 * root - cube) / 2
         return root * lax.rsqrt(trace)
 
-    def _whitened(self, x, params, mean, matrix, dtype):
+    def _whitened(self, x, params, mean, matrix, mask, dtype):
         where = self.axes(x.shape)
         scale, bias = (
             as_param(k, params.get(k), where, matrix.dtype) for k in self.params
         )
 
         def whiten(x, mean, matrix, scale, bias):
-            rows = self._rows(x.reshape(where.shape), mean)
+            rows = self._rows(x.reshape(where.shape), mean, None)
             y = jnp.einsum("ngi,gij->ngj", rows, matrix, precision="highest")
             at = where.feature[0]
             others = where.shape[:at] + where.shape[at + 1 :]
             y = jnp.moveaxis(y.reshape(*others, -1), -1, at)
             return affine(y, scale, bias)
 
-        return pointwise(whiten, x, where, mean, matrix, scale, bias, dtype=dtype)
+        arrays = (mean, matrix, scale, bias)
+        return pointwise(whiten, x, where, *arrays, mask=mask, dtype=dtype)
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -160,6 +170,7 @@ def iter_norm(
     axis: int = -1,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
@@ -173,8 +184,8 @@ def iter_norm(
         y = x @ p / sqrt(trace(s)) * scale + bias
 
     `stats` follow the mean and the matrix `p / sqrt(trace(s))`, and stand in for them
-    with `use_running_average=True`. It takes no mask. Over devices it takes two
-    collectives each way, of the size of the matrices.
+    with `use_running_average=True`. Over devices it takes two collectives each way, of
+    the size of the matrices.
 
     Args:
         stats: {"mean", "whitening"}, of shape (features,) and (groups, d, d), from
@@ -184,6 +195,7 @@ def iter_norm(
             than `group_size` features are one group.
         iterations: of Newton's method.
         momentum: weight of the old statistics.
+        mask: of whole positions, with 1 for the feature axis.
 
     All else is as in `jaxnorm.batch_norm`.
 
@@ -209,4 +221,4 @@ def iter_norm(
         axis_index_groups=axis_index_groups,
     )
     params = {"scale": scale, "bias": bias}
-    return norm(x, params, stats, use_running_average=use_running_average)
+    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)
