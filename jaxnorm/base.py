@@ -272,9 +272,15 @@ class StatefulNorm(Norm):
     """A norm that learns statistics at training and uses them at evaluation."""
 
     momentum: float | None = 0.99
+    cumulative: ClassVar[bool] = False  # whether momentum=None averages all batches
 
     def __post_init__(self):
         super().__post_init__()
+        if self.momentum is None and not self.cumulative:
+            raise ValueError(
+                f"{type(self).__name__} does not count batches to average over all of "
+                "them, as momentum=None asks for: give a weight from 0 to 1"
+            )
         if isinstance(self.momentum, int | float) and not 0 <= self.momentum <= 1:
             raise ValueError(
                 f"momentum is the weight of the old statistics, from 0 to 1, got "
@@ -327,6 +333,7 @@ class RunningNorm(StatefulNorm):
     """
 
     unbiased: bool = False
+    cumulative = True
     kept: ClassVar[tuple[str, ...]] = ("mean", "var")
 
     @abc.abstractmethod

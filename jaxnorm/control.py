@@ -2,9 +2,10 @@
 
 Some methods replace, in the backward pass, averages over the batch by running ones. The
 backward pass of a pure function returns nothing but gradients, so these methods keep
-such averages as parameters whose names start with "control", and return for a gradient
-what must be subtracted to renew them: the old value less the new one. Plain gradient
-descent with rate 1 is then their update, whatever optimizer the others have:
+such averages as parameters named "control", "control_product" and "control_mean", and
+return for a gradient what must be subtracted to renew them: the old value less the new
+one. Plain gradient descent with rate 1 is then their update, whatever optimizer the
+others have:
 
     optax.multi_transform(
         {"parameter": optimizer, "control": optax.sgd(1.0)}, jaxnorm.control_labels
@@ -26,6 +27,8 @@ from jaxnorm.devices import AxisName, axes_gained, vary_together
 from jaxnorm.moments import as_mask, fold
 from jaxnorm.standardize import affine, as_param, unfold
 
+NAMES = ("control", "control_product", "control_mean")
+
 
 def control_labels(params: Any) -> Any:
     """The tree `params`, with "control" for each leaf that gradients renew by being
@@ -37,9 +40,10 @@ def control_labels(params: Any) -> Any:
     """
 
     def label(path, _):
-        names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
-        control = any(name.startswith("control") for name in names)
-        return "control" if control else "parameter"
+        names = [getattr(k, "key", getattr(k, "name", None)) for k in path]
+        # NNX keeps the array of a variable below its name.
+        names = [k for k in names if k not in ("value", "raw_value")]
+        return "control" if names[-1:] and names[-1] in NAMES else "parameter"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

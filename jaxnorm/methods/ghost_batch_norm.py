@@ -29,8 +29,14 @@ class GhostBatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 example, got {self.size}")
+
     def by_batch(self, x, params, stats, *, mask, dtype):
-        if self.size == self.axes(x.shape).size // max(*x.shape[:1], 1) == 1:
+        positions = self.axes((1, *x.shape[1:])).size
+        if self.size * positions == 1:
             raise ValueError(
                 f"size=1 leaves one value per variance in an input of shape {x.shape}: "
                 "choose larger virtual batches"

@@ -25,6 +25,7 @@ class PowerNorm(RunningNorm):
     params = ("scale", "bias", "control")
     center = False
     kept = ("var",)
+    cumulative = False
     epsilon: float = 1e-5
     momentum: float = 0.9
     axis: int | Sequence[int] = -1

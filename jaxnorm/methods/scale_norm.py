@@ -1,5 +1,6 @@
 """Scale normalization (Nguyen and Salazar, 2019, https://arxiv.org/abs/1910.05895)."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -26,8 +27,7 @@ class ScaleNorm(StatelessNorm):
 
     def init_params(self, feature_shape, dtype=jnp.float32):
         """One scale, the square root of the number of features."""
-        size = jnp.prod(jnp.array(feature_shape, jnp.float32))
-        return {"scale": jnp.sqrt(size).astype(dtype)}
+        return {"scale": jnp.full((), math.prod(feature_shape) ** 0.5, dtype)}
 
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)

@@ -25,6 +25,11 @@ class VirtualBatchNorm(StatelessNorm):
     size: int = 32
     axis: int | Sequence[int] = -1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 example, got {self.size}")
+
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
@@ -32,7 +37,7 @@ class VirtualBatchNorm(StatelessNorm):
         return super().lone_values((min(self.size, *shape[:1]), *shape[1:]), flag)
 
     def transform(self, x, params, *, mask, dtype):
-        if not 1 <= self.size <= x.shape[0]:
+        if self.size > x.shape[0]:
             raise ValueError(
                 f"size={self.size} examples of reference do not fit in an input of "
                 f"shape {x.shape}: put the reference batch before the examples"
