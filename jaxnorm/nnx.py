@@ -361,6 +361,11 @@ class SpectralNorm(nnx.SpectralNorm):
 
         return _call_layer(self, transform, x, **kwargs)
 
+    def set_view(self, use_running_average: bool | None = None):
+        """Sets the default of `not update_stats`; called by `nnx.view`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
 
 def _call_layer(
     module: Any,

@@ -1,5 +1,6 @@
 """Spectral normalization (Miyato et al., 2018, https://arxiv.org/abs/1802.05957)."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -56,14 +57,13 @@ def spectral_norm(
     wide = at_least_float32(promote(kernel.dtype, u.dtype))
     weights = kernel.astype(wide)
     matrix = weights.reshape(-1, kernel.shape[-1])
-    right, left = _singular_vectors(
-        lax.stop_gradient(matrix), lax.stop_gradient(u).astype(wide).ravel(), n_steps
-    )
-    sigma = _dot(_dot(left, matrix), right)
+    first = lax.stop_gradient(u).astype(wide).reshape(1, -1)
+    right, left = _singular_vectors(lax.stop_gradient(matrix), first, n_steps)
+    sigma = (left * matrix * right).sum()
     # Selected before the root, whose derivative at 0 would be infinite.
     square = jnp.where(sigma > 0, sigma**2 + epsilon, 1)
     w = (weights * lax.rsqrt(square)).astype(kernel.dtype)
-    return w, right.reshape(u.shape).astype(u.dtype), sigma
+    return w, _typed_as(u, right.reshape(u.shape)), sigma
 
 
 def _check(kernel: Array, u: Array, n_steps: int) -> None:
@@ -90,24 +90,32 @@ def _check(kernel: Array, u: Array, n_steps: int) -> None:
 
 
 def _singular_vectors(matrix: Array, u: Array, n_steps: int) -> tuple[Array, Array]:
-    """The right and the left vector after `n_steps` of power iteration from `u`."""
+    """The right vector, a row, and the left one, a column, after `n_steps` from `u`.
+
+    Sums of products, not matrix products: these are less exact by default on
+    accelerators, and refuse axes that are sharded alike.
+    """
     u = _unit(u, jnp.full_like(u, max(u.size, 1) ** -0.5))
-    v = jnp.zeros_like(matrix, shape=matrix.shape[:1])
+    v = jnp.zeros((len(matrix), 1), matrix.dtype)
     for _ in range(n_steps):
-        v = _unit(_dot(matrix, u), jnp.zeros_like(v))
-        u = _unit(_dot(v, matrix), u)
+        v = _unit((matrix * u).sum(1, keepdims=True), jnp.zeros_like(v))
+        u = _unit((v * matrix).sum(0, keepdims=True), u)
     return u, v
+
+
+def _typed_as(old: Array, new: Array) -> Array:
+    """`new` in the dtype of `old` and, where axes are explicit, its sharding."""
+    sharding = jax.typeof(old).sharding
+    if sharding != jax.typeof(new).sharding:
+        new = jax.sharding.reshard(new, sharding)
+    return new.astype(old.dtype)
 
 
 def _unit(x: Array, otherwise: Array) -> Array:
     """`x` at length 1, however small; `otherwise` where `x` is 0 or not finite."""
     largest = jnp.max(jnp.abs(x), initial=0)
     usable = (largest > 0) & (largest < jnp.inf)
-    x = x / jnp.where(usable, largest, 1)
+    x = jnp.where(usable, x / jnp.where(usable, largest, 1), 0)
     length = jnp.maximum(jnp.linalg.norm(x), 1)  # no less, where the largest is 1
-    return jnp.where(usable, x / length, otherwise)
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """The product in full precision, which accelerators leave out by default."""
-    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+    # A sum, as a selection would not take arrays that are sharded in different ways.
+    return x / length + jnp.where(usable, 0, otherwise)
