@@ -50,6 +50,7 @@ def normed(kernel, axes, epsilon, scale=None):
 def iterated(kernel, u, n_steps):
     """Miyato et al. 2018, algorithm 1: the vectors and the singular value."""
     matrix = kernel.reshape(-1, kernel.shape[-1])
+    v = None
     for _ in range(n_steps):
         v = matrix @ u / np.linalg.norm(matrix @ u)
         u = v @ matrix / np.linalg.norm(v @ matrix)
@@ -187,7 +188,7 @@ def test_spectral_norm_reaches_the_singular_value():
     """Over calls that pass u on, from below."""
     kernel = jnp.float32(random(6, 4))
     largest = np.linalg.svd(kernel, compute_uv=False)[0]
-    u, last = jnp.ones(4), 0.0
+    w, u, last = kernel, jnp.ones(4), 0.0
     for _ in range(30):
         w, u, sigma = spectral(kernel, u)
         assert last - 1e-5 <= float(sigma) <= largest + 1e-5
@@ -425,7 +426,7 @@ def test_errors_of_settings():
             first(name, epsilon=-1.0)(jnp.asarray(KERNEL))
     for n_steps, error in ((0, ValueError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match=f"n_steps must be .*, got {n_steps}"):
-            jaxnorm.spectral_norm(KERNEL, U, n_steps=n_steps)
+            spectral(KERNEL, U, n_steps=n_steps)
 
 
 @names
