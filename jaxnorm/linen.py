@@ -257,8 +257,8 @@ class SpectralNorm(nn.SpectralNorm):
     """Flax's SpectralNorm, which leaves the kernels of the layer as they are.
 
     Flax's stores them normalized when it initializes, and whenever all collections are
-    mutable. Kernels whose singular values are far below 1 are normalized too, where
-    Flax's `epsilon` makes them too large, and those of 0 do not set `u` to 0 for ever.
+    mutable. Once `u` has settled, no kernel has a norm above 1, however small it was
+    (Flax makes 40 of 1e-6, by its `epsilon`), and none of 0 sets `u` to 0 for ever.
     """
 
     @nn.compact

@@ -225,8 +225,8 @@ def test_spectral_norm_gradients():
 def test_spectral_norm_of_small_kernels(size):
     """The vectors and the value do not depend on the size; the norm is never above 1.
 
-    Flax adds epsilon to the squares of vectors as small as the kernel, so that 1e-5
-    comes out as 1e2.
+    Flax adds epsilon to the squares of vectors as small as the kernel, so that a norm
+    of 1e-6 comes out as 40.
     """
     kernel = random(6, 4)
     want_u, _, want_sigma = iterated(kernel, np.ones(4), 20)
