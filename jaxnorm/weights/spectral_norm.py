@@ -112,9 +112,9 @@ def _typed_as(old: Array, new: Array) -> Array:
 
 
 def _unit(x: Array, otherwise: Array) -> Array:
-    """`x` at length 1, however small; `otherwise` where `x` is 0 or not finite."""
+    """`x` at length 1, however small; `otherwise` where `x` is 0 or holds a NaN."""
     largest = jnp.max(jnp.abs(x), initial=0)
-    usable = (largest > 0) & (largest < jnp.inf)
+    usable = largest > 0
     x = jnp.where(usable, x / jnp.where(usable, largest, 1), 0)
     length = jnp.maximum(jnp.linalg.norm(x), 1)  # no less, where the largest is 1
     # A sum, as a selection would not take arrays that are sharded in different ways.
