@@ -100,3 +100,6 @@ from jaxnorm.normalize import normalize as normalize
 from jaxnorm.running import init_stats as init_stats
 from jaxnorm.running import update_stats as update_stats
 from jaxnorm.standardize import standardize as standardize
+from jaxnorm.weights.spectral_norm import spectral_norm as spectral_norm
+from jaxnorm.weights.weight_norm import weight_norm as weight_norm
+from jaxnorm.weights.weight_standardize import weight_standardize as weight_standardize

@@ -1,0 +1,37 @@
+"""What the functions of kernels ask of their arguments."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm.axes import Axes, Shape, canonicalize, keep
+
+
+def features(shape: Shape, feature_axes: int | Sequence[int] | None) -> Axes:
+    """Reduces every axis of a kernel but `feature_axes`; with None, all of them."""
+    axes = () if feature_axes is None else feature_axes
+    return keep(shape, canonicalize(axes, len(shape), "feature_axes"))
+
+
+def per_feature(name: str, value: ArrayLike | None, axes: Axes) -> Array | None:
+    """`value` in the shape of the features; raises ValueError if it does not fit."""
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if value.shape not in ((), axes.feature_shape):
+        raise ValueError(
+            f"{name} has shape {value.shape}, but the features of a kernel of shape "
+            f"{axes.shape} are {axes.feature_shape} (axes {axes.feature}): pass that "
+            "shape, or a scalar for all of them"
+        )
+    return jnp.broadcast_to(value, axes.feature_shape)
+
+
+def check_epsilon(epsilon: ArrayLike) -> None:
+    """Raises ValueError where `epsilon` is known and negative."""
+    if isinstance(epsilon, int | float) and not epsilon >= 0:
+        raise ValueError(
+            f"epsilon must not be negative, got {epsilon}: pass 0 for none"
+        )
