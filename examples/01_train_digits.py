@@ -593,8 +593,9 @@ def make_optimizer(steps_per_epoch: int):
     sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
     sgd = optax.chain(optax.clip_by_global_norm(1.0), sgd)
     # Some norms keep statistics of gradients, which are renewed by subtraction alone.
-    by_label = {"parameter": sgd, "control": optax.sgd(1.0)}
-    return optax.multi_transform(by_label, jaxnorm.control_labels)
+    return optax.multi_transform(
+        {"parameter": sgd, "control": optax.sgd(1.0)}, jaxnorm.control_labels
+    )
 
 
 if __name__ == "__main__":

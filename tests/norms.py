@@ -18,18 +18,19 @@ import reference
 import reference_methods as methods
 
 import jaxnorm
+from jaxnorm import RunningNorm
 from jaxnorm import axes as axes_of
 
 
 class Row(NamedTuple):
     norm: jaxnorm.Norm
-    reference: Callable[..., Any]  # (x, params, stats, mask=, ...) -> (y, stats)
+    called: Callable[..., Any]  # (x, params, stats, mask=, ...) -> (y, stats)
     shape: tuple[int, ...]  # the usual input, its batch a multiple of 8
     more_shapes: tuple[tuple[int, ...], ...] = ()
     bad: tuple[tuple[tuple[int, ...], str], ...] = ()  # (shape, message)
     split: int | None = 0  # the axis that synchronized devices share out
     lone: tuple[int, ...] | None = None  # a shape of one value per variance
-    moments: Callable[..., reference.Result] | None = None  # if y is of moments alone
+    of_moments: Callable[..., reference.Result] | None = None  # if y is of these alone
     inputs: Callable[[Any], dict[str, Any]] = lambda x: {}  # beside x
     backward: Callable[..., dict[str, Any]] | None = None  # if not the derivative
     held: Callable[..., dict[str, Any]] | None = None  # what the gradient sees fixed
@@ -45,24 +46,20 @@ def row(kind: type[jaxnorm.Norm], ref: Any, options: dict[str, Any], *args, **kw
     call = functools.partial(ref, epsilon=norm.epsilon, **options)
 
     def whole(x, params, stats, *, mask=None, use_running_average=False):
-        arrays = _arrays(params)
-        if not stats:
-            return call(x, *arrays, mask=mask).y, {}
+        scale, bias = params.get("scale"), params.get("bias")
+        if not isinstance(norm, RunningNorm):
+            return call(x, *_arrays(params), mask=mask).y, {}
         axis = norm.axes(np.shape(x)).feature
         if use_running_average:
-            return reference.by_running(x, *arrays, stats, axis, norm.epsilon, mask), {
-                k: np.asarray(v) for k, v in stats.items()
-            }
+            args = x, scale, bias, stats, axis, norm.epsilon, mask
+            return reference.by_running(*args), dict(stats)
         batch = reference.batch_norm(x, axis=axis, mask=mask)
         first = tuple(slice(None) if a in axis else 0 for a in range(np.ndim(x)))
-        new = reference.running(
-            stats,
-            reference.Moments(*(v[first] for v in batch[1:])),
-            momentum=norm.momentum,
-        )
-        return call(x, *arrays, mask=mask).y, new
+        seen = reference.Moments(batch.mean[first], batch.var[first], batch.size[first])
+        new = reference.running(stats, seen, momentum=norm.momentum)
+        return call(x, scale, bias, mask=mask).y, new
 
-    return Row(norm, whole, *args, moments=call, **kwargs)
+    return Row(norm, whole, *args, of_moments=call, **kwargs)
 
 
 def other(
@@ -407,7 +404,7 @@ NORMS: dict[str, Row] = {
     ),
 }
 
-MOMENTS = {k: r for k, r in NORMS.items() if r.moments is not None}
+MOMENTS = {k: r for k, r in NORMS.items() if r.of_moments is not None}
 RUNNING = {k: r for k, r in MOMENTS.items() if r.norm.has_stats}
 STATEFUL = {k: r for k, r in NORMS.items() if r.norm.has_stats}
 SYNCED = {k: r for k, r in NORMS.items() if r.split is not None}
@@ -474,8 +471,8 @@ def initial_stats(norm: jaxnorm.Norm, features, dtype=jnp.float32):
 
 
 def expected(row: Row, x, params, mask=None) -> reference.Result:
-    assert row.moments is not None
-    return row.moments(np.asarray(x), *_arrays(params), mask=mask)
+    assert row.of_moments is not None
+    return row.of_moments(np.asarray(x), *_arrays(params), mask=mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)

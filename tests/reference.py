@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     size: np.ndarray
 
 
-def batch_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-5, mask=None):
+def batch_norm(x, scale=None, bias=None, *, axis: Any = -1, epsilon=1e-5, mask=None):
     """One statistic per index along `axis` (Ioffe & Szegedy 2015)."""
     x = _exact(x)
     features = _axes(axis, x.ndim)
@@ -125,7 +125,8 @@ def by_running(x, scale, bias, stats, axis, epsilon, mask=None):
         if valid[i]:
             f = _pick(i, features)
             z = (x[i] - mean[f]) / np.sqrt(var[f] + epsilon)
-            y[i] = z * _at(_exact(scale), i, features) + _at(_exact(bias), i, features)
+            z = z if scale is None else z * _at(_exact(scale), i, features)
+            y[i] = z if bias is None else z + _at(_exact(bias), i, features)
     return y
 
 

@@ -166,3 +166,46 @@ def _renorm(params, stats, rmin, rmax, dmax, x):
     )
     ratio = jnp.sqrt((x.var((0, 1, 2)) + EPSILON) / (stats["var"] + EPSILON))
     return jnp.where(ratio < 1, low, high)
+
+
+def check_kernel(function, g, params):
+    """An effective kernel, and the gradients of what it is made of."""
+    args = [g[k] for k in params]
+    weight, pull = jax.vjp(function, *args)
+    close(weight, g["weight"])
+    for k, grad in zip(params, pull(g["dweight"]), strict=True):
+        close(grad, g[f"d{k}"])
+
+
+@pytest.mark.parametrize("name", ["torch_weight_norm_conv", "torch_weight_norm_linear"])
+def test_weight_norm_of_torch(name):
+    check_kernel(jaxnorm.weight_norm, case(name), ("v", "g"))
+
+
+def test_weight_standardization_of_timm():
+    check_kernel(
+        lambda w: jaxnorm.weight_standardize(w, epsilon=EPSILON),
+        case("timm_std_conv"),
+        ("w",),
+    )
+
+    def scaled(w, gain):
+        return jaxnorm.weight_standardize(
+            w, epsilon=EPSILON, gain=1.7 * gain, scaled=True
+        )
+
+    check_kernel(scaled, case("timm_scaled_std_conv"), ("w", "gain"))
+
+
+def test_spectral_norm_of_torch():
+    """PyTorch's iteration ends with the other vector, so that its singular value is a
+    half step ahead of that which Flax and jaxnorm take."""
+    g = case("torch_spectral_norm")
+    _, u, sigma = jaxnorm.spectral_norm(g["w"], g["u"])
+    close(u, g["new_u"])
+    close(
+        sigma,
+        jnp.linalg.norm(g["w"] @ g["u"] / jnp.linalg.norm(g["w"] @ g["u"]) @ g["w"]),
+    )
+    ahead = g["w"] / jnp.linalg.norm(g["w"] @ u)
+    close(ahead, g["weight"])

@@ -262,12 +262,13 @@ def test_controls_are_labelled_by_their_own_name():
 def test_optax_renews_the_controls():
     norm = jaxnorm.PowerNorm()
     params, stats = norm.init_params((3,)), norm.init_stats((3,))
-    by_label = {"parameter": optax.sgd(0.1), "control": optax.sgd(1.0)}
-    optimizer = optax.multi_transform(by_label, jaxnorm.control_labels)
+    optimizer = optax.multi_transform(
+        {"parameter": optax.sgd(0.1), "control": optax.sgd(1.0)}, jaxnorm.control_labels
+    )
     x, ct = numbers(8, 3), numbers(8, 3, seed=1)
     grads = jax.grad(lambda p: (norm(x, p, stats)[0] * ct).sum())(params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    new = optax.apply_updates(params, updates)
+    new: Any = optax.apply_updates(params, updates)
     exact = methods.power_norm_backward(x, params, stats, ct)
     assert_close(new["control"], exact["new_control"], summed=8)
     assert_close(new["scale"], params["scale"] - 0.1 * exact["scale"], summed=8, size=4)
