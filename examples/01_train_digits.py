@@ -45,15 +45,42 @@ from jaxnorm import nnx as jx
 AXIS = "data"  # the mesh axis that batches are split along
 WIDTHS, STRIDES = (16, 32, 64), (1, 2, 2)  # of the residual blocks
 
+# For norms that pool statistics over devices.
+POOLED = {"momentum": 0.9, "axis_name": AXIS}
+
 # The norms to choose from: another one is another line.
 NORMS = {
-    "batch": jaxnorm.BatchNorm(momentum=0.9, axis_name=AXIS),
+    "batch": jaxnorm.BatchNorm(**POOLED),
     "layer": jaxnorm.LayerNorm(),
     "rms": jaxnorm.RMSNorm(),
     "group": jaxnorm.GroupNorm(num_groups=8),
     "instance": jaxnorm.InstanceNorm(),
-    "ghost": jaxnorm.GhostBatchNorm(size=8, momentum=0.9, axis_name=AXIS),
+    "ghost": jaxnorm.GhostBatchNorm(size=8, **POOLED),
+    "renorm": jaxnorm.BatchRenorm(**POOLED),
+    "eval": jaxnorm.EvalNorm(weight=1 / 64, **POOLED),
+    "online": jaxnorm.OnlineNorm(momentum=0.99, axis_name=AXIS),
+    "moving-average": jaxnorm.MovingAverageBatchNorm(**POOLED),
+    "power": jaxnorm.PowerNorm(**POOLED),
+    "virtual": jaxnorm.VirtualBatchNorm(size=4, axis_name=AXIS),
+    "iter": jaxnorm.IterNorm(group_size=8, **POOLED),
+    "l1": jaxnorm.L1BatchNorm(**POOLED),
+    "range": jaxnorm.RangeBatchNorm(**POOLED),
+    "running-instance": jaxnorm.RunningInstanceNorm(**POOLED),
+    "switchable": jaxnorm.SwitchableNorm(**POOLED),
+    "filter-response": jaxnorm.FilterResponseNorm(),
+    "evo-b0": jaxnorm.EvoNormB0(**POOLED),
+    "evo-s0": jaxnorm.EvoNormS0(num_groups=8),
+    "positional": jaxnorm.PositionalNorm(),
+    "scale": jaxnorm.ScaleNorm(),
+    "global-response": jaxnorm.GlobalResponseNorm(),
+    "local-response": jaxnorm.LocalResponseNorm(),
+    "dynamic-tanh": jaxnorm.DynamicTanh(),
+    "divisive": jaxnorm.DivisiveNorm(window=3, window_axes=(1, 2)),
 }
+
+# What these do depends on how a batch is spread over devices: each reads its share as a
+# stream, or takes the first examples of it for reference.
+SPREAD = ("online", "virtual")
 
 # A step on all devices adds the same float32 numbers, of order 1, as on one device, in
 # another order: 1e-7 each time, and a hundredfold for what the layers make of it. A
@@ -551,6 +578,9 @@ def run(options: argparse.Namespace) -> int:
     final = fit(job, train, test, options, history)
     accuracy = evaluate(job.eval_step, final, test, options.batch_size)["test_accuracy"]
     print(f"test accuracy with running statistics: {accuracy:.4f}")
+    if options.norm in SPREAD:
+        print(f"{options.norm}: a step depends on the number of devices")
+        return 0
     if same_step(job, make_job(model, optimizer, devices[:1]), ragged):
         return 0
     print(f"that is more than roundoff, {TOLERANCE}", file=sys.stderr)
@@ -561,7 +591,10 @@ def make_optimizer(steps_per_epoch: int):
     # The rate falls by the epoch, whatever --epochs is, so that runs can be extended.
     rate = optax.exponential_decay(0.1, steps_per_epoch, decay_rate=0.85)
     sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
-    return optax.chain(optax.clip_by_global_norm(1.0), sgd)
+    sgd = optax.chain(optax.clip_by_global_norm(1.0), sgd)
+    # Some norms keep statistics of gradients, which are renewed by subtraction alone.
+    by_label = {"parameter": sgd, "control": optax.sgd(1.0)}
+    return optax.multi_transform(by_label, jaxnorm.control_labels)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,96 @@
 from jaxnorm.axes import Axes as Axes
 from jaxnorm.base import Norm as Norm
 from jaxnorm.base import RunningNorm as RunningNorm
+from jaxnorm.base import StatefulNorm as StatefulNorm
 from jaxnorm.base import StatelessNorm as StatelessNorm
 from jaxnorm.base import method as method
+from jaxnorm.control import control_labels as control_labels
 from jaxnorm.devices import sync as sync
+from jaxnorm.inputs import Standardize as Standardize
 from jaxnorm.methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm.methods.batch_norm import batch_norm as batch_norm
+from jaxnorm.methods.batch_renorm import BatchRenorm as BatchRenorm
+from jaxnorm.methods.batch_renorm import batch_renorm as batch_renorm
+from jaxnorm.methods.cross_iteration_batch_norm import (
+    CrossIterationBatchNorm as CrossIterationBatchNorm,
+)
+from jaxnorm.methods.cross_iteration_batch_norm import (
+    cross_iteration_batch_norm as cross_iteration_batch_norm,
+)
+from jaxnorm.methods.divisive_norm import DivisiveNorm as DivisiveNorm
+from jaxnorm.methods.divisive_norm import divisive_norm as divisive_norm
+from jaxnorm.methods.domain_batch_norm import DomainBatchNorm as DomainBatchNorm
+from jaxnorm.methods.domain_batch_norm import domain_batch_norm as domain_batch_norm
+from jaxnorm.methods.dynamic_tanh import DynamicTanh as DynamicTanh
+from jaxnorm.methods.dynamic_tanh import dynamic_tanh as dynamic_tanh
+from jaxnorm.methods.eval_norm import EvalNorm as EvalNorm
+from jaxnorm.methods.eval_norm import eval_norm as eval_norm
+from jaxnorm.methods.evo_norm_b0 import EvoNormB0 as EvoNormB0
+from jaxnorm.methods.evo_norm_b0 import evo_norm_b0 as evo_norm_b0
+from jaxnorm.methods.evo_norm_s0 import EvoNormS0 as EvoNormS0
+from jaxnorm.methods.evo_norm_s0 import evo_norm_s0 as evo_norm_s0
+from jaxnorm.methods.filter_response_norm import (
+    FilterResponseNorm as FilterResponseNorm,
+)
+from jaxnorm.methods.filter_response_norm import (
+    filter_response_norm as filter_response_norm,
+)
 from jaxnorm.methods.ghost_batch_norm import GhostBatchNorm as GhostBatchNorm
 from jaxnorm.methods.ghost_batch_norm import ghost_batch_norm as ghost_batch_norm
+from jaxnorm.methods.global_response_norm import (
+    GlobalResponseNorm as GlobalResponseNorm,
+)
+from jaxnorm.methods.global_response_norm import (
+    global_response_norm as global_response_norm,
+)
 from jaxnorm.methods.group_norm import GroupNorm as GroupNorm
 from jaxnorm.methods.group_norm import group_norm as group_norm
 from jaxnorm.methods.instance_norm import InstanceNorm as InstanceNorm
 from jaxnorm.methods.instance_norm import instance_norm as instance_norm
+from jaxnorm.methods.iter_norm import IterNorm as IterNorm
+from jaxnorm.methods.iter_norm import iter_norm as iter_norm
+from jaxnorm.methods.l1_batch_norm import L1BatchNorm as L1BatchNorm
+from jaxnorm.methods.l1_batch_norm import l1_batch_norm as l1_batch_norm
 from jaxnorm.methods.layer_norm import LayerNorm as LayerNorm
 from jaxnorm.methods.layer_norm import layer_norm as layer_norm
+from jaxnorm.methods.local_response_norm import LocalResponseNorm as LocalResponseNorm
+from jaxnorm.methods.local_response_norm import (
+    local_response_norm as local_response_norm,
+)
+from jaxnorm.methods.moving_average_batch_norm import (
+    MovingAverageBatchNorm as MovingAverageBatchNorm,
+)
+from jaxnorm.methods.moving_average_batch_norm import (
+    moving_average_batch_norm as moving_average_batch_norm,
+)
+from jaxnorm.methods.online_norm import OnlineNorm as OnlineNorm
+from jaxnorm.methods.online_norm import online_norm as online_norm
+from jaxnorm.methods.positional_norm import PositionalNorm as PositionalNorm
+from jaxnorm.methods.positional_norm import positional_norm as positional_norm
+from jaxnorm.methods.power_norm import PowerNorm as PowerNorm
+from jaxnorm.methods.power_norm import power_norm as power_norm
+from jaxnorm.methods.range_batch_norm import RangeBatchNorm as RangeBatchNorm
+from jaxnorm.methods.range_batch_norm import range_batch_norm as range_batch_norm
+from jaxnorm.methods.recurrent_batch_norm import (
+    RecurrentBatchNorm as RecurrentBatchNorm,
+)
+from jaxnorm.methods.recurrent_batch_norm import (
+    recurrent_batch_norm as recurrent_batch_norm,
+)
 from jaxnorm.methods.rms_norm import RMSNorm as RMSNorm
 from jaxnorm.methods.rms_norm import rms_norm as rms_norm
+from jaxnorm.methods.running_instance_norm import (
+    RunningInstanceNorm as RunningInstanceNorm,
+)
+from jaxnorm.methods.running_instance_norm import (
+    running_instance_norm as running_instance_norm,
+)
+from jaxnorm.methods.scale_norm import ScaleNorm as ScaleNorm
+from jaxnorm.methods.scale_norm import scale_norm as scale_norm
+from jaxnorm.methods.switchable_norm import SwitchableNorm as SwitchableNorm
+from jaxnorm.methods.switchable_norm import switchable_norm as switchable_norm
+from jaxnorm.methods.virtual_batch_norm import VirtualBatchNorm as VirtualBatchNorm
+from jaxnorm.methods.virtual_batch_norm import virtual_batch_norm as virtual_batch_norm
 from jaxnorm.moments import Moments as Moments
 from jaxnorm.moments import moments as moments
 from jaxnorm.moments import pool as pool

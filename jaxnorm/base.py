@@ -11,9 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm import devices, running
+from jaxnorm import axes, devices, running
 from jaxnorm.axes import Axes, Shape
-from jaxnorm.dtypes import as_floating
+from jaxnorm.dtypes import as_floating, at_least_float32, promote
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize
@@ -40,8 +40,11 @@ class Norm(abc.ABC):
     epsilon: float = 1e-6
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
-    params: ClassVar[tuple[str, ...]] = ("scale", "bias")
+    params: ClassVar[tuple[str, ...]] = ("scale", "bias")  # names a call may pass
+    inputs: ClassVar[tuple[str, ...]] = ()  # names a call must pass, beside x
     center: ClassVar[bool] = True
+    pools: ClassVar[bool] = True  # whether devices can share statistics
+    has_stats: ClassVar[bool] = True  # whether the method keeps statistics
 
     def __post_init__(self):
         hashable = {
@@ -55,6 +58,11 @@ class Norm(abc.ABC):
             object.__setattr__(self, name, value)
         if isinstance(self.epsilon, int | float) and not self.epsilon >= 0:
             raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+        if self.axis_name is not None and not self.pools:
+            raise ValueError(
+                f"{type(self).__name__} shares nothing between devices, got axis_name="
+                f"{self.axis_name!r}: leave it out"
+            )
 
     @abc.abstractmethod
     def axes(self, shape: Shape) -> Axes:
@@ -65,18 +73,13 @@ class Norm(abc.ABC):
     ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias, in the shape of the features."""
         fill = {"scale": jnp.ones, "bias": jnp.zeros}
-        return {k: fill[k](feature_shape, dtype) for k in self.params}
+        return {k: v(feature_shape, dtype) for k, v in fill.items() if k in self.params}
 
     @abc.abstractmethod
     def init_stats(
         self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
     ) -> dict[str, Array]:
         """The statistics before any step; empty for a method that keeps none."""
-
-    @property
-    def has_stats(self) -> bool:
-        """Whether the method keeps running statistics."""
-        return bool(jax.eval_shape(lambda: self.init_stats((1,))))
 
     @abc.abstractmethod
     def apply(
@@ -88,6 +91,7 @@ class Norm(abc.ABC):
         use_running_average: bool | Array,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
+        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """What `__call__` does, and no error for a variance of single values."""
 
@@ -101,25 +105,42 @@ class Norm(abc.ABC):
         use_running_average: bool | ArrayLike = False,
         mask: ArrayLike | None = None,
         dtype: DTypeLike | None = None,
+        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the normalized array, in `dtype` or that of `x`, and the statistics.
 
         With `use_running_average` (which may be traced) a method with running
         statistics normalizes by these and returns them as they are. `mask` is boolean,
         or 0 and 1, and broadcasts to `x`: what it excludes counts for nothing and comes
-        out as 0. Integers are read as float32.
+        out as 0. Integers are read as float32. `inputs` are what the method's `inputs`
+        name, such as the domain of each example; few methods have any.
 
         Raises ValueError or TypeError where shapes, dtypes or settings do not fit, and
         where each variance would be that of a single value.
         """
         x = as_floating(x)
         flag = as_flag(use_running_average)
+        self.check_names(params, inputs)
         problem = self.lone_values(x.shape, flag)
         if problem:
             raise ValueError(problem)
         return self.apply(
-            x, params, stats, use_running_average=flag, mask=mask, dtype=dtype
+            x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
         )
+
+    def check_names(self, params: Params, inputs: Mapping[str, Any]) -> None:
+        """Raises unless `params` and `inputs` hold what the method names."""
+        kind = type(self).__name__
+        unknown = sorted(set(params) - set(self.params))
+        if unknown:
+            raise ValueError(
+                f"{kind} has no parameter {unknown}: it takes {list(self.params)}"
+            )
+        if set(inputs) != set(self.inputs):
+            raise TypeError(
+                f"{kind} is called with the inputs {list(self.inputs)} beside x, got "
+                f"{sorted(inputs)}: pass exactly those, by name"
+            )
 
     def lone_values(self, shape: Shape, flag: bool | Array) -> str | None:
         """What to say if each statistic of an array of `shape` has a single value."""
@@ -189,28 +210,68 @@ def as_arrays(stats: Stats) -> dict[str, Array]:
 class StatelessNorm(Norm):
     """A norm by the moments of the array at hand, at training and evaluation alike."""
 
+    has_stats = False
+
     @final
     def init_stats(self, feature_shape, dtype=jnp.float32):
         """Nothing: the method keeps no statistics."""
         return {}
 
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """Normalizes by the moments over `axes`, unless a method says otherwise."""
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
+
     @final
-    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        y, _ = self.by_own_moments(x, params, mask=mask, dtype=dtype)
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
+        y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
         return y, as_arrays(stats)
 
 
 @method
-class RunningNorm(Norm):
-    """A norm by batch moments at training and by their moving average at evaluation.
+class RowNorm(StatelessNorm):
+    """A norm over `reduction_axes`, with parameters along `feature_axes`.
 
-    `momentum` is the weight of the old statistics at each step; None keeps the average
-    over all batches instead. With `unbiased` the variance kept is the unbiased one, as
-    in PyTorch; the batch is always normalized by the biased one.
+    With `zero_centered_scale` the scale is kept less 1, so that weight decay draws it
+    to 1.
     """
 
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+    zero_centered_scale: bool = False
+
+    @final
+    def axes(self, shape):
+        return axes.over(shape, self.reduction_axes, self.feature_axes)
+
+    @final
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        params = super().init_params(feature_shape, dtype)
+        if self.zero_centered_scale:
+            params["scale"] = jnp.zeros(feature_shape, dtype)
+        return params
+
+    @final
+    def transform(self, x, params, *, mask, dtype):
+        scale = params.get("scale")
+        if self.zero_centered_scale and scale is not None:
+            scale = jnp.asarray(scale)
+            wide = promote(at_least_float32(x.dtype), scale.dtype)
+            params = {**params, "scale": scale.astype(wide) + 1}
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
+
+
+@method
+class StatefulNorm(Norm):
+    """A norm that learns statistics at training and uses them at evaluation."""
+
     momentum: float | None = 0.99
-    unbiased: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,6 +280,54 @@ class RunningNorm(Norm):
                 f"momentum is the weight of the old statistics, from 0 to 1, got "
                 f"{self.momentum}: PyTorch's momentum m is 1 - m here"
             )
+
+    @abc.abstractmethod
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """The normalized batch, and the statistics after it."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """`x` normalized by `stats`."""
+
+    @final
+    def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
+        flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
+        if flag is True:
+            return self.evaluate(x, params, stats, **args), as_arrays(stats)
+        trained = self.train(x, params, stats, **args)
+        if flag is False:
+            return trained
+        kept = self.evaluate(x, params, stats, **args), as_arrays(stats)
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, trained)
+
+
+@method
+class RunningNorm(StatefulNorm):
+    """A norm by batch moments at training and by their moving average at evaluation.
+
+    `momentum` is the weight of the old statistics at each step; None keeps the average
+    over all batches instead. With `unbiased` the variance kept is the unbiased one, as
+    in PyTorch; the batch is always normalized by the biased one.
+    """
+
+    unbiased: bool = False
+    kept: ClassVar[tuple[str, ...]] = ("mean", "var")
 
     @abc.abstractmethod
     def by_batch(
@@ -233,39 +342,40 @@ class RunningNorm(Norm):
         """Normalizes by the batch; returns the moments that the running ones follow,
         one of each per feature."""
 
-    @final
     def init_stats(self, feature_shape, dtype=jnp.float32):
         """Mean 0 and variance 1, and a count where `momentum` is None."""
-        return running.init_stats(feature_shape, momentum=self.momentum, dtype=dtype)
+        return running.init_stats(
+            feature_shape, momentum=self.momentum, dtype=dtype, kept=self.kept
+        )
+
+    def train(self, x, params, stats, *, mask, dtype, **inputs):
+        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype, **inputs)
+        return y, self.updated(stats, m, x.shape)
+
+    def stats_axes(self, shape: Shape) -> Axes:
+        """Axes whose features have the shape of the running statistics."""
+        return self.axes(shape)
 
     @final
-    def apply(self, x, params, stats, *, use_running_average, mask, dtype):
-        flag = use_running_average
-        if flag is True:
-            return self._by_running(x, params, stats, mask, dtype), as_arrays(stats)
-        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
-        new = running.update_stats(
+    def updated(self, stats: Stats, m: Moments, shape: Shape) -> dict[str, Array]:
+        """The statistics, moved towards those of a batch of `shape`."""
+        return running.update_stats(
             stats,
             m,
-            self.axes(x.shape),
+            self.stats_axes(shape),
             momentum=self.momentum,
             unbiased=self.unbiased,
-        )
-        if flag is False:
-            return y, new
-        kept = self._by_running(x, params, stats, mask, dtype)
-        return jax.tree.map(
-            lambda a, b: jnp.where(flag, a, b), (kept, as_arrays(stats)), (y, new)
+            kept=self.kept,
         )
 
-    def _by_running(self, x, params, stats, mask, dtype):
-        axes = self.axes(x.shape)
-        m = running.read(stats, axes, x.dtype)
+    def evaluate(self, x, params, stats, *, mask, dtype):
+        where = self.axes(x.shape)
+        m = running.read(stats, where, x.dtype, kept=self.kept)
         return standardize(
             x,
             m.mean,
             m.rstd(self.epsilon),
-            axes,
+            where,
             scale=params.get("scale"),
             bias=params.get("bias"),
             mask=mask,

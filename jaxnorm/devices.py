@@ -1,7 +1,9 @@
 """Where devices meet: moments pooled over named axes, with one collective each way."""
 
+import collections
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -76,7 +78,7 @@ def sync(
     One collective forward and one backward: each device writes its moments into its
     own slot of an array of zeros, (devices, 5, statistics), and one psum of that gives
     every device all of them, to pool exactly. Past 1 MiB of slots (6553 statistics on
-    8 devices, 204 on 256, 12 on 4096) two psums of (statistics, 3 and 2) replace it,
+    8 devices, 204 on 256, 12 on 4096) two psums of (statistics, 4 and 2) replace it,
     as exact and smaller.
 
     Raises ValueError if `axis_name` is not bound, or the groups are no partition.
@@ -121,7 +123,7 @@ def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
     weight = size / jnp.maximum(whole, 1)
     dvar = dvar + 2 * (apart.conj() * dmean).real
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
-    dmean, dvar = _group_sum(jnp.stack(shares), name, groups)
+    dmean, dvar = group_sum(jnp.stack(shares), name, groups)
     return dmean, dvar.real
 
 
@@ -129,23 +131,41 @@ def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:
     """Pools what every device of the group wrote into a slot of its own."""
     parts = (m.mean, m.residue, m.var, *size_parts(m.size))
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
-    members, place = axis_size(name), lax.axis_index(name)
-    if groups is not None:
-        members, place = max(map(len, groups)), jnp.asarray(_places(groups))[place]
-    slots = jnp.zeros((members, *own.shape), own.dtype)
-    slots = lax.dynamic_update_index_in_dim(slots, own, place, 0)
-    slots = _group_sum(slots, name, groups)
+    slots = gather(own, name, groups)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
     each = Moments(mean, var.real, joined_size(high, low), residue)
     pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 
 
-def _group_sum(v: Array, name: AxisName, groups: Groups | None) -> Array:
+def gather(
+    v: Array, name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None
+) -> Array:
+    """`v` of every device of the group, along a new leading axis, by one psum.
+
+    Where groups differ in size, the smaller ones end with zeros.
+    """
+    name = as_axis_name(name)
+    if name is None:
+        return v[None]
+    members, place = axis_size(name), lax.axis_index(name)
+    if groups is not None:
+        members, place = max(map(len, groups)), jnp.asarray(_places(groups))[place]
+    slots = jnp.zeros((members, *v.shape), v.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, v, place, 0)
+    return group_sum(slots, name, groups)
+
+
+def group_sum(
+    v: Array, name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None
+) -> Array:
     """The sum of `v` over the devices of this device's group, by one psum.
 
     psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
     """
+    name = as_axis_name(name)
+    if name is None:
+        return v
     if groups is None:
         return lax.psum(v, name)
     group = jnp.asarray(_group_of(groups))[lax.axis_index(name)]
@@ -155,30 +175,42 @@ def _group_sum(v: Array, name: AxisName, groups: Groups | None) -> Array:
     return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
 
 
-def _group_of(groups: Groups) -> np.ndarray:
+def _group_of(groups: Sequence[Sequence[int]]) -> np.ndarray:
     """The group that each index along the axis belongs to."""
     table = {i: g for g, group in enumerate(groups) for i in group}
     return np.array([table[i] for i in range(len(table))])
 
 
-def _places(groups: Groups) -> np.ndarray:
+def _places(groups: Sequence[Sequence[int]]) -> np.ndarray:
     """The place of each index along the axis within its group."""
     table = {i: place for group in groups for place, i in enumerate(group)}
     return np.array([table[i] for i in range(len(table))])
 
 
-def vary_together(k: Array, b: Array, like: Array) -> tuple[Array, Array]:
-    """`k` and `b`, marked as varying over the mesh axes that `like` varies over.
+def vary_together(like: Array, *arrays: Array | None) -> list[Any]:
+    """`arrays`, marked as varying over the mesh axes that `like` varies over.
 
     JAX marks them by itself where they meet `like` (in shard_map with check_vma), and
-    each mark is a psum when transposed. Marked together they cost one.
+    each mark is a psum when transposed. Marked together, as one array, they cost one.
     """
-    missing = _varying(like) - (_varying(k) | _varying(b))
-    if not missing:
-        return k, b
-    both = jnp.stack(jnp.broadcast_arrays(k, b))
-    both = lax.pcast(both, tuple(sorted(missing)), to="varying")
-    return both[0], both[1]
+    marked: list[Any] = list(arrays)
+    alike = collections.defaultdict(list)
+    for i, v in enumerate(arrays):
+        missing = () if v is None else axes_gained(v, like)
+        if v is not None and missing:
+            alike[v.dtype, missing].append((i, v))
+    for (_, missing), group in alike.items():
+        flat = jnp.concatenate([v.ravel() for _, v in group])
+        flat = lax.pcast(flat, missing, to="varying")
+        ends = np.cumsum([v.size for _, v in group])[:-1]
+        for (i, v), part in zip(group, jnp.split(flat, ends), strict=True):
+            marked[i] = part.reshape(v.shape)
+    return marked
+
+
+def axes_gained(v: Array, like: Array) -> tuple[str, ...]:
+    """The mesh axes that `like` varies over and `v` does not."""
+    return tuple(sorted(_varying(like) - _varying(v)))
 
 
 def _varying(x: Array) -> frozenset[str]:

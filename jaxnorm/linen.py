@@ -6,7 +6,8 @@ installed, so that they follow it; what they compute is jaxnorm's.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -62,10 +63,14 @@ class Norm(nn.Module):
         use_running_average: bool | Array | None = None,
         *,
         mask: ArrayLike | None = None,
+        **inputs: Any,
     ) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        `inputs` are what the norm's `inputs` name, such as the domain of each example.
+        """
         flag = self.norm.has_stats and _merged_flag(self, use_running_average)
-        return _apply(self, self.norm, x, flag, mask, refuse)
+        return _apply(self, self.norm, x, flag, mask, refuse, inputs)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -151,7 +156,8 @@ def _apply(
     x: ArrayLike,
     flag: bool | Array,
     mask: ArrayLike | None,
-    on_lone_values=warn,
+    on_lone_values: Callable[[str], None] = warn,
+    inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Array:
     """Applies `norm` to `x` with the variables of `module`, created on first use."""
     x = jnp.asarray(x)
@@ -176,6 +182,7 @@ def _apply(
         mask=mask,
         dtype=module.dtype,
         on_lone_values=_ignore if initializing else on_lone_values,
+        inputs=inputs,
     )
     if flag is not True and not initializing:
         for k, v in held.items():

@@ -43,6 +43,7 @@ def run(
     mask: ArrayLike | None,
     dtype: DTypeLike | None,
     on_lone_values: Callable[[str], None],
+    inputs: Mapping[str, Any],
 ) -> tuple[Array, dict[str, Array]]:
     """Applies `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
     given = jnp.asarray(x).dtype
@@ -51,12 +52,13 @@ def run(
     dtype = promote(*dtypes) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         dtype = promote(dtype, jnp.float32)
+    norm.check_names(params, inputs)
     problem = norm.lone_values(x.shape, flag)
     if problem:
         on_lone_values(problem)
     x = widened(x, dtype)
     return norm.apply(
-        x, params, stats, use_running_average=flag, mask=mask, dtype=dtype
+        x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
     )
 
 

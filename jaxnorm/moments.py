@@ -104,16 +104,17 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     """
     dtype = m.mean.dtype
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
-    parts = (size.astype(dtype) * m.mean, *size_parts(size))
-    rough, high, low = _unstack(total(_stack(parts, dtype)))
+    parts = [size.astype(v.dtype) * v for v in (m.mean, m.var)]
+    rough, var, high, low = _unstack(total(_stack([*parts, *size_parts(size)], dtype)))
     whole = joined_size(high, low)
-    rough = _rounded(_over(rough, jnp.maximum(whole, 1)))
+    rough, var = (_rounded(_over(v, jnp.maximum(whole, 1))) for v in (rough, var.real))
+    # About the rough ones, whose own rounding would add up when pooled repeatedly.
     apart = (m.mean - rough) + m.residue
-    parts = (apart, m.var + abs_square(apart))
+    parts = (apart, (m.var - var) + abs_square(apart))
     parts = (size.astype(v.dtype) * v for v in parts)
     shift, spread = _unstack(total(_stack(parts, dtype)))
     shift = _over(shift, jnp.maximum(whole, 1))  # what rounding left of the mean
-    var = _over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift)
+    var = var + (_over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift))
     mean, residue = _add(rough, shift)
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
 
@@ -196,7 +197,7 @@ def _pivot(x: Array, axes: Axes) -> Array:
     pivot is within sqrt(1 / part - 1) standard deviations of the mean.
     """
     along = _slab_axis(x, axes)
-    if along is None:
+    if along is None or not axes.size:
         return _mean(x, axes, axes.size)
     # The last axis is contiguous in memory, where every 16th element costs all of them.
     part = -(-x.shape[along] // 16)

@@ -7,6 +7,7 @@ installed, so that they follow it; what they compute is jaxnorm's.
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -96,10 +97,14 @@ class Norm(nnx.Module):
         use_running_average: bool | Array | None = None,
         *,
         mask: ArrayLike | None = None,
+        **inputs: Any,
     ) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        `inputs` are what the norm's `inputs` name, such as the domain of each example.
+        """
         flag = self.norm.has_stats and _merged_flag(self, use_running_average)
-        return _apply(self, self.norm, x, flag, mask, refuse)
+        return _apply(self, self.norm, x, flag, mask, refuse, inputs)
 
     def set_view(self, use_running_average: bool | None = None):
         """Sets the default of `use_running_average`; called by `nnx.view`."""
@@ -207,7 +212,8 @@ def _apply(
     x: ArrayLike,
     flag: bool | Array,
     mask: ArrayLike | None,
-    on_lone_values=warn,
+    on_lone_values: Callable[[str], None] = warn,
+    inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Array:
     """Applies `norm` to `x` with the variables of `module`."""
     x = jnp.asarray(x)
@@ -225,6 +231,7 @@ def _apply(
         mask=mask,
         dtype=_dtype(module, x, stats, params),
         on_lone_values=on_lone_values,
+        inputs=inputs,
     )
     if flag is not True:
         for k, v in held.items():

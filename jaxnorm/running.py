@@ -1,6 +1,7 @@
 """Step 4: the moving statistics that stand in for the batch at evaluation."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,8 +19,9 @@ def init_stats(
     *,
     momentum: ArrayLike | None = 0.99,
     dtype: DTypeLike = jnp.float32,
+    kept: tuple[str, ...] = ("mean", "var"),
 ) -> Stats:
-    """Statistics before any batch: {"mean": zeros, "var": ones}.
+    """Statistics before any batch: {"mean": zeros, "var": ones}, or those `kept`.
 
     `feature_shape` is the number of features, or the shape of several feature axes.
     With `momentum=None` there is also "count", the number of batches averaged so far,
@@ -28,15 +30,23 @@ def init_stats(
     shape = (feature_shape,) if isinstance(feature_shape, int) else feature_shape
     dtype = at_least_float32(dtype)
     stats = {"mean": jnp.zeros(shape, dtype), "var": jnp.zeros(shape, dtype).real + 1}
+    stats = {k: stats[k] for k in kept}
     if momentum is None:
         stats["count"] = jnp.zeros(shape, jnp.int32)
     return stats
 
 
-def read(stats: Mapping[str, ArrayLike], axes: Axes, dtype: DTypeLike) -> Moments:
+def read(
+    stats: Mapping[str, ArrayLike],
+    axes: Axes,
+    dtype: DTypeLike,
+    *,
+    kept: tuple[str, ...] = ("mean", "var"),
+) -> Moments:
     """The running statistics as moments to standardize an input of `dtype` with."""
-    check(stats, axes, ("mean", "var"))
-    mean, var = (jnp.asarray(stats[k]) for k in ("mean", "var"))
+    check(stats, axes, kept)
+    var = jnp.asarray(stats["var"])
+    mean = jnp.asarray(stats["mean"]) if "mean" in kept else jnp.zeros_like(var)
     mean = mean.astype(promote(dtype, mean.dtype, jnp.float32))
     var = var.astype(mean.real.dtype)
     shape = axes.param_shape()
@@ -50,6 +60,7 @@ def update_stats(
     *,
     momentum: ArrayLike | None,
     unbiased: bool = False,
+    kept: tuple[str, ...] = ("mean", "var"),
 ) -> Stats:
     """`momentum * old + (1 - momentum) * new` for each statistic, without gradient.
 
@@ -59,16 +70,16 @@ def update_stats(
     its statistics, and a batch with any statistic that is not finite leaves all as they
     were, bit for bit.
     """
-    check(stats, axes, ("mean", "var") + (("count",) if momentum is None else ()))
+    check(stats, axes, kept + (("count",) if momentum is None else ()))
     old = {k: jnp.asarray(v) for k, v in stats.items()}
-    if jnp.iscomplexobj(m.mean) and not jnp.iscomplexobj(old["mean"]):
+    complex_mean = "mean" in kept and jnp.iscomplexobj(m.mean)
+    if complex_mean and not jnp.iscomplexobj(old["mean"]):
         raise TypeError(
             f"the running mean is {old['mean'].dtype} and cannot hold the mean of a "
             f"complex input: initialize the statistics with dtype={m.mean.dtype}"
         )
     mean, var, size = _per_feature(m, axes)
-    finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(var))
-    counted = finite & (size > 1)
+    counted = all_finite(mean, var) & (size > 1)
     if unbiased:
         size = jnp.maximum(size, 2).astype(var.dtype)
         var = var * (size / (size - 1))
@@ -77,20 +88,42 @@ def update_stats(
         count = old["count"]
         keep = count.astype(var.dtype) / (count + 1).astype(var.dtype)
         new["count"] = jnp.where(counted, count + 1, count)
-    for name, value in (("mean", mean), ("var", var)):
+    values = {"mean": mean, "var": var}
+    for name, value in ((k, values[k]) for k in kept):
         moved = _blend(old[name], value, keep)
         new[name] = jnp.where(counted, moved, old[name])
     return new
 
 
-def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
-    """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
+def all_finite(*arrays: Array) -> Array:
+    """Whether a batch with these statistics may leave a trace."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(v).all() for v in arrays])
+
+
+def replaced(
+    stats: Mapping[str, ArrayLike], new: Mapping[str, Array], when: Array
+) -> Stats:
+    """`stats` with those of `new` in their place, where `when`; without gradient."""
+    out = {k: jnp.asarray(v) for k, v in stats.items()}
+    for k, v in new.items():
+        v = lax.stop_gradient(v).astype(out[k].dtype)
+        out[k] = jnp.where(when, v.reshape(out[k].shape), out[k])
+    return out
+
+
+def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
+    """Raises ValueError unless `stats` holds `names`."""
     missing = [k for k in names if k not in stats]
     if missing:
         raise ValueError(
             f"stats lacks {missing}, it holds {sorted(stats)}: start from init_stats, "
             "with momentum=None for a cumulative average"
         )
+
+
+def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
+    require(stats, names)
     for k in names:
         if jnp.shape(stats[k]) != axes.feature_shape:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Step 3: subtract the mean, divide by the deviation, then scale and shift."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,36 @@ def standardize(
     return standardized(axes, dtype, x, mask, mean, rstd, scale, bias)
 
 
+def pointwise(
+    formula: Callable[..., Array],
+    x: Array,
+    axes: Axes,
+    *arrays: Array | None,
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """`formula(x, *arrays)` of `x` in its folded shape, and 0 where `mask` is false.
+
+    For methods that are not affine in `x`. As with `standardize`, the formula is given
+    at least float32, and only `x`, in its own dtype, and `arrays` are kept for the
+    backward pass, where the formula is computed again.
+    """
+    mask = as_mask(mask, x.shape)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+
+    def f(x, mask, *arrays):
+        return unfold(formula(fold(x, mask, axes), *arrays), mask, axes, dtype)
+
+    arrays = tuple(vary_together(x, *arrays))
+    return jax.checkpoint(f, prevent_cse=False)(x, mask, *arrays)
+
+
+def affine(y: Array, scale: Array | None, bias: Array | None) -> Array:
+    """`y * scale + bias`, where None is 1 and 0."""
+    y = y if scale is None else y * scale
+    return y if bias is None else y + bias
+
+
 def as_param(
     name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike
 ) -> Array | None:
@@ -66,12 +97,22 @@ def as_param(
     return value.astype(promote(dtype, value.dtype)).reshape(shape)
 
 
+def as_number(
+    name: str, value: ArrayLike | None, default: float, dtype: DTypeLike
+) -> Array:
+    """A parameter that is one number; raises ValueError if it has a shape."""
+    value = jnp.asarray(default if value is None else value, dtype)
+    if value.shape:
+        raise ValueError(f"{name} has shape {value.shape}, but it is one number")
+    return value
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def standardized(axes, dtype, x, mask, mean, rstd, scale, bias):
     """`standardize`, of arrays that are known to fit."""
     y = (fold(x, mask, axes) - mean) * _slope(mean, rstd, scale)
     y = y if bias is None else y + bias
-    return _unfold(y, mask, axes, dtype)
+    return unfold(y, mask, axes, dtype)
 
 
 @standardized.defjvp
@@ -99,9 +140,9 @@ def standardize_tangent(
     dshift = -slope * dmean
     if dbias is not None:
         dshift = dshift + dbias
-    dslope, dshift = vary_together(dslope, dshift, x)
+    dslope, dshift = vary_together(x, dslope, dshift)
     dy = slope * fold(dx, mask, axes) + centered * dslope + dshift
-    return _unfold(dy, mask, axes, dtype)
+    return unfold(dy, mask, axes, dtype)
 
 
 def _slope(mean, rstd, scale):
@@ -110,6 +151,7 @@ def _slope(mean, rstd, scale):
     return rstd if scale is None else rstd * scale
 
 
-def _unfold(y, mask, axes, dtype):
+def unfold(y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None) -> Array:
+    """The array's own shape again, in `dtype`, and 0 where `mask` is false."""
     y = y.reshape(axes.shape).astype(dtype)
     return y if mask is None else jnp.where(mask, y, jnp.zeros((), dtype))

@@ -6,6 +6,8 @@ over which devices share statistics if `axis_name` is set.
 """
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+import reference_methods as methods
 
 import jaxnorm
 from jaxnorm import axes as axes_of
@@ -20,22 +23,110 @@ from jaxnorm import axes as axes_of
 
 class Row(NamedTuple):
     norm: jaxnorm.Norm
-    reference: Callable[..., reference.Result]
+    reference: Callable[..., Any]  # (x, params, stats, mask=, ...) -> (y, stats)
     shape: tuple[int, ...]  # the usual input, its batch a multiple of 8
     more_shapes: tuple[tuple[int, ...], ...] = ()
     bad: tuple[tuple[tuple[int, ...], str], ...] = ()  # (shape, message)
     split: int | None = 0  # the axis that synchronized devices share out
     lone: tuple[int, ...] | None = None  # a shape of one value per variance
+    moments: Callable[..., reference.Result] | None = None  # if y is of moments alone
+    inputs: Callable[[Any], dict[str, Any]] = lambda x: {}  # beside x
+    backward: Callable[..., dict[str, Any]] | None = None  # if not the derivative
+    held: Callable[..., dict[str, Any]] | None = None  # what the gradient sees fixed
+    positions: bool = False  # whether masks are of whole positions
+    poison: bool = True  # whether what a mask hides may be NaN
+    constant: bool = True  # whether a constant input gives zeros
+    collectives: int = 1  # in each direction, if synchronized
 
 
 def row(kind: type[jaxnorm.Norm], ref: Any, options: dict[str, Any], *args, **kwargs):
+    """A row whose outputs follow from the moments of sets of elements."""
     norm = kind(**options)
     call = functools.partial(ref, epsilon=norm.epsilon, **options)
-    return Row(norm, call, *args, **kwargs)
+
+    def whole(x, params, stats, *, mask=None, use_running_average=False):
+        arrays = _arrays(params)
+        if not stats:
+            return call(x, *arrays, mask=mask).y, {}
+        axis = norm.axes(np.shape(x)).feature
+        if use_running_average:
+            return reference.by_running(x, *arrays, stats, axis, norm.epsilon, mask), {
+                k: np.asarray(v) for k, v in stats.items()
+            }
+        batch = reference.batch_norm(x, axis=axis, mask=mask)
+        first = tuple(slice(None) if a in axis else 0 for a in range(np.ndim(x)))
+        new = reference.running(
+            stats,
+            reference.Moments(*(v[first] for v in batch[1:])),
+            momentum=norm.momentum,
+        )
+        return call(x, *arrays, mask=mask).y, new
+
+    return Row(norm, whole, *args, moments=call, **kwargs)
+
+
+def other(
+    kind: type[jaxnorm.Norm],
+    options: dict[str, Any],
+    *args,
+    ref: Any = None,
+    backward: Any = None,
+    **kwargs,
+):
+    """A row with a reference of its own, called as the method is."""
+    norm = kind(**options)
+    ref = ref or getattr(methods, sys.modules[kind.__module__].__name__.split(".")[-1])
+    fixed = {"epsilon": norm.epsilon, **options}
+    fixed = {k: v for k, v in fixed.items() if k in inspect.signature(ref).parameters}
+    if backward is not None:
+        backward = functools.partial(backward, **fixed)
+    call = functools.partial(ref, **fixed)
+    return Row(norm, call, *args, backward=backward, **kwargs)
 
 
 FIRST = (8, 4, 4, 2)  # channels first
 LAST = (8, 4, 2, 6)  # channels last
+
+KERNEL = np.linspace(0.5, 1.5, 6, dtype=np.float32)[None]
+
+
+def scaling(x):
+    """A layer that multiplies each feature by its kernel, which gave x."""
+
+    def layer(kernel):
+        ratio = (kernel / KERNEL.astype(kernel.dtype)).astype(x.dtype)
+        return x * ratio.reshape(*[1] * (x.ndim - 1), -1)
+
+    return {"kernel": KERNEL, "layer": layer}
+
+
+def cross_iteration(x, params, stats, **settings):
+    """The reference keeps mean squares, the package the variances."""
+    settings.pop("kernel_shape", None)
+    if settings.get("use_running_average"):
+        return methods.cross_iteration_batch_norm(x, params, stats, **settings)
+    past = {k: np.asarray(v, np.float64) for k, v in stats.items()}
+    mean, slope = past["past_mean"], past["past_mean_slope"]
+    twice = 2 * mean[:, None] * slope
+    given = {k: past[k] for k in ("mean", "var")} | {
+        "history_mean": mean,
+        "history_square": past["past_var"] + mean**2,
+        "history_mean_slope": slope,
+        "history_square_slope": past["past_var_slope"] + twice,
+        "history_kernel": past["past_kernel"],
+        "count": stats["batches"],
+    }
+    y, new = methods.cross_iteration_batch_norm(x, params, given, **settings)
+    mean, slope = new["history_mean"], new["history_mean_slope"]
+    return y, {k: new[k] for k in ("mean", "var")} | {
+        "past_mean": mean,
+        "past_var": new["history_square"] - mean**2,
+        "past_mean_slope": slope,
+        "past_var_slope": new["history_square_slope"] - 2 * mean[:, None] * slope,
+        "past_kernel": new["history_kernel"],
+        "batches": new["count"],
+    }
+
 
 NORMS: dict[str, Row] = {
     "batch": row(
@@ -150,12 +241,175 @@ NORMS: dict[str, Row] = {
         {"size": 2},
         LAST,
         ((8, 5), (4, 3, 2)),
-        bad=(((7, 4), "size=2 does not divide the batch of 7 examples"),),
+        split=None,
+    ),
+    "ghost_ragged": other(jaxnorm.GhostBatchNorm, {"size": 3}, LAST, split=None),
+    "ghost_one": other(jaxnorm.GhostBatchNorm, {"size": 20}, LAST, split=None),
+    "layer_zero_centered": other(
+        jaxnorm.LayerNorm, {"zero_centered_scale": True}, LAST, split=None
+    ),
+    "rms_zero_centered": other(
+        jaxnorm.RMSNorm, {"zero_centered_scale": True}, LAST, split=None
+    ),
+    "renorm": other(
+        jaxnorm.BatchRenorm,
+        {"rmax": 1.2, "dmax": 0.3},
+        LAST,
+        ((16, 5),),
+        lone=(1, 4),
+        held=lambda x, stats, mask: {
+            "correction": methods.batch_renorm_correction(
+                x, stats, mask=mask, rmax=1.2, dmax=0.3
+            )
+        },
+        constant=False,
+    ),
+    "recurrent": other(
+        jaxnorm.RecurrentBatchNorm,
+        {"max_steps": 3},
+        (8, 6),
+        inputs=lambda x: {"step": np.int32(1)},
+        lone=(1, 4),
+    ),
+    "recurrent_late": other(
+        jaxnorm.RecurrentBatchNorm,
+        {"max_steps": 3},
+        (8, 2, 6),
+        inputs=lambda x: {"step": np.int32(7)},
+    ),
+    "online": other(
+        jaxnorm.OnlineNorm,
+        {"momentum": 0.9, "control_momentum": 0.8},
+        LAST,
+        ((8, 5),),
+        split=None,
+        backward=methods.online_norm_backward,
+        constant=False,
+    ),
+    "online_unscaled": other(
+        jaxnorm.OnlineNorm,
+        {"momentum": 0.9, "control_momentum": 0.8, "layer_scaling": False},
+        (8, 3, 4),
+        split=None,
+        backward=methods.online_norm_backward,
+        constant=False,
+    ),
+    "moving_average": other(
+        jaxnorm.MovingAverageBatchNorm,
+        {"window": 3},
+        LAST,
+        ((8, 5),),
+        backward=methods.moving_average_batch_norm_backward,
+        constant=False,
+        collectives=1,
+    ),
+    "moving_average_new": other(
+        jaxnorm.MovingAverageBatchNorm,
+        {"window": 9},
+        (8, 3, 4),
+        backward=methods.moving_average_batch_norm_backward,
+        constant=False,
+    ),
+    "power": other(
+        jaxnorm.PowerNorm,
+        {},
+        LAST,
+        ((8, 5),),
+        backward=methods.power_norm_backward,
+        constant=False,
+    ),
+    "cross_iteration": other(
+        jaxnorm.CrossIterationBatchNorm,
+        {"window": 3, "kernel_shape": (1, 6)},
+        LAST,
+        ref=functools.partial(cross_iteration, window=3),
+        split=None,
+        inputs=scaling,
+        poison=False,
+        constant=False,
+    ),
+    "eval": other(jaxnorm.EvalNorm, {"weight": 0.3}, LAST, lone=(1, 4)),
+    "virtual": other(
+        jaxnorm.VirtualBatchNorm,
+        {"size": 3},
+        LAST,
+        ((8, 5),),
+        bad=(((2, 4), "size=3 examples of reference do not fit"),),
+        split=None,
+    ),
+    "iter": other(
+        jaxnorm.IterNorm,
+        {"num_groups": 2, "group_size": None},
+        LAST,
+        ((16, 4),),
+        bad=(((8, 3, 5), "num_groups=2 does not divide the 5 features"),),
+        positions=True,
+        collectives=2,
+    ),
+    "l1": other(jaxnorm.L1BatchNorm, {}, LAST, ((16, 5),), lone=(1, 4), collectives=2),
+    "range": other(
+        jaxnorm.RangeBatchNorm, {}, LAST, ((16, 5),), lone=(1, 4), collectives=2
+    ),
+    "domain": other(
+        jaxnorm.DomainBatchNorm,
+        {"num_domains": 3},
+        LAST,
+        ((8, 5),),
+        split=None,
+        inputs=lambda x: {"domain": np.array([0, 2, 0, 0, 2, 0, 2, 2])},
+    ),
+    "domain_affine": other(
+        jaxnorm.DomainBatchNorm,
+        {"num_domains": 2, "share_affine": False},
+        (8, 3, 4),
+        split=None,
+        inputs=lambda x: {"domain": np.array([0, 1, 0, 0, 1, 0, 1, 1])},
+    ),
+    "running_instance": other(
+        jaxnorm.RunningInstanceNorm, {}, LAST, ((8, 5, 3),), split=None, lone=(8, 1, 4)
+    ),
+    "switchable": other(jaxnorm.SwitchableNorm, {}, LAST, ((8, 5),), constant=True),
+    "filter_response": other(
+        jaxnorm.FilterResponseNorm,
+        {"learn_epsilon": True},
+        LAST,
+        ((8, 5),),
+        split=1,
+        constant=False,
+    ),
+    "evo_b0": other(jaxnorm.EvoNormB0, {}, LAST, lone=(1, 4), constant=False),
+    "evo_s0": other(
+        jaxnorm.EvoNormS0, {"num_groups": 2}, LAST, split=1, constant=False
+    ),
+    "positional": other(jaxnorm.PositionalNorm, {}, LAST, ((8, 5),), split=None),
+    "scale": other(
+        jaxnorm.ScaleNorm, {}, LAST, ((8, 5), (7,)), split=None, constant=False
+    ),
+    "global_response": other(
+        jaxnorm.GlobalResponseNorm, {}, LAST, ((8, 5),), split=1, constant=False
+    ),
+    "local_response": other(
+        jaxnorm.LocalResponseNorm,
+        {"size": 4, "alpha": 0.7, "beta": 0.6, "k": 1.5},
+        LAST,
+        ((8, 5), (7,)),
+        split=None,
+        constant=False,
+    ),
+    "dynamic_tanh": other(
+        jaxnorm.DynamicTanh, {}, LAST, ((8, 5),), split=None, constant=False
+    ),
+    "divisive": other(
+        jaxnorm.DivisiveNorm,
+        {"window": (3, 4), "window_axes": (1, 3)},
+        LAST,
         split=None,
     ),
 }
 
-RUNNING = {k: r for k, r in NORMS.items() if r.norm.has_stats}
+MOMENTS = {k: r for k, r in NORMS.items() if r.moments is not None}
+RUNNING = {k: r for k, r in MOMENTS.items() if r.norm.has_stats}
+STATEFUL = {k: r for k, r in NORMS.items() if r.norm.has_stats}
 SYNCED = {k: r for k, r in NORMS.items() if r.split is not None}
 
 
@@ -183,12 +437,35 @@ def problem(row: Row, shape=None, *, dtype=jnp.float32, offset=0.0, seed=0) -> P
     features = row.norm.axes(shape).feature_shape
     x = (rng.normal(size=shape) + offset).astype(dtype)
     params = {
-        k: rng.uniform(0.5, 2, size=features).astype(np.float32)
-        for k in row.norm.params
+        k: (rng.uniform(0.5, 2, size=v) * (0.1 if "control" in k else 1)).astype(
+            np.float32
+        )
+        for k, v in param_shapes(row.norm, features).items()
     }
-    mask = rng.random(shape) > 0.4
+    mask = rng.random((*shape[:-1], 1) if row.positions else shape) > 0.4
     cotangent = rng.normal(size=shape).astype(np.float32)
     return Problem(x, params, dict(initial_stats(row.norm, features)), mask, cotangent)
+
+
+def moved(row: Row, shape=None, seed=0) -> dict[str, Any]:
+    """Statistics as after some steps: none of them 0 or 1."""
+    rng = np.random.default_rng(seed + 100)
+    features = row.norm.axes(row.shape if shape is None else shape).feature_shape
+    stats = {}
+    for k, v in initial_stats(row.norm, features).items():
+        if np.issubdtype(v.dtype, np.integer):
+            stats[k] = np.full_like(v, 4)
+        elif k in ("var", "buffer", "past_var"):
+            stats[k] = rng.uniform(0.5, 2, v.shape).astype(v.dtype)
+        else:
+            stats[k] = (0.3 * rng.normal(size=v.shape)).astype(v.dtype)
+    return stats
+
+
+@functools.cache
+def param_shapes(norm: jaxnorm.Norm, features) -> dict[str, tuple[int, ...]]:
+    shapes = jax.eval_shape(lambda: norm.init_params(features))
+    return {k: v.shape for k, v in shapes.items()}
 
 
 @functools.cache
@@ -197,7 +474,8 @@ def initial_stats(norm: jaxnorm.Norm, features, dtype=jnp.float32):
 
 
 def expected(row: Row, x, params, mask=None) -> reference.Result:
-    return row.reference(np.asarray(x), *_arrays(params), mask=mask)
+    assert row.moments is not None
+    return row.moments(np.asarray(x), *_arrays(params), mask=mask)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -208,6 +486,19 @@ def spread(norm: jaxnorm.Norm, x, mask=None):
         axes = axes_of.virtual_batches(x.shape, norm.axis, norm.size)
     m = jaxnorm.moments(x, axes, mask=mask, center=norm.center)
     return [jnp.broadcast_to(v, axes.folded).reshape(x.shape) for v in m[:3]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def everything(name: str, x, params, stats, mask, cotangent):
+    """Output, new statistics, and gradients by x and the parameters; compiled once for
+    all tests that ask for the same."""
+    row = NORMS[name]
+
+    def f(x, params):
+        return row.norm(x, params, stats, mask=mask, **row.inputs(x))
+
+    y, pull, new = jax.vjp(f, x, params, has_aux=True)
+    return y, new, *pull(cotangent.astype(y.dtype))
 
 
 def _arrays(params) -> list[np.ndarray]:

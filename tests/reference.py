@@ -114,6 +114,21 @@ def ghost_batch_norm(
     return _normalize(x, ghost, scale, bias, features, epsilon, mask)
 
 
+def by_running(x, scale, bias, stats, axis, epsilon, mask=None):
+    """Batch norm at evaluation."""
+    x = _exact(x)
+    features = _axes(axis, x.ndim)
+    y = np.zeros(x.shape)
+    valid = np.broadcast_to(True if mask is None else np.asarray(mask) != 0, x.shape)
+    mean, var = _exact(stats["mean"]), _exact(stats["var"])
+    for i in np.ndindex(x.shape):
+        if valid[i]:
+            f = _pick(i, features)
+            z = (x[i] - mean[f]) / np.sqrt(var[f] + epsilon)
+            y[i] = z * _at(_exact(scale), i, features) + _at(_exact(bias), i, features)
+    return y
+
+
 def running(stats, batch, *, momentum, unbiased=False):
     """The running statistics after one more batch, as a new dict."""
     mean, var, size = _triple(batch)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from norms import NORMS, problem
+from norms import MOMENTS as NORMS
+from norms import problem
 
 import jaxnorm
 

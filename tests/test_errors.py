@@ -5,7 +5,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import pytest
-from norms import NORMS, problem
+from norms import MOMENTS as NORMS
+from norms import problem
 
 import jaxnorm
 

@@ -103,7 +103,7 @@ def metrics(out):
         (["--batch-size=0"], "--batch-size 0"),
         (["--batch-size=1"], "not a multiple of"),
         (["--batch-size=9", "--devices=2"], "not a multiple of 2 devices"),
-        (["--norm=ghost", "--devices=4"], "--norm ghost does not fit"),
+        (["--norm=virtual", "--devices=8"], "--norm virtual does not fit"),
     ],
 )
 def test_bad_options_get_one_line(example, capsys, data, tmp_path, argv, words):

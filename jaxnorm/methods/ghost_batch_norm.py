@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync
-from jaxnorm.moments import pool
+from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.normalize import normalize
+from jaxnorm.standardize import standardize
 
 
 @method
 class GhostBatchNorm(RunningNorm):
     """Batch norm within each virtual batch of `size` consecutive examples.
 
-    `axis_name` pools the running statistics only: a virtual batch stays on its device.
+    Examples that are left over join the last virtual batch. `axis_name` pools the
+    running statistics only: a virtual batch stays on its device.
     """
 
     epsilon: float = 1e-5
@@ -27,17 +30,56 @@ class GhostBatchNorm(RunningNorm):
         return axes.keep(shape, self.axis)
 
     def by_batch(self, x, params, stats, *, mask, dtype):
-        virtual = axes.virtual_batches(x.shape, self.axis, self.size)
-        if virtual.size == 1:
+        if self.size == self.axes(x.shape).size // max(*x.shape[:1], 1) == 1:
             raise ValueError(
-                f"size={self.size} leaves one value per variance in an input of shape "
-                f"{x.shape}: choose larger virtual batches"
+                f"size=1 leaves one value per variance in an input of shape {x.shape}: "
+                "choose larger virtual batches"
             )
-        y, m = normalize(
-            x, params, virtual, epsilon=self.epsilon, mask=mask, dtype=dtype
-        )
-        whole = pool(m, lambda v: v.sum(0, keepdims=True))
+        if x.shape[0] % self.size:
+            y, each = self._by_ragged(x, params, mask, dtype)
+        else:
+            virtual = axes.virtual_batches(x.shape, self.axis, self.size)
+            y, each = normalize(
+                x, params, virtual, epsilon=self.epsilon, mask=mask, dtype=dtype
+            )
+        whole = pool(each, lambda v: v.sum(0, keepdims=True))
         return y, sync(whole, self.axis_name, self.axis_index_groups)
+
+    def _by_ragged(self, x, params, mask, dtype):
+        """With a last virtual batch that is larger, or the only one."""
+        each = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
+        each = Moments(*(jnp.broadcast_to(v, each.var.shape) for v in each))
+        cut = max(x.shape[0] // self.size - 1, 0) * self.size
+        equal = pool(
+            Moments(*(v[:cut].reshape(-1, self.size, *v.shape[1:]) for v in each)),
+            lambda v: v.sum(1, keepdims=True),
+        )
+        last = pool(
+            Moments(*(v[cut:] for v in each)), lambda v: v.sum(0, keepdims=True)
+        )
+        mean, rstd = (
+            jnp.concatenate(
+                [
+                    jnp.repeat(a[:, 0], self.size, 0),
+                    jnp.repeat(b, x.shape[0] - cut, 0),
+                ]
+            )
+            for a, b in (
+                (equal.mean, last.mean),
+                (equal.rstd(self.epsilon), last.rstd(self.epsilon)),
+            )
+        )
+        y = standardize(
+            x,
+            mean,
+            rstd,
+            self.axes(x.shape),
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )
+        return y, each
 
 
 def ghost_batch_norm(
@@ -61,20 +103,17 @@ def ghost_batch_norm(
         x = x.reshape(batch // size, size, ...)
         y = batch norm of each x[i], with the same scale and bias
 
-    The running statistics follow the moments of the whole batch, and evaluation knows
-    no virtual batches. Under jit, with examples sharded over devices and virtual
-    batches that do not straddle them, y needs no communication (but one boolean on a
-    CPU, see `jaxnorm.moments`).
+    If `size` does not divide the batch, the last virtual batch takes the remainder as
+    well; a smaller batch is one virtual batch. The running statistics follow the
+    moments of the whole batch, and evaluation knows no virtual batches. Under jit, with
+    examples sharded over devices and virtual batches that do not straddle them, y needs
+    no communication (but one boolean on a CPU, see `jaxnorm.moments`).
 
     Args:
-        size: examples per virtual batch; divides the leading axis of x.
+        size: examples per virtual batch.
         axis_name: mapped axis, or several, to pool the running statistics over.
 
     All else is as in `jaxnorm.batch_norm`.
-
-    Raises:
-        ValueError: while training, if `size` does not divide the batch; otherwise as
-            `jaxnorm.batch_norm`.
 
     Source: Hoffer, Hubara and Soudry, 2017.
 

@@ -5,19 +5,12 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm import axes
-from jaxnorm.base import StatelessNorm, method
+from jaxnorm.base import RowNorm, method
 
 
 @method
-class LayerNorm(StatelessNorm):
+class LayerNorm(RowNorm):
     """Normalizes each example by its statistics over `reduction_axes`."""
-
-    reduction_axes: int | Sequence[int] = -1
-    feature_axes: int | Sequence[int] = -1
-
-    def axes(self, shape):
-        return axes.over(shape, self.reduction_axes, self.feature_axes)
 
 
 def layer_norm(
@@ -28,6 +21,7 @@ def layer_norm(
     reduction_axes: int | Sequence[int] = -1,
     feature_axes: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
+    zero_centered_scale: bool = False,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -45,6 +39,7 @@ def layer_norm(
         reduction_axes: the axes that share a mean and a variance.
         feature_axes: the axes that scale and bias vary along.
         epsilon: added to the variance.
+        zero_centered_scale: multiply by 1 + scale, as in Gemma.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
@@ -68,6 +63,7 @@ def layer_norm(
         reduction_axes=reduction_axes,
         feature_axes=feature_axes,
         epsilon=epsilon,
+        zero_centered_scale=zero_centered_scale,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )

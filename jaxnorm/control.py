@@ -1,0 +1,142 @@
+"""Backward passes that learn: statistics of gradients, kept beside the parameters.
+
+Some methods replace, in the backward pass, averages over the batch by running ones. The
+backward pass of a pure function returns nothing but gradients, so these methods keep
+such averages as parameters whose names start with "control", and return for a gradient
+what must be subtracted to renew them: the old value less the new one. Plain gradient
+descent with rate 1 is then their update, whatever optimizer the others have:
+
+    optax.multi_transform(
+        {"parameter": optimizer, "control": optax.sgd(1.0)}, jaxnorm.control_labels
+    )
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm import devices
+from jaxnorm.axes import Axes
+from jaxnorm.devices import AxisName, axes_gained, vary_together
+from jaxnorm.moments import as_mask, fold
+from jaxnorm.standardize import affine, as_param, unfold
+
+
+def control_labels(params: Any) -> Any:
+    """The tree `params`, with "control" for each leaf that gradients renew by being
+    subtracted as they are, and "parameter" for each other; for `optax.multi_transform`.
+
+    >>> import jaxnorm
+    >>> jaxnorm.control_labels({"conv": {"kernel": 1.0}, "norm": {"control": 0.0}})
+    {'conv': {'kernel': 'parameter'}, 'norm': {'control': 'control'}}
+    """
+
+    def label(path, _):
+        names = [str(getattr(k, "key", getattr(k, "name", ""))) for k in path]
+        control = any(name.startswith("control") for name in names)
+        return "control" if control else "parameter"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def controlled(
+    renew: Callable[..., tuple[Array, Array]],
+    x: Array,
+    axes: Axes,
+    rstd: Array,
+    control: Array | None,
+    extra: tuple[Array, ...],
+    *,
+    gain: Array | None = None,
+    size: Any,
+    params: Mapping[str, ArrayLike | None],
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
+    axis_name: AxisName | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+) -> Array:
+    """`z * gain * scale + bias` with z = x * rstd, and this backward pass, where g is
+    the gradient of z:
+
+        c, new_control = renew((g * z).mean(), control, *extra)
+        dx = rstd * (g - c * z)
+
+    No gradient goes through `rstd`, `gain` and `extra`. The mean is over `size`
+    elements, on all devices. `renew` is a function without state of its own.
+    """
+    mask = as_mask(mask, x.shape)
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    scale, bias = (
+        as_param(k, params.get(k), axes, rstd.dtype) for k in ("scale", "bias")
+    )
+    gain = jnp.ones_like(rstd) if gain is None else gain
+    rstd, gain, extra = lax.stop_gradient((rstd, gain, extra))
+    size = jnp.maximum(jnp.asarray(size), 1).astype(rstd.dtype)
+    plan = Plan(renew, axes, dtype, axis_name, axis_index_groups, copies(control, x))
+    arrays = vary_together(x, rstd, gain, size, scale, bias, control, *extra)
+    return _controlled(plan, x, mask, *arrays[:6], tuple(arrays[6:]))
+
+
+class Plan(NamedTuple):
+    """What is known before any array is."""
+
+    renew: Callable[..., tuple[Array, Array]]
+    axes: Axes
+    dtype: jnp.dtype
+    axis_name: AxisName | None
+    groups: Sequence[Sequence[int]] | None
+    copies: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _controlled(plan, x, mask, rstd, gain, size, scale, bias, control, extra):
+    y = affine(fold(x, mask, plan.axes) * (rstd * gain), scale, bias)
+    return unfold(y, mask, plan.axes, plan.dtype)
+
+
+def _forward(plan, *args):
+    return _controlled(plan, *args), args
+
+
+def _backward(plan, args, dy):
+    x, mask, rstd, gain, size, scale, bias, control, extra = args
+    z = fold(x, mask, plan.axes) * rstd
+    dy = fold(dy, mask, plan.axes).astype(z.dtype)
+    g = gain * dy if scale is None else gain * scale * dy
+    total = (g * z).sum(plan.axes.reduce, keepdims=True)
+    p = devices.group_sum(total, plan.axis_name, plan.groups) / size
+    held = jnp.zeros_like(rstd) if control is None else control
+    c, new = plan.renew(p, held, *extra)
+    dx = unfold(rstd * (g - c * z), mask, plan.axes, x.dtype)
+    dscale = None if scale is None else _summed(gain * z * dy, scale)
+    dbias = None if bias is None else _summed(dy, bias)
+    dcontrol = None if control is None else renewal(control, new, plan.copies, x)
+    return dx, None, None, None, None, dscale, dbias, dcontrol, None
+
+
+_controlled.defvjp(_forward, _backward)
+
+
+def _summed(v: Array, like: Array) -> Array:
+    """The sum of `v` over the axes along which `like` was broadcast."""
+    return v.sum([a for a, n in enumerate(like.shape) if n == 1], keepdims=True)
+
+
+def copies(control: Array | None, like: Array) -> int:
+    """How many devices' gradients JAX adds up for `control`, which they share.
+
+    Known in shard_map with check_vma. Elsewhere gradients are averaged by whoever
+    replicates the parameters, as usual.
+    """
+    gained = () if control is None else axes_gained(control, like)
+    return lax.axis_size(gained) if gained else 1
+
+
+def renewal(old: Array, new: Array, copies: int, like: Array) -> Array:
+    """What to return as the gradient of `old` on each of `copies` devices."""
+    return vary_together(like, (old - new).astype(old.dtype) / copies)[0]

@@ -1,0 +1,224 @@
+"""Moving average batch norm (Yan et al., 2020, https://arxiv.org/abs/2001.06838)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm import axes, running
+from jaxnorm.base import StatefulNorm, Stats, method
+from jaxnorm.control import controlled
+from jaxnorm.devices import sync
+from jaxnorm.dtypes import at_least_float32
+from jaxnorm.moments import Moments, moments
+from jaxnorm.standardize import standardize
+
+
+@method
+class MovingAverageBatchNorm(StatefulNorm):
+    """Divides by the root of a mean square that is averaged over the last `window`
+    batches, in the backward pass as well; for small batches.
+
+    The averages of the backward pass are the parameter "control", see
+    `jaxnorm.control_labels`.
+    """
+
+    params = ("scale", "bias", "control")
+    center = False
+    epsilon: float = 1e-5
+    momentum: float = 0.98
+    window: int = 16
+    clip: float = 1.05
+    axis: int | Sequence[int] = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 batch, got {self.window}")
+        if not self.clip >= 1:
+            raise ValueError(f"clip must be at least 1, got {self.clip}")
+
+    def axes(self, shape):
+        return axes.keep(shape, self.axis)
+
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        """Ones for the scale, zeros for the bias and for the control of each batch."""
+        return super().init_params(feature_shape, dtype) | {
+            "control": jnp.zeros((self.window, *feature_shape), jnp.float32)
+        }
+
+    def init_stats(self, feature_shape, dtype=jnp.float32):
+        """Mean squares of the last `window` batches, their average, and a count."""
+        dtype = at_least_float32(dtype)
+        return {
+            "var": jnp.ones(feature_shape, dtype),
+            "buffer": jnp.zeros((self.window, *feature_shape), dtype),
+            "count": jnp.zeros((), jnp.int32),
+        }
+
+    def train(self, x, params, stats, *, mask, dtype):
+        where = self.axes(x.shape)
+        self._check(stats, where)
+        own = moments(x, where, mask=mask, center=False)
+        m = sync(own, self.axis_name, self.axis_index_groups)
+        count, kept = (jnp.asarray(stats[k]) for k in ("count", "var"))
+        kept = kept.astype(m.var.dtype).reshape(where.param_shape())
+        row, filled = self._place(count, m.var)
+        buffer = self._by_batch(stats["buffer"], where, m.var.dtype)
+        buffer = buffer.at[row].set(
+            jnp.where(jnp.asarray(m.size) > 0, m.var, buffer[row])
+        )
+        var = _average(buffer, filled)
+        rstd = Moments(m.mean, var, 1).rstd(self.epsilon)
+        ratio = jnp.sqrt((var + self.epsilon) / (kept + self.epsilon))
+        ratio = jnp.clip(ratio, 1 / self.clip, self.clip)
+        y = controlled(
+            _renewed,
+            x,
+            where,
+            rstd,
+            self._control(params, where, m.var.dtype),
+            (row, filled, jnp.asarray(m.size) > 0),
+            gain=jnp.where(count < self.window, 1, ratio),
+            size=m.size,
+            params=params,
+            mask=mask,
+            dtype=dtype,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+        )
+        moved = jnp.where(
+            count == 0, var, self.momentum * kept + (1 - self.momentum) * var
+        )
+        moved = jnp.where(jnp.asarray(m.size) > 1, moved, kept)
+        new = {"var": moved, "buffer": buffer, "count": count + 1}
+        some = jnp.any(jnp.asarray(m.size) > 1)
+        return y, running.replaced(stats, new, running.all_finite(m.var) & some)
+
+    def evaluate(self, x, params, stats, *, mask, dtype):
+        where = self.axes(x.shape)
+        m = running.read(stats, where, x.dtype, kept=("var",))
+        return standardize(
+            x,
+            m.mean,
+            m.rstd(self.epsilon),
+            where,
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )
+
+    def _check(self, stats, where):
+        running.require(stats, ("var", "buffer", "count"))
+        running.check(stats, where, ("var",))
+        expected = (self.window, *where.feature_shape)
+        if jnp.shape(stats["buffer"]) != expected:
+            raise ValueError(
+                f"stats['buffer'] has shape {jnp.shape(stats['buffer'])}, but with "
+                f"window={self.window} it is {expected}"
+            )
+
+    def _place(self, count, like):
+        """The row of this batch in the buffers, and 1 for each row that is filled."""
+        rows = jnp.arange(self.window, dtype=count.dtype)
+        filled = (rows < jnp.minimum(count + 1, self.window)).astype(like.dtype)
+        return count % self.window, filled.reshape(-1, *[1] * like.ndim)
+
+    def _by_batch(self, buffer, where, dtype):
+        buffer = jnp.asarray(buffer).astype(dtype)
+        return buffer.reshape(self.window, *where.param_shape())
+
+    def _control(self, params, where, dtype):
+        value = params.get("control")
+        expected = (self.window, *where.feature_shape)
+        if value is None:
+            return jnp.zeros(expected, dtype).reshape(-1, *where.param_shape())
+        if jnp.shape(value) != expected:
+            raise ValueError(
+                f"control has shape {jnp.shape(value)}, but the features of an input "
+                f"of shape {where.shape} are {where.feature_shape} and window="
+                f"{self.window}: pass {expected}"
+            )
+        return self._by_batch(value, where, dtype)
+
+
+def _average(buffer: Array, filled: Array) -> Array:
+    return (buffer * filled).sum(0) / filled.sum()
+
+
+def _renewed(product, control, row, filled, valid):
+    """The average over the last batches, this one among them, and its terms."""
+    control = control.at[row].set(jnp.where(valid, product, control[row]))
+    return _average(control, filled), control
+
+
+def moving_average_batch_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    control: ArrayLike | None = None,
+    *,
+    use_running_average: bool | ArrayLike,
+    window: int = 16,
+    clip: float = 1.05,
+    axis: int | Sequence[int] = -1,
+    momentum: float = 0.98,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Divides each feature of `x` by the root of its mean square over recent batches.
+
+        buffer = stats["buffer"].at[stats["count"] % window].set((x**2).mean())
+        var = buffer.mean(0)
+        z = x / sqrt(var + epsilon)
+        r = clip(sqrt((var + epsilon) / (stats["var"] + epsilon)), 1 / clip, clip)
+        y = z * r * scale + bias
+        stats["var"] = momentum * stats["var"] + (1 - momentum) * var
+
+    Until the buffers are full, their mean is over the batches so far, and r is 1.
+    Evaluation divides by `sqrt(stats["var"] + epsilon)`. The gradient is
+
+        g = dy * scale * r
+        control = control.at[stats["count"] % window].set((g * z).mean())
+        dx = (g - z * control.mean(0)) / sqrt(var + epsilon)
+
+    and the old control less the new one is the gradient of `control`: see
+    `jaxnorm.control_labels`. There is no forward mode. The mean is not subtracted:
+    centre the weights of the layer before it (`jaxnorm.weight_standardize`).
+
+    Args:
+        stats: {"var", "buffer", "count"}, from `MovingAverageBatchNorm().init_stats`.
+        control: (window, *features), zeros at first; None is zeros.
+        window: number of batches to average over.
+        clip: limit of the correction r towards evaluation, from 1 on.
+        momentum: weight of the old statistics.
+
+    All else is as in `jaxnorm.batch_norm`.
+
+    Source: Yan, Wan, Zhang, Zhang, Wei and Sun, 2020.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> y, stats = jaxnorm.moving_average_batch_norm(
+    ...     jnp.array([[3.0], [-3.0]]),
+    ...     jaxnorm.MovingAverageBatchNorm().init_stats((1,)),
+    ...     use_running_average=False,
+    ... )
+    >>> print(y.round(3).ravel(), stats["var"])
+    [ 1. -1.] [9.]
+    """
+    norm = MovingAverageBatchNorm(
+        window=window,
+        clip=clip,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+    params = {"scale": scale, "bias": bias, "control": control}
+    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)

@@ -1,0 +1,155 @@
+"""Switchable normalization (Luo et al., 2018, https://arxiv.org/abs/1806.10779)."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm import axes, running
+from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.devices import sync, vary_together
+from jaxnorm.moments import Moments, moments, pool
+from jaxnorm.standardize import standardize
+
+
+@method
+class SwitchableNorm(RunningNorm):
+    """Normalizes by a learned mixture of instance, layer and batch statistics.
+
+    `axis_name` pools the batch statistics, so it names an axis that the batch is split
+    along.
+    """
+
+    params = ("scale", "bias", "mean_weight", "var_weight")
+    epsilon: float = 1e-5
+    axis: int | Sequence[int] = -1
+
+    def axes(self, shape):
+        return axes.keep(shape, self.axis)
+
+    def lone_values(self, shape, flag):
+        # The layer statistics are still of many values.
+        return None
+
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        """As usual; ones for the weights, so that they are equal."""
+        ones = {k: jnp.ones(3, dtype) for k in ("mean_weight", "var_weight")}
+        return super().init_params(feature_shape, dtype) | ones
+
+    def by_batch(self, x, params, stats, *, mask, dtype):
+        instance, layer = self._of_examples(x, mask)
+        batch = pool(instance, lambda v: v.sum(0, keepdims=True))
+        batch = sync(batch, self.axis_name, self.axis_index_groups)
+        return self._mixed(x, params, instance, layer, batch, mask, dtype), batch
+
+    def evaluate(self, x, params, stats, *, mask, dtype):
+        kept = running.read(stats, self.axes(x.shape), x.dtype)
+        return self._mixed(x, params, *self._of_examples(x, mask), kept, mask, dtype)
+
+    def _of_examples(self, x, mask):
+        """Instance and layer statistics, the latter from the former."""
+        where = axes.per_example(x.shape, self.axis)
+        instance = moments(x, where, mask=mask)
+        sizes = jnp.broadcast_to(jnp.asarray(instance.size), instance.var.shape)
+        instance = instance._replace(size=sizes)
+        return instance, pool(instance, lambda v: v.sum(where.feature, keepdims=True))
+
+    def _mixed(self, x, params, instance, layer, batch, mask, dtype):
+        names = ("mean_weight", "var_weight")
+        weights = [_shares(k, params.get(k), layer.var.dtype) for k in names]
+        mean, var, *weights = vary_together(x, batch.mean, batch.var, *weights)
+        mean = _mixture(weights[0], instance.mean, layer.mean, mean)
+        var = _mixture(weights[1], instance.var, layer.var, var)
+        return standardize(
+            x,
+            mean,
+            Moments(mean, var, 1).rstd(self.epsilon),
+            self.axes(x.shape),
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )
+
+
+def _shares(name, weight, dtype):
+    weight = jnp.ones(3, dtype) if weight is None else jnp.asarray(weight, dtype)
+    if weight.shape != (3,):
+        raise ValueError(
+            f"{name} has shape {weight.shape}, but it is (3,): one weight each for "
+            "instance, layer and batch statistics"
+        )
+    return jax.nn.softmax(weight)
+
+
+def _mixture(shares, instance, layer, batch):
+    """The shares add up to 1: equal parts give exactly these."""
+    shares = shares.astype(instance.dtype)
+    return instance + shares[1] * (layer - instance) + shares[2] * (batch - instance)
+
+
+def switchable_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    mean_weight: ArrayLike | None = None,
+    var_weight: ArrayLike | None = None,
+    *,
+    use_running_average: bool | ArrayLike,
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased: bool = False,
+) -> tuple[Array, dict[str, Array]]:
+    """Normalizes by a mixture of instance, layer and batch statistics.
+
+        a, b = softmax(mean_weight), softmax(var_weight)
+        mean = a[0] * instance_mean + a[1] * layer_mean + a[2] * batch_mean
+        var = b[0] * instance_var + b[1] * layer_var + b[2] * batch_var
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Layer and batch statistics are pooled from those of the instances, so `x` is read
+    once for all three. All variances are biased, so that single positions and single
+    examples give no NaN. `stats` follow the batch statistics and stand in for them
+    with `use_running_average=True`; the others are always those of the example.
+
+    Args:
+        mean_weight, var_weight: (3,), for instance, layer and batch statistics; None
+            is equal weights.
+        axis_name: mapped axis, or several, that the batch is split along.
+
+    All else is as in `jaxnorm.batch_norm`, but a batch of one single value per feature
+    is taken.
+
+    Source: Luo, Ren, Peng, Zhang and Li, 2018.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> x = jnp.array([[[1.0, 10.0], [3.0, 30.0]]])
+    >>> only_instance = jnp.array([1e9, 0.0, 0.0])
+    >>> y, _ = jaxnorm.switchable_norm(
+    ...     x,
+    ...     jaxnorm.init_stats(2),
+    ...     mean_weight=only_instance,
+    ...     var_weight=only_instance,
+    ...     use_running_average=False,
+    ... )
+    >>> print(y.round(3).tolist())
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+    norm = SwitchableNorm(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased=unbiased,
+    )
+    params = {"scale": scale, "bias": bias}
+    params |= {"mean_weight": mean_weight, "var_weight": var_weight}
+    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)

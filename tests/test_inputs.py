@@ -1,0 +1,434 @@
+"""Standardized inputs: moments of the whole however it is split, there and back."""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx, serialization
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from norms import assert_close
+
+from jaxnorm import Standardize
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(autouse=True)
+def strict_where_flax_is_not_used(request):
+    flax = "flax" in request.node.name
+    with jax.numpy_dtype_promotion("standard" if flax else "strict"):
+        yield
+
+
+def data(*shape: int, offset: Any = 0.0, deviation: Any = 1.0):
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=shape) * deviation + offset).astype(np.float32)
+
+
+FAR: dict[str, Any] = {"offset": [0, 1e4, -1e4, 7], "deviation": [1, 1, 300, 1e-2]}
+
+
+def assert_moments(stats, x, mask=None):
+    """The moments of rows of features, from each feature's own valid elements."""
+    x = np.asarray(x, np.float64)
+    mask = np.broadcast_to(True if mask is None else mask, x.shape).astype(bool)
+    columns = [x[mask[:, i], i] for i in range(x.shape[1])]
+    mean = np.array([c.mean() if len(c) else 0 for c in columns])
+    var = np.array([c.var() if len(c) else 0 for c in columns])
+    np.testing.assert_array_equal(stats.size, [len(c) for c in columns])
+    assert_close(stats.mean / np.maximum(abs(mean), 1), mean / np.maximum(abs(mean), 1))
+    whole_mean = np.asarray(stats.mean, np.float64) + np.asarray(stats.residue)
+    apart = (whole_mean - mean) / np.sqrt(np.maximum(var, 1e-30))
+    np.testing.assert_array_less(abs(apart[var > 0]), 1e-6)
+    np.testing.assert_allclose(stats.var, var, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "shape, axis, others",
+    [
+        ((7, 3), -1, (0,)),
+        ((4, 3, 5), 1, (0, 2)),
+        ((4, 3, 5), -2, (0, 2)),
+        ((2, 3, 4, 5), [-1, 1], (0, 2)),
+        ((4, 3), (), (0, 1)),
+    ],
+)
+def test_axes(shape, axis, others):
+    x = data(*shape, offset=3)
+    stats = Standardize.fit(x, axis=axis)
+    assert hash(stats.axis) == hash(Standardize.init(3, axis=axis).axis)
+    exact = x.astype(np.float64)
+    assert_close(stats.mean, exact.mean(others))
+    assert_close(stats.var, exact.var(others))
+    y = (exact - exact.mean(others, keepdims=True)) / exact.std(others, keepdims=True)
+    assert_close(jax.jit(Standardize.apply)(stats, x), y)
+    assert_close(stats.invert(stats.apply(x)), x, size=4)
+
+
+@pytest.mark.parametrize("axis", [-1, -3])
+def test_negative_axes_fit_one_example_too(axis):
+    x = data(4, 3, 2, 3, offset=[1, 2, 3])
+    stats = Standardize.fit(x, axis=axis)
+    assert_close(stats.apply(x[0]), stats.apply(x)[0])
+
+
+@pytest.mark.parametrize("sizes", [(12,), (1,) * 12, (5, 0, 7), (0, 1, 11), (3, 9)])
+def test_any_split_gives_the_moments_of_the_whole(sizes):
+    x, mask = data(12, 4, **FAR), np.random.default_rng(1).random((12, 4)) > 0.4
+    x = np.where(mask, x, np.nan)
+    cuts = np.cumsum(sizes)[:-1]
+    pieces = list(zip(np.split(x, cuts), np.split(mask, cuts), strict=True))
+    update = jax.jit(lambda s, x, mask: s.update(x, mask=mask))
+    streamed = Standardize.init(4)
+    for batch, valid in pieces:
+        streamed = update(streamed, batch, valid)
+    parts = [Standardize.fit(v, mask=m.astype(np.int32)) for v, m in pieces]
+    for stats in (streamed, functools.reduce(Standardize.merge, reversed(parts))):
+        assert_moments(stats, x, mask)
+
+
+def test_ten_thousand_batches_in_a_scan():
+    x = data(10_000, 2, 4, **FAR)
+
+    @jax.jit
+    def run(x):
+        start = Standardize.init(4)
+        return jax.lax.scan(lambda s, batch: (s.update(batch), None), start, x)[0]
+
+    assert_moments(run(x), x.reshape(-1, 4))
+
+
+def test_sizes_are_exact_past_2_to_the_24():
+    stats = Standardize(
+        mean=jnp.zeros(2),
+        var=jnp.ones(2),
+        size=jnp.array([2**24, 2**31 - 4], jnp.int32),
+        residue=jnp.zeros(2),
+        axis=-1,
+    )
+    more = stats.update(data(3, 2))
+    np.testing.assert_array_equal(more.size, [2**24 + 3, 2**31 - 1])
+    assert np.isfinite(more.var).all()
+    lost = more.update(data(1, 2)).update(data(1, 2))
+    for value in (lost.mean, lost.var, lost.apply(data(2))):
+        np.testing.assert_array_equal(np.isnan(value), [False, True])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
+def test_half_precision(dtype):
+    x = data(50, 3, offset=5, deviation=[1, 3, 300]).astype(dtype)
+    exact = x.astype(np.float64)
+    stats = Standardize.fit(x)
+    assert stats.mean.dtype == stats.var.dtype == np.float32
+    assert_moments(stats, exact)
+    y = stats.apply(x)
+    assert y.dtype == dtype and stats.invert(y).dtype == dtype
+    assert_close(y, (exact - exact.mean(0)) / exact.std(0), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64, bool])
+def test_integers_are_read_as_float32(dtype):
+    top = {"b1": 2.0, "u1": 255.0, "i4": 2.0**23}.get(np.dtype(dtype).str[1:], 2.0**40)
+    x = (np.random.default_rng(0).random((6, 5, 3)) * top).astype(int).astype(dtype)
+    stats, exact = Standardize.fit(x), x.astype(np.float64)
+    assert_close(stats.mean / top, exact.mean((0, 1)) / top)
+    y = stats.apply(x)
+    assert y.dtype == np.float32
+    assert_close(y, (exact - exact.mean((0, 1))) / exact.std((0, 1)))
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(40, 3)) + 1e9
+        stats = Standardize.init(3, dtype=np.float64).update(x[:5]).update(x[5:])
+        assert stats.mean.dtype == stats.var.dtype == np.float64
+        np.testing.assert_allclose(stats.var, x.var(0), rtol=1e-11)
+        y = stats.apply(x)
+        assert y.dtype == np.float64
+        np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-6)
+        assert Standardize.init(3).mean.dtype == np.float32
+        assert Standardize.init(3, dtype=jnp.bfloat16).var.dtype == np.float32
+        # Wider data widens, narrower data is read by the wider moments.
+        narrow = Standardize.fit(x.astype(np.float32))
+        assert narrow.merge(stats).var.dtype == np.float64
+        assert narrow.apply(x).dtype == np.float64
+        for call in (stats.apply, stats.invert):
+            assert call(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_what_rounding_cut_off_the_mean_is_subtracted():
+    x = data(4000, 3, offset=[1e4, -1e4, 3e4])
+    exact = x.astype(np.float64)
+    y = Standardize.fit(x).apply(x)
+    # The mean itself is rounded by up to 1e-3 of a deviation.
+    assert_close(y, (exact - exact.mean(0)) / exact.std(0))
+    assert abs(np.asarray(y, np.float64).mean(0)).max() < 1e-6
+    np.testing.assert_array_equal(Standardize.fit(x).invert(y), x)
+
+
+CONSTANTS = np.array(
+    [0, 0.1, -1 / 3, 1e4 + 1 / 3, 16777213, -1e-20, 7.7e15, 255], np.float32
+)
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+@pytest.mark.parametrize("batches", [1, 40])
+def test_constants_become_zero_and_come_back(count, batches):
+    x = np.broadcast_to(CONSTANTS, (count, 8))
+    fit = jax.jit(
+        lambda x: jax.lax.fori_loop(
+            0, batches, lambda _, s: s.update(x), Standardize.init(8)
+        )
+    )
+    stats = fit(x)
+    for unseen in (x, x + 1):
+        y = stats.apply(unseen)
+        np.testing.assert_array_equal(y, np.zeros_like(x))
+    np.testing.assert_array_equal(stats.invert(stats.apply(x)), x)
+    np.testing.assert_array_equal(stats.invert(np.ones(8, np.float32)), CONSTANTS)
+    np.testing.assert_array_equal(stats.deviation, np.zeros(8))
+    slope = jax.grad(lambda x: stats.apply(x).sum())(x)
+    np.testing.assert_array_equal(slope, np.zeros_like(x))
+
+
+def test_a_deviation_of_roundoff_is_constant_and_more_is_not():
+    value = np.float32(1.5)
+    noise = np.where(np.arange(64) % 2, EPS, -EPS)[:, None].astype(np.float32)
+    x = value + noise * np.array([0, 1, 4], np.float32)
+    y = np.asarray(Standardize.fit(x).apply(x))
+    np.testing.assert_array_equal(y[:, :2], np.zeros((64, 2)))
+    assert_close(abs(y[:, 2]), 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 5, 3), (4, 0, 3)])
+def test_of_nothing_is_the_identity(shape):
+    x = data(6, 3, offset=100)
+    valid = np.array([True, True, False])
+    for empty in (Standardize.init(3), Standardize.fit(np.zeros(shape, np.float32))):
+        np.testing.assert_array_equal(empty.size, [0, 0, 0])
+        np.testing.assert_array_equal(empty.apply(x), x)
+        np.testing.assert_array_equal(empty.invert(x), x)
+        assert_moments(empty.update(x).merge(empty), x)
+        stats = empty.update(np.where(valid, x, np.nan), mask=valid)
+        assert_moments(stats, x, valid)
+        np.testing.assert_array_equal(stats.apply(x)[:, 2], x[:, 2])
+
+
+def test_nan_spoils_its_feature_only_and_missing_values_are_masked():
+    x = data(5, 3, offset=4)
+    x[2, 1] = np.nan
+    assert np.isnan(Standardize.fit(x).mean).tolist() == [False, True, False]
+    mask = ~np.isnan(x)
+    stats = Standardize.fit(x, mask=mask)
+    assert_moments(stats, x, mask)
+    y = stats.apply(x, mask=mask)
+    assert y[2, 1] == 0
+    slope = jax.grad(lambda x: stats.apply(x, mask=mask).sum())(x)
+    assert_close(slope, np.where(mask, 1 / np.asarray(stats.deviation), 0))
+
+
+@pytest.mark.parametrize("vma", [False, True])
+def test_devices_share_out_a_stream(vma):
+    x, mask = data(24, 4, **FAR), np.random.default_rng(1).random((24, 4)) > 0.4
+    mask[16:20] = False  # nothing on the third of four devices, in the second batch
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    update = jax.shard_map(
+        lambda s, x, mask: s.update(x, mask=mask, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=vma,
+    )
+    stats = Standardize.init(4)
+    for rows in (slice(0, 8), slice(8, 24)):
+        stats = jax.jit(update)(stats, np.where(mask, x, np.nan)[rows], mask[rows])
+    assert_moments(stats, x, mask)
+
+
+def test_sharded_arrays_need_nothing():
+    x = data(16, 4, **FAR)
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    spread = jax.device_put(x, NamedSharding(mesh, P("data")))
+    stats = jax.jit(Standardize.fit)(spread)
+    assert_moments(stats, x)
+    y = jax.jit(Standardize.apply)(stats, spread)
+    assert y.sharding == spread.sharding
+    assert_close(y, Standardize.fit(x).apply(x))
+
+
+def test_vmap_fits_one_for_each():
+    x = data(3, 6, 4, offset=[1, 2, 3, 4])
+    each = jax.vmap(Standardize.fit)(x)
+    for i in range(3):
+        assert_moments(jax.tree.map(lambda v, i=i: v[i], each), x[i])
+
+
+def test_moments_get_no_gradient_and_inputs_do():
+    x = data(6, 3, offset=2, deviation=[1, 2, 0])
+    stats = Standardize.fit(x)
+
+    def loss(mean, var, x):
+        moved = Standardize(
+            mean=mean, var=var, size=stats.size, residue=stats.residue, axis=-1
+        )
+        return (moved.apply(x) + moved.invert(x)).sum()
+
+    dmean, dvar, dx = jax.grad(loss, (0, 1, 2))(stats.mean, stats.var, x)
+    np.testing.assert_array_equal(dmean, np.zeros(3))
+    np.testing.assert_array_equal(dvar, np.zeros(3))
+    deviation = np.asarray(stats.deviation)
+    slope = np.where(deviation > 0, 1 / np.maximum(deviation, 1e-9), 0) + deviation
+    assert_close(dx, np.broadcast_to(slope, x.shape))
+
+
+def test_a_checkpoint_of_flax_or_any_other_holds_its_leaves():
+    stats = Standardize.fit(data(6, 3), axis=-1)
+    leaves, structure = jax.tree.flatten(stats)
+    assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 4
+    loaded = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
+    again = jax.tree.unflatten(structure, loaded)
+    np.testing.assert_array_equal(again.apply(data(2, 3)), stats.apply(data(2, 3)))
+    assert again.axis == -1
+
+
+class Linen(nn.Module):
+    inputs: Standardize
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(self.inputs.apply(x))
+
+
+def test_a_constant_of_a_flax_linen_model():
+    x = data(6, 3, offset=1e4)
+    model = Linen(Standardize.fit(x))
+    variables = model.init(jax.random.key(0), x)
+    assert list(variables) == ["params"]
+    run = jax.jit(lambda model, v, x: model.apply(v, x), static_argnums=0)
+    expected = nn.Dense(2).apply(
+        {"params": variables["params"]["Dense_0"]}, model.inputs.apply(x)
+    )
+    assert_close(run(model, variables, x), cast(Any, expected))
+
+
+class Streaming(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        seen = self.variable("input_stats", "seen", Standardize.init, x.shape[-1])
+        if train and not self.is_initializing():
+            seen.value = seen.value.update(x)
+        return seen.value.apply(x)
+
+
+def test_a_variable_of_a_flax_linen_model():
+    x = data(8, 3, offset=5)
+    variables = Streaming().init(jax.random.key(0), x, train=True)
+    for batch in (x[:2], x[2:]):
+        _, variables = Streaming().apply(
+            variables, batch, train=True, mutable=["input_stats"]
+        )
+    assert_moments(variables["input_stats"]["seen"], x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, inputs, rngs):
+        self.inputs = inputs
+        self.dense = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.inputs.apply(x))
+
+
+def test_a_constant_of_a_flax_nnx_model():
+    x = data(6, 3, offset=1e4)
+    stats = Standardize.fit(x)
+    model = Nnx(nnx.data(stats), nnx.Rngs(0))
+    assert_close(nnx.jit(lambda m, x: m(x))(model, x), model.dense(stats.apply(x)))
+    gradient = nnx.grad(lambda m: m(x).sum())(model)
+    assert list(gradient) == ["dense"]
+
+
+def test_a_variable_of_a_flax_nnx_model():
+    x = data(8, 3, offset=5)
+    model = Nnx(nnx.Variable(Standardize.init(3)), nnx.Rngs(0))
+
+    @nnx.jit
+    def see(model, x):
+        model.inputs.set_value(model.inputs.get_value().update(x))
+
+    for batch in (x[:4], x[4:]):
+        see(model, batch)
+    assert_moments(model.inputs.get_value(), x)
+
+
+SEEN = Standardize.init(3)
+
+
+@pytest.mark.parametrize(
+    "call, kind, message",
+    [
+        (
+            lambda: SEEN.apply(jnp.ones((2, 4))),
+            ValueError,
+            r"of shape \(3,\), but axis=-1 of an input of shape \(2, 4\) holds "
+            r"features of shape \(4,\): pass data with the same features",
+        ),
+        (lambda: SEEN.invert(jnp.ones((2, 4))), ValueError, "of an input of shape"),
+        (lambda: SEEN.update(jnp.ones((3, 1))), ValueError, "of an input of shape"),
+        (
+            lambda: SEEN.merge(Standardize.init(1)),
+            ValueError,
+            r"of shapes \(3,\) and \(1,\): fit both parts",
+        ),
+        (
+            lambda: SEEN.merge(cast(Any, jnp.ones((2, 3)))),
+            TypeError,
+            "merge takes another Standardize, got .*: pass a batch of data to update",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones(3), axis=1),
+            ValueError,
+            "axis=1 is out of range for an array of rank 1",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones(3), axis=cast(Any, 0.5)),
+            TypeError,
+            "axis must be an integer",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones((3, 2)), mask=jnp.ones(3)),
+            ValueError,
+            r"mask of shape \(3,\) does not broadcast",
+        ),
+        (
+            lambda: Standardize.fit(cast(Any, (jnp.ones((3, 2)) for _ in range(2)))),
+            TypeError,
+            "got an iterator, generator: start from Standardize.init",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones((3, 2), jnp.complex64)),
+            TypeError,
+            "takes real data, got complex64",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones((3, 2)), axis_name="data"),
+            ValueError,
+            "axis_name='data' is not bound here",
+        ),
+        (
+            lambda: jax.eval_shape(
+                Standardize.fit, jax.ShapeDtypeStruct((2**21, 2**10, 3), np.uint8)
+            ),
+            ValueError,
+            "has 2147483648 elements per feature, but sizes are int32",
+        ),
+    ],
+)
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()

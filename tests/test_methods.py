@@ -1,0 +1,500 @@
+"""What every method keeps, row by row: values, state and gradients as its paper defines
+them, masks, dtypes, transformations, memory, and both Flax APIs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from norms import (
+    MOMENTS,
+    NORMS,
+    STATEFUL,
+    assert_close,
+    changed,
+    everything,
+    initial_stats,
+    moved,
+    param_shapes,
+    problem,
+    tolerance,
+)
+
+from jaxnorm import linen as jl
+from jaxnorm import nnx as jx
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+every_norm = pytest.mark.parametrize("name", NORMS)
+OTHERS = [n for n in NORMS if n not in MOMENTS]
+wide = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float64))
+
+
+def in_float64(row, shape=None, seed=0):
+    """A problem in float64, with integers left as they are."""
+    p = problem(row, shape, dtype=jnp.float64, seed=seed)
+    stats = {
+        k: v if np.issubdtype(v.dtype, np.integer) else v.astype(np.float64)
+        for k, v in moved(row, shape, seed).items()
+    }
+    return p._replace(params=wide(p.params), stats=stats, cotangent=wide(p.cotangent))
+
+
+def assert_same(actual, desired, limit=1e-9):
+    """Equal trees in float64, and finite."""
+    assert actual.keys() == desired.keys()
+    for k, v in actual.items():
+        assert np.isfinite(v).all(), k
+        np.testing.assert_allclose(v, desired[k], rtol=limit, atol=limit, err_msg=k)
+
+
+def reference_gradients(row, p, mask):
+    """Slopes of the reference along random directions, with what each is along."""
+    names = list(p.params)
+    held = row.held(p.x, p.stats, mask) if row.held else {}
+
+    def f(x, *params):
+        params = dict(zip(names, params, strict=True))
+        inputs = row.inputs(x)
+        return row.reference(x, params, p.stats, mask=mask, **inputs, **held)[0]
+
+    rng = np.random.default_rng(1)
+    args = (p.x, *p.params.values())
+    for _ in range(2):
+        ways = [rng.normal(size=np.shape(a)) for a in args]
+        yield ways, (reference.jvp(f, args, ways, 1e-6) * p.cotangent).sum()
+
+
+@every_norm
+@pytest.mark.parametrize("masked", [False, True])
+def test_matches_the_reference(name, masked):
+    row = NORMS[name]
+    with jax.enable_x64(True):
+        for shape in (row.shape, *([] if masked else row.more_shapes)):
+            p = in_float64(row, shape)
+            mask = p.mask if masked else None
+            y, new, dx, dparams = everything(
+                name, p.x, p.params, p.stats, mask, p.cotangent
+            )
+            exact, exact_new = row.reference(
+                p.x, p.params, p.stats, mask=mask, **row.inputs(p.x)
+            )
+            assert y.dtype == dx.dtype == jnp.float64 and y.shape == shape
+            # The pivot and the pooling cost a few digits of the sixteen.
+            assert_same({"y": y}, {"y": exact}, 1e-8)
+            assert_same(new, exact_new, 1e-7)
+            if row.backward is not None:
+                assert_renewed(row, p, mask, dx, dparams)
+                continue
+            grads = (dx, *dparams.values())
+            for ways, slope in reference_gradients(row, p, mask):
+                ours = sum((g * w).sum() for g, w in zip(grads, ways, strict=True))
+                np.testing.assert_allclose(ours, slope, rtol=1e-4, atol=1e-4)
+
+
+def assert_renewed(row, p, mask, dx, dparams):
+    """Gradients that the paper defines, and for controls what subtraction renews."""
+    desired = row.backward(p.x, p.params, p.stats, p.cotangent, mask=mask)
+    actual = {"x": dx} | {
+        k if k in ("scale", "bias") else f"new_{k}": v
+        if k in ("scale", "bias")
+        else p.params[k] - v
+        for k, v in dparams.items()
+    }
+    assert_same(actual, desired, 1e-8)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n in OTHERS])
+def test_evaluation_matches_the_reference(name):
+    row = NORMS[name]
+    with jax.enable_x64(True):
+        p = in_float64(row)
+        mask = p.mask
+
+        def call(x, flag):
+            return row.norm(
+                x,
+                p.params,
+                p.stats,
+                use_running_average=flag,
+                mask=mask,
+                **row.inputs(x),
+            )
+
+        exact = [
+            row.reference(
+                p.x,
+                p.params,
+                p.stats,
+                mask=mask,
+                use_running_average=flag,
+                **row.inputs(p.x),
+            )
+            for flag in (False, True)
+        ]
+        traced = jax.jit(call)
+        for flag in (False, True):
+            y, new = traced(p.x, flag)
+            assert_same({"y": y, **new}, {"y": exact[flag][0], **exact[flag][1]}, 1e-7)
+        y, new = jax.jit(lambda x: call(x, True))(p.x)
+        assert_same({"y": y}, {"y": exact[1][0]}, 1e-8)
+        jax.tree.map(np.testing.assert_array_equal, new, p.stats)
+        # One example is enough, whatever the method does in training.
+        if not row.inputs(p.x):
+            one = jax.jit(
+                lambda x: row.norm(x, p.params, p.stats, use_running_average=True)[0]
+            )(p.x[:1])
+            whole = row.reference(p.x[:1], p.params, p.stats, use_running_average=True)
+            assert_same({"y": one}, {"y": whole[0]}, 1e-8)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_rounds_only_the_result(name, dtype):
+    row = NORMS[name]
+    p = problem(row, dtype=dtype)
+    stats = moved(row)
+
+    @jax.jit
+    def call(x):
+        return row.norm(x, p.params, stats, **row.inputs(x))
+
+    # Squares of these are beyond float16.
+    for x in (p.x, (p.x * 300).astype(np.float16)) if dtype == jnp.float16 else (p.x,):
+        y, new = call(x)
+        assert y.dtype == dtype
+        assert all(v.dtype == stats[k].dtype for k, v in new.items())
+        exact, _ = row.reference(
+            np.asarray(x, np.float64), p.params, stats, **row.inputs(x)
+        )
+        size = max(1, np.abs(exact).max())
+        limit = float(jnp.finfo(dtype).eps) + tolerance(jnp.float32, x.size)
+        assert np.isfinite(np.asarray(y, np.float32)).all()
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), exact, rtol=limit, atol=limit * size
+        )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_lies_under_a_mask_changes_nothing(name):
+    row = NORMS[name]
+    p, stats = problem(row), moved(row)
+    mask = np.broadcast_to(p.mask, row.shape)
+    run = functools.partial(everything, name)
+    clean = run(p.x, p.params, stats, p.mask, p.cotangent)
+    for poison in (np.nan, np.inf, 1e30) if row.poison else (7.0,):
+        x = np.where(mask, p.x, np.float32(poison))
+        poisoned = run(x, p.params, stats, p.mask, p.cotangent)
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves(poisoned))
+        jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
+    np.testing.assert_array_equal(np.asarray(clean[0])[~mask], 0)
+    np.testing.assert_array_equal(np.asarray(clean[2])[~mask], 0)
+
+    nothing = np.full(row.shape, np.nan, np.float32), np.zeros_like(p.mask)
+    y, new, dx, dparams = run(nothing[0], p.params, stats, nothing[1], p.cotangent)
+    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(dx, 0)
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(dparams))
+    jax.tree.map(np.testing.assert_array_equal, new, stats)
+
+    gone = p.mask.copy()
+    gone[2] = False
+    y, new, *_ = run(p.x, p.params, stats, gone, p.cotangent)
+    exact, exact_new = row.reference(p.x, p.params, stats, mask=gone, **row.inputs(p.x))
+    assert_close(y, exact, summed=p.x.size, size=100)
+    for k, v in new.items():
+        assert_close(v, exact_new[k], summed=p.x.size, size=30)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_masks_broadcast_as_in_numpy(name):
+    row = NORMS[name]
+    p, rng = problem(row), np.random.default_rng(0)
+    shape = row.shape
+    shapes = ((shape[0], *[1] * (len(shape) - 1)), shape[1:], (*shape[:-1], 1))
+    if row.positions:
+        shapes, shape = (shapes[0], (*shape[1:-1], 1)), shapes[2]
+    masks = [rng.random(s) > 0.3 for s in shapes]
+
+    @jax.jit
+    def pairs(x):
+        each = [(m, np.broadcast_to(m, shape)) for m in masks]
+        call = functools.partial(row.norm, x, p.params, p.stats, **row.inputs(x))
+        return [tuple(call(mask=m)[0] for m in pair) for pair in each]
+
+    for short, full in pairs(p.x):
+        assert_close(short, full, summed=p.x.size, size=30)
+
+
+def test_a_mask_of_single_features_does_not_fit_a_whitening():
+    row = NORMS["iter"]
+    p = problem(row)
+    for shape in (row.shape, row.shape[-1:]):
+        with pytest.raises(ValueError, match="takes masks of whole positions"):
+            row.norm(p.x, p.params, p.stats, mask=np.ones(shape, bool))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forward_mode_and_vmap_agree_with_reverse_mode(name):
+    row = NORMS[name]
+    with jax.enable_x64(True):
+        p, q = in_float64(row), in_float64(row, seed=1)
+
+        def f(x, params):
+            return row.norm(x, params, p.stats, **row.inputs(x))[0]
+
+        def pulled(x, params, ct):
+            return jax.vjp(f, x, params)[1](ct)
+
+        @jax.jit
+        def both(cts):
+            along = jax.jvp(f, (p.x, p.params), (q.x, q.params))[1]
+            return along, jax.vmap(pulled, (None, None, 0))(p.x, p.params, cts)
+
+        if row.backward is not None:
+            with pytest.raises(TypeError, match="can't apply forward-mode"):
+                both(p.cotangent[None])
+            return
+        along, (dx, dparams) = both(np.stack([p.cotangent, q.cotangent]))
+        for i, ct in enumerate((p.cotangent, q.cotangent)):
+            pairs = [(dx, q.x), *((dparams[k], v) for k, v in q.params.items())]
+            slope = sum((g[i] * w).sum() for g, w in pairs)
+            np.testing.assert_allclose((along * ct).sum(), slope, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_vmap_is_a_loop(name):
+    row = NORMS[name]
+    p = problem(row)
+
+    def call(x, stats):
+        return row.norm(x, p.params, stats, **row.inputs(x))
+
+    xs = np.stack([p.x, 2 * p.x + 1])
+    stats = [moved(row, seed=s) for s in range(2)]
+    stacked = jax.tree.map(lambda *v: np.stack(v), *stats) if stats[0] else {}
+    mapped = jax.jit(jax.vmap(call))(xs, stacked)
+    for i in range(2):
+        jax.tree.map(
+            functools.partial(assert_close, summed=p.x.size, size=10),
+            jax.tree.map(lambda v, i=i: v[i], mapped),
+            jax.jit(call)(xs[i], stats[i]),
+        )
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n in OTHERS])
+def test_the_state_keeps_its_structure_and_skips_bad_batches(name):
+    row = NORMS[name]
+    stats = moved(row)
+
+    def step(stats, x):
+        return row.norm(x, {}, stats, **row.inputs(x))[::-1]
+
+    xs = np.stack([problem(row, seed=s).x for s in range(3)])
+    bad = xs.copy()
+    bad[1, -1] = np.nan
+    scan = jax.jit(lambda xs: jax.lax.scan(step, stats, xs))
+    last, _ = scan(xs)
+    kept, _ = scan(bad)
+    exact = skipped = stats
+    for i, x in enumerate(xs):
+        exact = row.reference(x, weights(row), exact, **row.inputs(x))[1]
+        if i != 1:
+            inputs = row.inputs(x)
+            skipped = row.reference(x, weights(row), skipped, **inputs)[1]
+    for k, v in stats.items():
+        assert last[k].dtype == v.dtype and last[k].shape == v.shape
+        assert_close(last[k], exact[k], summed=xs.size, size=30)
+        assert_close(kept[k], skipped[k], summed=xs.size, size=30)
+
+
+def weights(row):
+    """What the reference needs where the package has a default."""
+    shapes = param_shapes(row.norm, row.norm.axes(row.shape).feature_shape)
+    ones = ("slope", "mean_weight", "var_weight")
+    return {k: np.ones(v) for k, v in shapes.items() if k in ones} | {
+        k: np.zeros(v) for k, v in shapes.items() if "control" in k
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n in OTHERS])
+def test_the_state_is_exact_far_from_zero(name):
+    """Whatever the method keeps, in float32, of numbers around 1e4."""
+    row = NORMS[name]
+    if not row.norm.center:
+        pytest.skip("nothing is subtracted: mean squares, not variances")
+    norm = changed(row.norm, momentum=0.0)
+    shape = (8, *(4 * n for n in row.shape[1:-1]), row.shape[-1])
+    p = problem(row, shape, offset=1e4)
+
+    @jax.jit
+    def call(x):
+        return norm(x, {}, p.stats, **row.inputs(x))[1]
+
+    settings = {"momentum": 0.0, **row.inputs(p.x)}
+    _, exact = row.reference(p.x, weights(row), p.stats, **settings)
+    for k, v in call(p.x).items():
+        if k in ("mean", "var"):
+            np.testing.assert_allclose(v, exact[k], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in OTHERS if NORMS[n].constant])
+def test_constant_input_gives_zeros_and_finite_gradients(name):
+    row = NORMS[name]
+    p = problem(row)
+    params = {k: v for k, v in p.params.items() if k != "bias"}
+    params |= {k: np.zeros_like(v) for k, v in p.params.items() if k == "bias"}
+    for value in (0.0, 5144.123, -1e4 / 3):
+        x = np.full(row.shape, value, np.float32)
+        y, _, dx, _ = everything(name, x, params, p.stats, None, p.cotangent)
+        if row.norm.center:
+            np.testing.assert_array_equal(y, 0)
+        assert np.isfinite(y).all() and np.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("name", [n for n in OTHERS if not NORMS[n].constant])
+def test_zeros_have_finite_gradients(name):
+    row = NORMS[name]
+    p = problem(row)
+    for value in (0.0, 3.0):
+        x = np.full(row.shape, value, np.float32)
+        y, new, *grads = everything(name, x, p.params, p.stats, None, p.cotangent)
+        assert all(np.isfinite(v).all() for v in jax.tree.leaves((y, new, grads)))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_scale_and_bias_per_example(name):
+    row = NORMS[name]
+    p, stats = problem(row), moved(row)
+    rng = np.random.default_rng(1)
+    if name == "domain_affine" or not {"scale", "bias"} & set(p.params):
+        return
+    params = dict(p.params)
+    for k in {"scale", "bias"} & set(p.params):
+        shape = (row.shape[0], *np.shape(p.params[k]))
+        params[k] = rng.normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def call(x):
+        return row.norm(x, params, stats, **row.inputs(x))[0]
+
+    if name == "scale":
+        exact = row.reference(p.x, {}, stats)[0]
+        exact = exact * params["scale"].reshape(-1, 1, 1, 1)
+    else:
+        exact = row.reference(p.x, params, stats, **row.inputs(p.x))[0]
+    assert_close(call(p.x), exact, summed=p.x.size, size=10)
+
+
+KEPT = {"layer_zero_centered", "rms_zero_centered", "positional", "scale"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_only_the_input_is_kept_for_the_backward_pass(name, dtype):
+    row = NORMS[name]
+    shape = (64, 1024) if name in KEPT else (8, 16, 16, row.shape[-1])
+    p = problem(row, shape, dtype=dtype)
+
+    def f(x, params):
+        return row.norm(x, params, p.stats, **row.inputs(x))[0]
+
+    residuals = jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], p.x, p.params)
+    size = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(residuals))
+    per_statistic = 40 * 4 * p.x[:, 0].size if name not in KEPT else 0
+    assert size <= 1.05 * p.x.nbytes + per_statistic, f"{size / p.x.nbytes:.2f} times"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_and_statistics_fit_the_features(name):
+    row = NORMS[name]
+    p = problem(row)
+    y, new = jax.eval_shape(
+        lambda x: row.norm(x, p.params, p.stats, **row.inputs(x)), p.x
+    )
+    assert y.shape == row.shape
+    assert {k: (v.shape, v.dtype) for k, v in new.items()} == {
+        k: (v.shape, v.dtype) for k, v in p.stats.items()
+    }
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_both_flax_apis(name):
+    """The generic modules: the same numbers, variables named as the norm names them."""
+    row = NORMS[name]
+    p = problem(row)
+    features = row.norm.axes(row.shape).feature_shape
+    stats = initial_stats(row.norm, features)
+    params = jax.tree.map(np.asarray, row.norm.init_params(features))
+    flags = {"use_running_average": False}
+    y, new = jax.jit(lambda x: row.norm(x, params, stats, **flags, **row.inputs(x)))(
+        p.x
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        module = jl.Norm(row.norm)
+        variables = jax.jit(
+            lambda x: module.init(jax.random.key(0), x, False, **row.inputs(x))
+        )(p.x)
+        held = variables.get("params", {}), variables.get("batch_stats", {})
+        jax.tree.map(np.testing.assert_array_equal, held, (params, stats))
+        out, changes = jax.jit(
+            lambda x: module.apply(
+                variables, x, False, **row.inputs(x), mutable=["batch_stats"]
+            )
+        )(p.x)
+        assert_close(out, y, summed=p.x.size, size=10)
+        jax.tree.map(assert_close, changes.get("batch_stats", {}), new)
+
+        shape = features[0] if len(features) == 1 else features
+        graph, state = nnx.split(jx.Norm(row.norm, shape))
+
+        def call(state, x):
+            model = nnx.merge(graph, state)
+            out = model(x, **row.inputs(x))
+            return out, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+        out, changes = jax.jit(call)(state, p.x)
+        assert_close(out, y, summed=p.x.size, size=10)
+        jax.tree.map(assert_close, changes, new)
+
+
+@every_norm
+def test_unknown_parameters_and_inputs_are_refused(name):
+    row = NORMS[name]
+    p = problem(row)
+    kind = type(row.norm).__name__
+    inputs = row.inputs(p.x)
+    with pytest.raises(ValueError, match=rf"{kind} has no parameter \['gamma'\]"):
+        row.norm(p.x, {"gamma": 1.0}, p.stats, **inputs)
+    with pytest.raises(TypeError, match=rf"{kind} is called with the inputs"):
+        row.norm(p.x, {}, p.stats, noise=1, **inputs)
+    if inputs:
+        with pytest.raises(TypeError, match=rf"{kind} is called with the inputs"):
+            row.norm(p.x, {}, p.stats)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n in OTHERS])
+def test_statistics_that_do_not_fit_are_refused(name):
+    row = NORMS[name]
+    p = problem(row)
+    for flag in (False, True):
+        with pytest.raises(ValueError, match="stats lacks"):
+            row.norm(p.x, {}, {}, use_running_average=flag, **row.inputs(p.x))
+    for k, v in p.stats.items():
+        if v.ndim:
+            wrong = p.stats | {k: np.ones((5, *v.shape), v.dtype)}
+            with pytest.raises(ValueError, match=rf"stats\['{k}'\] has shape"):
+                row.norm(p.x, {}, wrong, **row.inputs(p.x))
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({type(r.norm) for r in NORMS.values()}, key=str)
+)
+def test_methods_that_share_nothing_take_no_axis_name(kind):
+    if kind.pools:
+        kind(axis_name="d")
+        return
+    with pytest.raises(ValueError, match="shares nothing between devices"):
+        kind(axis_name="d")
