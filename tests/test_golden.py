@@ -166,3 +166,49 @@ def _renorm(params, stats, rmin, rmax, dmax, x):
     )
     ratio = jnp.sqrt((x.var((0, 1, 2)) + EPSILON) / (stats["var"] + EPSILON))
     return jnp.where(ratio < 1, low, high)
+
+
+def scaled_standardized(kernel, gain):
+    """timm multiplies its gain by the gamma of the nonlinearity."""
+    gain = 1.7 * gain
+    return jaxnorm.weight_standardize(kernel, epsilon=EPSILON, gain=gain, scaled=True)
+
+
+@pytest.mark.parametrize(
+    "name, function, kernel, params",
+    [
+        (
+            "timm_std_conv",
+            functools.partial(jaxnorm.weight_standardize, epsilon=EPSILON),
+            "w",
+            (),
+        ),
+        ("timm_scaled_std_conv", scaled_standardized, "w", ("gain",)),
+        ("torch_weight_norm_conv", jaxnorm.weight_norm, "v", ("g",)),
+        ("torch_weight_norm_linear", jaxnorm.weight_norm, "v", ("g",)),
+    ],
+)
+def test_weights(name, function, kernel, params):
+    g = case(name)
+    names = (kernel, *params)
+    w, pull = jax.vjp(function, *(g[k] for k in names))
+    close(w, g["weight"])
+    for found, k in zip(pull(g["dweight"]), names, strict=True):
+        close(found, g[f"d{k}"])
+
+
+def test_spectral_norm_of_torch():
+    """In evaluation PyTorch takes no step; its vectors are those of the last one."""
+    g = case("torch_spectral_norm")
+    w, pull, (u, sigma) = jax.vjp(
+        lambda k: _and_rest(jaxnorm.spectral_norm(k, g["u"])), g["w"], has_aux=True
+    )
+    close(w, g["weight"])
+    close(u, g["new_u"])
+    close(sigma, g["new_v"] @ g["w"] @ g["new_u"])
+    close(pull(g["dweight"])[0], g["dw"])
+    close(g["w"] / sigma, g["weight_eval"])
+
+
+def _and_rest(values):
+    return values[0], values[1:]
