@@ -198,16 +198,19 @@ def test_weights(name, function, kernel, params):
 
 
 def test_spectral_norm_of_torch():
-    """In evaluation PyTorch takes no step; its vectors are those of the last one."""
+    """PyTorch starts from the vector of the inputs, so its kernel is transposed here;
+    in evaluation it takes no step."""
     g = case("torch_spectral_norm")
-    w, pull, (u, sigma) = jax.vjp(
-        lambda k: _and_rest(jaxnorm.spectral_norm(k, g["u"])), g["w"], has_aux=True
+    w, pull, (v, sigma) = jax.vjp(
+        lambda k: _and_rest(jaxnorm.spectral_norm(k, g["v"])), g["w"].T, has_aux=True
     )
-    close(w, g["weight"])
-    close(u, g["new_u"])
+    close(w, g["weight"].T)
+    close(v, g["new_v"])
     close(sigma, g["new_v"] @ g["w"] @ g["new_u"])
-    close(pull(g["dweight"])[0], g["dw"])
+    close(pull(g["dweight"].T)[0], g["dw"].T)
     close(g["w"] / sigma, g["weight_eval"])
+    # Flax starts from the vector of the features, whose next value is the same.
+    close(jaxnorm.spectral_norm(g["w"], g["u"])[1], g["new_u"])
 
 
 def _and_rest(values):
