@@ -24,7 +24,7 @@ from jaxnorm import axes as axes_of
 
 class Row(NamedTuple):
     norm: jaxnorm.Norm
-    called: Callable[..., Any]  # (x, params, stats, mask=, ...) -> (y, stats)
+    exact: Callable[..., Any]  # (x, params, stats, mask=, ...) -> (y, stats)
     shape: tuple[int, ...]  # the usual input, its batch a multiple of 8
     more_shapes: tuple[tuple[int, ...], ...] = ()
     bad: tuple[tuple[tuple[int, ...], str], ...] = ()  # (shape, message)

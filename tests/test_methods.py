@@ -58,7 +58,7 @@ def reference_gradients(row, p, mask):
     def f(x, *params):
         params = dict(zip(names, params, strict=True))
         inputs = row.inputs(x)
-        return row.called(x, params, p.stats, mask=mask, **inputs, **held)[0]
+        return row.exact(x, params, p.stats, mask=mask, **inputs, **held)[0]
 
     rng = np.random.default_rng(1)
     args = (p.x, *p.params.values())
@@ -78,7 +78,7 @@ def test_matches_the_reference(name, masked):
             y, new, dx, dparams = everything(
                 name, p.x, p.params, p.stats, mask, p.cotangent
             )
-            exact, exact_new = row.called(
+            exact, exact_new = row.exact(
                 p.x, p.params, p.stats, mask=mask, **row.inputs(p.x)
             )
             assert y.dtype == dx.dtype == jnp.float64 and y.shape == shape
@@ -124,7 +124,7 @@ def test_evaluation_matches_the_reference(name):
             )
 
         exact = [
-            row.called(
+            row.exact(
                 p.x,
                 p.params,
                 p.stats,
@@ -146,7 +146,7 @@ def test_evaluation_matches_the_reference(name):
             one = jax.jit(
                 lambda x: row.norm(x, p.params, p.stats, use_running_average=True)[0]
             )(p.x[:1])
-            whole = row.called(p.x[:1], p.params, p.stats, use_running_average=True)
+            whole = row.exact(p.x[:1], p.params, p.stats, use_running_average=True)
             assert_same({"y": one}, {"y": whole[0]}, 1e-8)
 
 
@@ -166,7 +166,7 @@ def test_half_precision_rounds_only_the_result(name, dtype):
         y, new = call(x)
         assert y.dtype == dtype
         assert all(v.dtype == stats[k].dtype for k, v in new.items())
-        exact, _ = row.called(
+        exact, _ = row.exact(
             np.asarray(x, np.float64), p.params, stats, **row.inputs(x)
         )
         size = max(1, np.abs(exact).max())
@@ -202,7 +202,7 @@ def test_what_lies_under_a_mask_changes_nothing(name):
     gone = p.mask.copy()
     gone[2] = False
     y, new, *_ = run(p.x, p.params, stats, gone, p.cotangent)
-    exact, exact_new = row.called(p.x, p.params, stats, mask=gone, **row.inputs(p.x))
+    exact, exact_new = row.exact(p.x, p.params, stats, mask=gone, **row.inputs(p.x))
     assert_close(y, exact, summed=p.x.size, size=100)
     for k, v in new.items():
         assert_close(v, exact_new[k], summed=p.x.size, size=30)
@@ -301,10 +301,10 @@ def test_the_state_keeps_its_structure_and_skips_bad_batches(name):
     kept, _ = scan(bad)
     exact = skipped = stats
     for i, x in enumerate(xs):
-        exact = row.called(x, weights(row), exact, **row.inputs(x))[1]
+        exact = row.exact(x, weights(row), exact, **row.inputs(x))[1]
         if i != 1:
             inputs = row.inputs(x)
-            skipped = row.called(x, weights(row), skipped, **inputs)[1]
+            skipped = row.exact(x, weights(row), skipped, **inputs)[1]
     for k, v in stats.items():
         assert last[k].dtype == v.dtype and last[k].shape == v.shape
         assert_close(last[k], exact[k], summed=xs.size, size=30)
@@ -335,7 +335,7 @@ def test_the_state_is_exact_far_from_zero(name):
         return norm(x, {}, p.stats, **row.inputs(x))[1]
 
     settings = {"momentum": 0.0, **row.inputs(p.x)}
-    _, exact = row.called(p.x, weights(row), p.stats, **settings)
+    _, exact = row.exact(p.x, weights(row), p.stats, **settings)
     for k, v in call(p.x).items():
         if k in ("mean", "var"):
             np.testing.assert_allclose(v, exact[k], rtol=1e-5)
@@ -382,10 +382,10 @@ def test_scale_and_bias_per_example(name):
         return row.norm(x, params, stats, **row.inputs(x))[0]
 
     if name == "scale":
-        exact = row.called(p.x, {}, stats)[0]
+        exact = row.exact(p.x, {}, stats)[0]
         exact = exact * params["scale"].reshape(-1, 1, 1, 1)
     else:
-        exact = row.called(p.x, params, stats, **row.inputs(p.x))[0]
+        exact = row.exact(p.x, params, stats, **row.inputs(p.x))[0]
     assert_close(call(p.x), exact, summed=p.x.size, size=10)
 
 
