@@ -13,3 +13,11 @@ def strict_dtypes():
     """No implicit promotion between dtypes. Flax itself relies on it here and there."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA with few optimizations, for tests of values that do not depend on them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -465,6 +465,15 @@ def param_shapes(norm: jaxnorm.Norm, features) -> dict[str, tuple[int, ...]]:
     return {k: v.shape for k, v in shapes.items()}
 
 
+def implied(row: Row) -> dict[str, Any]:
+    """What the reference needs where the package has a default."""
+    shapes = param_shapes(row.norm, row.norm.axes(row.shape).feature_shape)
+    ones = ("slope", "mean_weight", "var_weight")
+    return {k: np.ones(v) for k, v in shapes.items() if k in ones} | {
+        k: np.zeros(v) for k, v in shapes.items() if "control" in k
+    }
+
+
 @functools.cache
 def initial_stats(norm: jaxnorm.Norm, features, dtype=jnp.float32):
     return {k: np.asarray(v) for k, v in norm.init_stats(features, dtype).items()}

@@ -10,6 +10,8 @@ from norms import problem
 
 import jaxnorm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     "name, shape, message",

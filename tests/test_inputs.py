@@ -15,6 +15,8 @@ from norms import assert_close
 
 from jaxnorm import Standardize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = float(np.finfo(np.float32).eps)
 
 

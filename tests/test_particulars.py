@@ -15,7 +15,7 @@ from norms import assert_close, cross_iteration
 import jaxnorm
 from jaxnorm import nnx as jx
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes")
+pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 
 
 def numbers(*shape, seed=0):

@@ -20,6 +20,8 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WRAPPERS = ("WeightNorm", "WeightStandardization", "SpectralNorm")
 
 
