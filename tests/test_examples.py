@@ -1,0 +1,152 @@
+"""The short examples: what they say they show, in small."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def fast_keys():
+    with jax.default_prng_impl("rbg"):  # compiles fast
+        yield
+
+
+@pytest.fixture(scope="module")
+def recurrent():
+    module = load("02_recurrent_batch_norm")
+    vars(module).update(HIDDEN=16)
+    return module
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    return load("03_conditional_norms")
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "words"),
+    [
+        ("02_recurrent_batch_norm", ["--norm=batch"], "--norm"),
+        ("02_recurrent_batch_norm", ["--steps=0"], "--steps must be at least 1"),
+        ("02_recurrent_batch_norm", ["--seed=-1"], "--seed must be from 0"),
+        ("03_conditional_norms", ["--steps=0"], "--steps must be at least 1"),
+        ("03_conditional_norms", ["--steps=some"], "--steps"),
+    ],
+)
+def test_bad_options_get_one_line(capsys, name, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        load(name).main(argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith(f"{name}.py: ") and words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+# ---- Recurrent batch norm ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "least"), [("recurrent", 0.5), ("none", 0.3)])
+def test_the_lstm_learns(recurrent, capsys, norm, least):
+    assert recurrent.main([f"--norm={norm}", "--steps=60"]) == 0
+    *deviations, accuracy = capsys.readouterr().out.splitlines()
+    words, value = accuracy.split(": ")
+    assert words == "test accuracy with running statistics" and float(value) > least
+    # The cell fills up with time, so that the steps differ.
+    for line in deviations:
+        values = [float(v) for v in line.split(": ")[1].split()]
+        assert len(values) == recurrent.STEPS and values[-1] > 1.2 * values[0]
+    assert len(deviations) == (norm == "recurrent")
+
+
+def test_sequences_end_with_their_ink(recurrent):
+    train, test = recurrent.load_digits()
+    assert len(train["label"]) == 1437 and len(test["label"]) == 360
+    for data in (train, test):
+        after = np.arange(recurrent.STEPS) >= data["length"][:, None]
+        ink = data["pixels"].any(axis=2)
+        assert 0 < after.sum() and not ink[after].any()
+        assert ink[np.arange(len(ink)), data["length"] - 1].all()
+
+
+@pytest.mark.parametrize("name", ["recurrent", "none"])
+def test_what_follows_the_end_counts_for_nothing(recurrent, name):
+    norm, rng = recurrent.NORMS[name], np.random.default_rng(0)
+    pixels = rng.uniform(size=(6, recurrent.STEPS, recurrent.PIXELS))
+    batch = {
+        "pixels": pixels.astype(np.float32),
+        "length": np.array([9, 3, 9, 1, 9, 3]),
+    }
+    going_on = np.arange(recurrent.STEPS) < batch["length"][:, None]
+    other = batch | {"pixels": np.where(going_on[..., None], batch["pixels"], 7)}
+    params, stats = recurrent.initialize(norm, 0)
+    lstm = jax.jit(partial(recurrent.lstm, norm, train=True))
+    state, new = lstm(params, stats, batch)
+    jax.tree.map(
+        np.testing.assert_array_equal, lstm(params, stats, other), (state, new)
+    )
+    if norm is None:
+        return
+    # Each step has statistics of its own, of those that go on.
+    for step, rows in enumerate(going_on.T):
+        x = np.asarray(batch["pixels"][rows, step] @ params["input_weight"])
+        expected = 0.9 + 0.1 * x.var(axis=0) if len(x) > 1 else np.ones(x.shape[1])
+        got = new["input"]["var"][step]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+# ---- Scale and bias per example ---------------------------------------------------
+
+
+def test_conditional_norms_do_what_they_print(conditional, capsys):
+    assert conditional.main(["--steps=40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = (line.split(": ") for line in lines if line.startswith("    "))
+    values = {name.strip(): float(value) for name, value in figures}
+    assert values["after"] < 1e-4 < 1 < values["before"]
+    # For each image and question there is a yes and a no.
+    assert values["the same norm for all"] == 0.5
+    assert values["a norm for each"] > 0.6
+    assert values["told the level"] < 0.9 * values["told the levels of others"]
+    assert values["at best"] < values["told the level"] < values["before training"]
+
+
+def test_adaptive_instance_norm_is_the_papers(conditional):
+    content, style = conditional.two_images(np.random.default_rng(1))
+    x, s = np.asarray(content, np.float64), np.asarray(style, np.float64)
+    x = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)
+    expected = x * s.std((1, 2), keepdims=True) + s.mean((1, 2), keepdims=True)
+    got = conditional.adaptive_instance_norm(content, style)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_modulation_is_per_example(conditional):
+    rng = np.random.default_rng(0)
+    x, scale, shift = (
+        rng.standard_normal(n).astype(np.float32) for n in ((3, 4, 8), (3, 8), (3, 8))
+    )
+    got = conditional.modulated_rms_norm(x, scale, jnp.asarray(shift))
+    normalized = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6)
+    expected = normalized * (1 + scale[:, None]) + shift[:, None]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_denoiser_starts_as_the_identity(conditional):
+    model = conditional.Denoiser(16, rngs=nnx.Rngs(0))
+    _, noisy, level = conditional.noisy_tokens(np.random.default_rng(0))
+    np.testing.assert_array_equal(model(noisy, jnp.asarray(level)), noisy)
