@@ -414,7 +414,7 @@ def test_both_flax_apis(name):
         graph, state = nnx.split(jx.Norm(row.norm, shape))
 
         @jax.jit
-        def each(x):
+        def each(x, state):
             inputs = row.inputs(x)
             pure = row.norm(x, params, stats, **flags, **inputs)
             linen, changes = module.apply(
@@ -425,7 +425,7 @@ def test_both_flax_apis(name):
             new = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             return pure, (linen, changes.get("batch_stats", {})), (out, new)
 
-        pure, *modules = each(p.x)
+        pure, *modules = each(p.x, state)
     for found in modules:
         jax.tree.map(
             functools.partial(assert_close, summed=p.x.size, size=10), found, pure
