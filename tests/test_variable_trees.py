@@ -34,6 +34,18 @@ CLASSES = {
     "InstanceNorm": jaxnorm.InstanceNorm,
 }
 
+WRAPPERS = ("WeightNorm", "WeightStandardization", "SpectralNorm")
+
+# All that Flax has no class for.
+OTHERS = {
+    name: kind
+    for name, kind in vars(jaxnorm).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, jaxnorm.Norm)
+    and not inspect.isabstract(kind)
+    and kind not in CLASSES.values()
+}
+
 ARGUMENTS = {
     "": {},
     "use_scale=False": {"use_scale": False},
@@ -60,6 +72,21 @@ def modules():
         yield f"{api}.BatchNorm(momentum=None)", make
         make = functools.partial(_norm, api, jaxnorm.BatchNorm(momentum=None), {})
         yield f"{api}.Norm(BatchNorm(momentum=None))", make
+        for name in WRAPPERS:
+            make = functools.partial(_wrapper, api, name)
+            yield f"{api}.{name}(Dense)", make
+    # The same in both APIs, as tests/test_methods.py makes sure.
+    for name, kind in OTHERS.items():
+        settings = kind(**({"kernel_shape": (3, FEATURES)} if "Cross" in name else {}))
+        yield f"nnx.Norm({name}())", functools.partial(_norm, "nnx", settings, {})
+
+
+def _wrapper(api, name):
+    made = getattr(getattr(jaxnorm, api), name)
+    if api == "linen":
+        return made(nn.Dense(4))
+    rngs = nnx.Rngs(0)
+    return made(nnx.Linear(FEATURES, 4, rngs=rngs), rngs=rngs)
 
 
 def _named(api, name, kwargs):
@@ -86,6 +113,8 @@ def tree(module):
     mode = {}
     if "use_running_average" in inspect.signature(module.__call__).parameters:
         mode = {"use_running_average": False}
+    if "update_stats" in inspect.signature(module.__call__).parameters:
+        mode = {"update_stats": False}
     x = jnp.zeros((2, 3, FEATURES))
     variables = jax.eval_shape(
         functools.partial(module.init, **mode), jax.random.key(0), x
@@ -143,7 +172,7 @@ def test_every_module_is_in_the_file(api):
         and value.__module__.startswith("jaxnorm.")
         and not name.startswith("_")
     }
-    assert public == {"Norm", *CLASSES}
+    assert public == {"Norm", *CLASSES, *WRAPPERS}
 
 
 @pytest.mark.parametrize("text", ARGUMENTS)

@@ -1,5 +1,6 @@
 """Virtual batch normalization (Salimans et al., 2016, https://arxiv.org/abs/1606.03498)."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ class VirtualBatchNorm(StatelessNorm):
 
     def axes(self, shape):
         return axes.keep(shape, self.axis)
+
+    def local(self):
+        # A model may be initialized with a single example.
+        return dataclasses.replace(super().local(), size=1)
 
     def lone_values(self, shape, flag):
         return super().lone_values((min(self.size, *shape[:1]), *shape[1:]), flag)
