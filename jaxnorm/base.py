@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Self, cast, dataclass_transform, final
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import axes, devices, running
 from jaxnorm.axes import Axes, Shape
+from jaxnorm.control import NAMES as CONTROLS
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
 from jaxnorm.moments import Moments
 from jaxnorm.normalize import normalize
@@ -45,6 +46,7 @@ class Norm(abc.ABC):
     center: ClassVar[bool] = True
     pools: ClassVar[bool] = True  # whether devices can share statistics
     has_stats: ClassVar[bool] = True  # whether the method keeps statistics
+    real: ClassVar[bool] = False  # whether complex numbers are refused
 
     def __post_init__(self):
         hashable = {
@@ -120,7 +122,7 @@ class Norm(abc.ABC):
         """
         x = as_floating(x)
         flag = as_flag(use_running_average)
-        self.check_names(params, inputs)
+        self.check_call(x, params, inputs)
         problem = self.lone_values(x.shape, flag)
         if problem:
             raise ValueError(problem)
@@ -128,9 +130,15 @@ class Norm(abc.ABC):
             x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
         )
 
-    def check_names(self, params: Params, inputs: Mapping[str, Any]) -> None:
-        """Raises unless `params` and `inputs` hold what the method names."""
+    def check_call(self, x: Array, params: Params, inputs: Mapping[str, Any]) -> None:
+        """Raises unless `params` and `inputs` hold what the method names, and the
+        method takes numbers such as `x`."""
         kind = type(self).__name__
+        if self.real and jnp.iscomplexobj(x):
+            raise TypeError(
+                f"{kind} takes real numbers, got {x.dtype}: batch, group, layer and "
+                "RMS norm take complex ones"
+            )
         unknown = sorted(set(params) - set(self.params))
         if unknown:
             raise ValueError(
@@ -316,9 +324,15 @@ class StatefulNorm(Norm):
         flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
         if flag is True:
             return self.evaluate(x, params, stats, **args), as_arrays(stats)
-        trained = self.train(x, params, stats, **args)
         if flag is False:
-            return trained
+            return self.train(x, params, stats, **args)
+        # Evaluation does not renew what a backward pass keeps.
+        held = {
+            k: jnp.where(flag, lax.stop_gradient(v), v) if k in CONTROLS else v
+            for k, v in params.items()
+            if v is not None
+        }
+        trained = self.train(x, held, stats, **args)
         kept = self.evaluate(x, params, stats, **args), as_arrays(stats)
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, trained)
 
@@ -373,6 +387,7 @@ class RunningNorm(StatefulNorm):
             momentum=self.momentum,
             unbiased=self.unbiased,
             kept=self.kept,
+            least=2 if self.center else 1,
         )
 
     def evaluate(self, x, params, stats, *, mask, dtype):

@@ -10,6 +10,11 @@ others have:
     optax.multi_transform(
         {"parameter": optimizer, "control": optax.sgd(1.0)}, jaxnorm.control_labels
     )
+
+Clip, unscale or accumulate gradients within `optimizer`, not before: what is done to
+the gradients of controls is done to the statistics. In shard_map with check_vma, where
+JAX adds up the gradients of shared parameters, the controls' add up to the mean over
+devices; where you average gradients yourself (pmap), average these alike.
 """
 
 import functools
@@ -33,6 +38,9 @@ NAMES = ("control", "control_product", "control_mean")
 def control_labels(params: Any) -> Any:
     """The tree `params`, with "control" for each leaf that gradients renew by being
     subtracted as they are, and "parameter" for each other; for `optax.multi_transform`.
+
+    Nothing else may change the gradients of controls: clip, unscale or accumulate those
+    of the parameters within their own optimizer.
 
     >>> import jaxnorm
     >>> jaxnorm.control_labels({"conv": {"kernel": 1.0}, "norm": {"control": 0.0}})
@@ -142,5 +150,9 @@ def copies(control: Array | None, like: Array) -> int:
 
 
 def renewal(old: Array, new: Array, copies: int, like: Array) -> Array:
-    """What to return as the gradient of `old` on each of `copies` devices."""
-    return vary_together(like, (old - new).astype(old.dtype) / copies)[0]
+    """What to return as the gradient of `old` on each of `copies` devices.
+
+    Nothing, where the new value is not finite: a bad batch leaves no trace.
+    """
+    change = jnp.where(jnp.isfinite(new).all(), old - new, 0)
+    return vary_together(like, change.astype(old.dtype) / copies)[0]

@@ -52,7 +52,7 @@ def run(
     dtype = promote(*dtypes) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         dtype = promote(dtype, jnp.float32)
-    norm.check_names(params, inputs)
+    norm.check_call(x, params, inputs)
     problem = norm.lone_values(x.shape, flag)
     if problem:
         on_lone_values(problem)

@@ -61,14 +61,15 @@ def update_stats(
     momentum: ArrayLike | None,
     unbiased: bool = False,
     kept: tuple[str, ...] = ("mean", "var"),
+    least: int = 2,
 ) -> Stats:
     """`momentum * old + (1 - momentum) * new` for each statistic, without gradient.
 
     With `momentum=None`, the average over all batches so far. With `unbiased`, the
     variance kept is `var * size / (size - 1)`, PyTorch's convention; else the biased
-    one, Flax's. Dtypes never change. A feature with fewer than two valid elements keeps
-    its statistics, and a batch with any statistic that is not finite leaves all as they
-    were, bit for bit.
+    one, Flax's. Dtypes never change. A feature with fewer than `least` valid elements
+    (two, as a variance needs) keeps its statistics, and a batch with any statistic that
+    is not finite leaves all as they were, bit for bit.
     """
     check(stats, axes, kept + (("count",) if momentum is None else ()))
     old = {k: jnp.asarray(v) for k, v in stats.items()}
@@ -79,7 +80,7 @@ def update_stats(
             f"complex input: initialize the statistics with dtype={m.mean.dtype}"
         )
     mean, var, size = _per_feature(m, axes)
-    counted = all_finite(mean, var) & (size > 1)
+    counted = all_finite(mean, var) & (size >= least)
     if unbiased:
         size = jnp.maximum(size, 2).astype(var.dtype)
         var = var * (size / (size - 1))

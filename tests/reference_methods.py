@@ -224,16 +224,16 @@ def moving_average_batch_norm(
     if use_running_average:
         z = x / np.sqrt(_exact(stats["var"]) + epsilon)
         return _finish(_affine(z, params), valid), _copy(stats)
-    n = int(stats["count"])
+    n = np.asarray(stats["count"])  # of each feature
     r, dev, average, buffer = _moving_average(x, valid, stats, window, clip, epsilon)
     old = _exact(stats["var"])
-    var = average if n == 0 else momentum * old + (1 - momentum) * average
-    enough = valid.sum(_batch(x)) >= 2
+    var = np.where(n == 0, average, momentum * old + (1 - momentum) * average)
+    some = valid.any(_batch(x))
     new = {
         **_copy(stats),
-        "var": np.where(enough, var, old),
+        "var": np.where(some, var, old),
         "buffer": buffer,
-        "count": n + 1,
+        "count": n + some,
     }
     return _finish(_affine(r * x / dev, params), valid), new
 
@@ -254,12 +254,11 @@ def moving_average_batch_norm_backward(
     del momentum  # of the statistics only
     x, valid = _select(x, mask)
     dy = np.where(valid, _exact(dy), 0.0)
-    n = int(stats["count"])
+    n = np.asarray(stats["count"])
     r, dev, _, _ = _moving_average(x, valid, stats, window, clip, epsilon)
     z = x / dev
     g = r * dy * _scale(params, x)
-    control = _into_window(g * z, valid, params["control"], n, window)
-    average = control[: min(n + 1, window)].mean(0)
+    control, average = _into_window(g * z, valid, params["control"], n, window)
     return {
         "x": np.where(valid, (g - z * average) / dev, 0.0),
         "scale": _parameter_gradient(dy * r * z, params.get("scale")),
@@ -270,24 +269,26 @@ def moving_average_batch_norm_backward(
 
 def _moving_average(x, valid, stats, window, clip, epsilon):
     """Correction, deviation, averaged mean square, and the new buffer."""
-    n = int(stats["count"])
-    buffer = _into_window(x**2, valid, stats["buffer"], n, window)
-    average = buffer[: min(n + 1, window)].mean(0)
+    n = np.asarray(stats["count"])
+    buffer, average = _into_window(x**2, valid, stats["buffer"], n, window)
     dev = np.sqrt(average + epsilon)
-    if n < window:
-        r = 1.0
-    else:
-        r = np.clip(dev / np.sqrt(_exact(stats["var"]) + epsilon), 1 / clip, clip)
-    return r, dev, average, buffer
+    r = np.clip(dev / np.sqrt(_exact(stats["var"]) + epsilon), 1 / clip, clip)
+    return np.where(n < window, 1.0, r), dev, average, buffer
 
 
 def _into_window(values, valid, buffer, n, window):
-    """The buffer with the mean of `values` over the batch in the row of batch n."""
+    """The buffer with the mean of `values` over the batch in the row of each feature's
+    n-th batch, and the mean of the rows that it has filled by now."""
     buffer = np.array(_exact(buffer))
     mean = _mean(values, valid, _batch(values), False)
     some = valid.any(_batch(values))
-    buffer[n % window] = np.where(some, mean, buffer[n % window])
-    return buffer
+    average = np.zeros(mean.shape)
+    for f in range(len(mean)):
+        if some[f]:
+            buffer[n[f] % window, f] = mean[f]
+        filled = min(n[f] + some[f], window)
+        average[f] = buffer[:filled, f].mean() if filled else 0.0
+    return buffer, average
 
 
 def power_norm(
@@ -306,7 +307,7 @@ def power_norm(
     if use_running_average:
         return _finish(y, valid), _copy(stats)
     square, size = _mean(x**2, valid, _batch(x)), valid.sum(_batch(x), keepdims=True)
-    return _finish(y, valid), _running(stats, None, square, size, momentum)
+    return _finish(y, valid), _running(stats, None, square, size, momentum, least=1)
 
 
 def power_norm_backward(x, params, stats, dy, *, mask=None, momentum=0.9, epsilon=1e-5):
@@ -855,7 +856,7 @@ def _with_running(x, valid, params, stats, epsilon):
     return _finish(y, valid), _copy(stats)
 
 
-def _running(stats, mean, var, size, momentum, unbiased=False):
+def _running(stats, mean, var, size, momentum, unbiased=False, least=2):
     """Statistics after one more batch; features with under 2 elements stay."""
     new = _copy(stats)
     shape = np.shape(stats["var"])
@@ -868,7 +869,7 @@ def _running(stats, mean, var, size, momentum, unbiased=False):
         seen["mean"] = np.reshape(mean, shape)
     for name, value in seen.items():
         moved = momentum * new[name] + (1 - momentum) * value
-        new[name] = np.where(size >= 2, moved, new[name])
+        new[name] = np.where(size >= least, moved, new[name])
     return new
 
 

@@ -287,6 +287,14 @@ def test_optax_renews_the_controls():
         (jaxnorm.CrossIterationBatchNorm, {"window": 0}, "window must be at least 1"),
         (jaxnorm.PowerNorm, {"momentum": None}, "does not count batches"),
         (jaxnorm.OnlineNorm, {"momentum": None}, "does not count batches"),
+        (jaxnorm.IterNorm, {"iterations": -1}, "iterations must not be negative"),
+        (jaxnorm.DomainBatchNorm, {"num_domains": 0}, "num_domains must be at least 1"),
+        (jaxnorm.RecurrentBatchNorm, {"max_steps": 0}, "max_steps must be at least 1"),
+        (
+            jaxnorm.OnlineNorm,
+            {"control_momentum": 3.0},
+            "control_momentum must be from",
+        ),
         (jaxnorm.LocalResponseNorm, {"size": 0}, "size=0 must be positive"),
     ],
 )
@@ -325,3 +333,105 @@ def test_moments_of_positions_for_a_shortcut():
     assert_close(y * jnp.sqrt(m.var + 1e-5) + m.mean, x, size=4)
     with pytest.raises(ValueError, match="one single value"):
         jaxnorm.positional_norm(x[..., :1])
+
+
+@pytest.mark.parametrize("kind", ["PowerNorm", "MovingAverageBatchNorm", "OnlineNorm"])
+def test_controls_survive_a_bad_batch_and_evaluation(kind):
+    norm = getattr(jaxnorm, kind)()
+    params = jax.tree.map(lambda v: v + 0.5, norm.init_params((3,)))
+    stats, x = norm.init_stats((3,)), numbers(8, 3)
+
+    @jax.jit
+    def grads(x, flag):
+        def loss(p):
+            return norm(x, p, stats, use_running_average=flag)[0].sum()
+
+        return jax.grad(loss)(params)
+
+    bad = x.copy()
+    bad[-1] = np.nan
+    for x, flag in ((bad, False), (x, True)):
+        for k, v in grads(x, flag).items():
+            if k.startswith("control"):
+                np.testing.assert_array_equal(v, 0)
+    assert all(np.any(v) for k, v in grads(numbers(8, 3), False).items())
+
+
+def test_mean_squares_of_single_values_are_learned():
+    x = np.full((1, 3), 100, np.float32)
+    for norm in (jaxnorm.PowerNorm(momentum=0.5), jaxnorm.MovingAverageBatchNorm()):
+        stats = norm.init_stats((3,))
+        for _ in range(20):
+            _, stats = norm(x, {}, stats)
+        np.testing.assert_allclose(stats["var"], 1e4, rtol=1e-4)
+
+
+def test_moving_averages_count_what_a_mask_leaves():
+    norm = jaxnorm.MovingAverageBatchNorm(window=4)
+    x = np.array([[2.0, 2.0], [-2.0, -2.0]], np.float32)
+    _, stats = norm(x, {}, norm.init_stats((2,)), mask=np.array([True, False]))
+    y, stats = norm(x, {}, stats)
+    np.testing.assert_array_equal(stats["count"], [2, 1])
+    np.testing.assert_allclose(y, x / 2, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 4)
+
+
+def test_many_newton_iterations_stay_right():
+    norm = jaxnorm.IterNorm(iterations=30)
+    x = numbers(256, 8) * np.logspace(-1, 1, 8, dtype=np.float32)
+    y, _ = jax.jit(norm)(x, {}, norm.init_stats((8,)))
+    np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(8), atol=0.02)
+
+
+def test_padding_of_no_domain_has_no_gradient():
+    norm = jaxnorm.DomainBatchNorm()
+    x, stats = numbers(6, 3), norm.init_stats((3,))
+    mask = np.arange(6)[:, None] < 5
+    domain = np.array([0, 0, 0, 1, 1, -1])
+
+    def loss(x, params):
+        return (norm(x, params, stats, domain=domain, mask=mask)[0] ** 2).sum()
+
+    grads = jax.grad(loss, (0, 1))(x, norm.init_params((3,)))
+    assert all(np.isfinite(v).all() for v in jax.tree.leaves(grads))
+
+
+def test_cross_iteration_slopes_are_of_each_device():
+    norm = jaxnorm.CrossIterationBatchNorm(kernel_shape=(3, 2))
+    inputs, kernel = numbers(2, 8, 3), np.ones((3, 2), np.float32)
+
+    def slopes(inputs, kernel):
+        def layer(kernel):
+            return inputs @ kernel
+
+        settings = {"kernel": kernel, "layer": layer}
+        _, stats = norm(layer(kernel), {}, norm.init_stats((2,)), **settings)
+        return stats["past_mean_slope"]
+
+    grid = jax.make_mesh((2,), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    many = jax.shard_map(
+        lambda v, k: slopes(v[0], k)[None],
+        mesh=grid,
+        in_specs=(spec, jax.sharding.PartitionSpec()),
+        out_specs=spec,
+    )
+    found = jax.jit(many)(inputs, kernel)
+    for i in range(2):
+        assert_close(found[i], slopes(inputs[i], kernel), summed=8)
+
+
+def test_complex_numbers_are_refused_by_methods_of_real_ones():
+    x = np.ones((4, 3), np.complex64)
+    for norm in (jaxnorm.DynamicTanh(), jaxnorm.BatchRenorm(), jaxnorm.IterNorm()):
+        with pytest.raises(TypeError, match="takes real numbers, got complex64"):
+            norm(x, {}, norm.init_stats((3,)))
+
+
+def test_empty_batches_leave_the_state():
+    x = np.zeros((0, 4, 3), np.float32)
+    for norm in (jaxnorm.RunningInstanceNorm(), jaxnorm.IterNorm()):
+        stats = norm.init_stats((3,))
+        y, new = norm(x, {}, stats)
+        assert y.shape == x.shape
+        jax.tree.map(np.testing.assert_array_equal, new, stats)

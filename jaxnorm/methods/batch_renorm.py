@@ -21,9 +21,10 @@ class BatchRenorm(RunningNorm):
 
     `rmax` and `dmax` limit how far the batch's deviation and mean are corrected; each
     is a number, or a function of the number of batches seen, which the statistics then
-    count as "step".
+    count as "step". (An array, which may be traced, cannot be hashed.)
     """
 
+    real = True
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
     rmax: Limit = 3.0

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import at_least_float32
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.running import all_finite, replaced, require
@@ -54,9 +55,9 @@ class CrossIterationBatchNorm(RunningNorm):
         batches = {"batches": jnp.zeros((), jnp.int32)}
         return super().init_stats(feature_shape, dtype) | past | batches
 
-    def train(self, x, params, stats, *, mask, dtype, **inputs):
+    def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         past = self._past(stats, x.shape)
-        kernel, layer = self._checked(inputs["kernel"], x.shape), inputs["layer"]
+        kernel = self._checked(inputs["kernel"], x.shape)
         own = self._moments(x, mask)
         m = self._over_batches(own, past, kernel, x.shape)
         y = standardize(
@@ -69,15 +70,19 @@ class CrossIterationBatchNorm(RunningNorm):
             mask=mask,
             dtype=dtype,
         )
+        return y, m
+
+    def train(self, x, params, stats, *, mask, dtype, **inputs):
+        y, new = super().train(x, params, stats, mask=mask, dtype=dtype, **inputs)
+        past, layer = self._past(stats, x.shape), inputs["layer"]
+        own = self._moments(x, mask)
+        # Each device has slopes of its own, where the kernel is shared.
+        (kernel,) = vary_together(x, self._checked(inputs["kernel"], x.shape))
         now = self._with_slopes(own, kernel, lambda k: self._moments(layer(k), mask))
         usable = all_finite(*now.values()) & jnp.any(jnp.asarray(own.size) > 1)
         rolled = {f"past_{k}": _rolled(past[k], v) for k, v in now.items()}
-        new = self.updated(stats, m, x.shape)
         rolled["batches"] = past["batches"] + 1
         return y, replaced(new, rolled, usable)
-
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype)
 
     def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
         return super().evaluate(x, params, stats, mask=mask, dtype=dtype)
@@ -176,11 +181,12 @@ def cross_iteration_batch_norm(
         var = average of all maximum(square[t], mean[t]**2) and own - mean**2
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Derivatives of statistics are by the kernel of the layer before, and of each feature
-    by its own part of it. Gradients go through this batch's own statistics. It is a
-    pure function of a bounded history, which `stats` hold: window - 1 kernels and twice
-    as many slopes. The layer is computed again for its slopes, which XLA shares with
-    the computation of x. It shares nothing between devices but under plain jit.
+    The running statistics follow these. Derivatives of statistics are by the kernel of
+    the layer before, and of each feature by its own part of it. Gradients go
+    through this batch's own statistics. It is a pure function of a bounded history,
+    which `stats` hold: window - 1 kernels and twice as many slopes. The layer is
+    computed again for its slopes, which XLA shares with the computation of x. It shares
+    nothing between devices but under plain jit.
 
     Args:
         stats: from `CrossIterationBatchNorm(kernel_shape=...).init_stats`.

@@ -21,6 +21,7 @@ class DivisiveNorm(StatelessNorm):
     Neighbours lie within a window of `window` elements along each of `window_axes`.
     """
 
+    real = True
     params = ("scale", "bias", "sigma")
     center = False
     pools = False
@@ -42,13 +43,16 @@ class DivisiveNorm(StatelessNorm):
         along = where.reduce
         widths = windows.as_widths(self.window, len(along), "window")
         mask = as_mask(mask, x.shape)
-        valid = jnp.broadcast_to(True if mask is None else mask, x.shape)
         wide = at_least_float32(x.dtype)
-        near = jnp.maximum(windows.total(valid.astype(wide), along, widths), 1)
+        # Without a mask, the number of neighbours depends on the place along windows.
+        flat = tuple(n if a in along else 1 for a, n in enumerate(x.shape))
         scale, bias = (as_param(k, params.get(k), where, wide) for k in self.params[:2])
         smooth = jnp.square(as_number("sigma", params.get("sigma"), 1.0, wide))
 
         def divide(x, smooth, scale, bias):
+            valid = jnp.ones(flat, bool) if mask is None else mask
+            valid = jnp.broadcast_to(valid, flat if mask is None else x.shape)
+            near = jnp.maximum(windows.total(valid.astype(wide), along, widths), 1)
             centered = jnp.where(valid, x - windows.total(x, along, widths) / near, 0)
             power = windows.total(centered * centered, along, widths) / near
             y = centered * lax.rsqrt(smooth + power + self.epsilon)

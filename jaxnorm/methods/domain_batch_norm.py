@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, running
 from jaxnorm.base import Params, RunningNorm, Stats, method
 from jaxnorm.devices import sync
-from jaxnorm.moments import Moments, moments, pool
+from jaxnorm.moments import Moments, as_mask, moments, pool
 from jaxnorm.standardize import standardize
 
 
@@ -27,6 +27,11 @@ class DomainBatchNorm(RunningNorm):
     num_domains: int = 2
     share_affine: bool = True
     axis: int | Sequence[int] = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_domains < 1:
+            raise ValueError(f"num_domains must be at least 1, got {self.num_domains}")
 
     def axes(self, shape):
         return axes.keep(shape, self.axis)
@@ -79,8 +84,7 @@ class DomainBatchNorm(RunningNorm):
                 f"domain must hold an integer for each of the {shape[:1]} examples of "
                 f"an input of shape {shape}, got {domain.dtype} of shape {domain.shape}"
             )
-        # No domain at all: negative indices would count from the end.
-        return jnp.where(domain < 0, self.num_domains, domain)
+        return domain.astype(jnp.int32)
 
     def _by_domain(self, each, domain):
         """The moments of each domain, along the leading axis."""
@@ -102,7 +106,7 @@ class DomainBatchNorm(RunningNorm):
                 for k, v in params.items()
                 if v is not None
             }
-        return standardize(
+        y = standardize(
             x,
             _chosen(m.mean, domain),
             _chosen(m.rstd(self.epsilon), domain),
@@ -112,6 +116,12 @@ class DomainBatchNorm(RunningNorm):
             mask=mask,
             dtype=dtype,
         )
+        # At the end only, so that no gradient of what exists meets a NaN.
+        missing = (domain < 0) | (domain >= self.num_domains)
+        missing = missing.reshape(-1, *[1] * (x.ndim - 1))
+        mask = as_mask(mask, x.shape)
+        shown = missing if mask is None else missing & mask
+        return jnp.where(shown, jnp.asarray(jnp.nan, y.dtype), y)
 
     def _check_affine(self, params, shape):
         expected = self.stats_axes(shape).shape
@@ -124,8 +134,8 @@ class DomainBatchNorm(RunningNorm):
 
 
 def _chosen(table: Array, domain: Array) -> Array:
-    """The row of each example; NaN for a domain that does not exist."""
-    return table.at[domain].get(mode="fill", fill_value=jnp.nan)
+    """The row of each example; that of another domain, if its own does not exist."""
+    return table[jnp.clip(domain, 0, table.shape[0] - 1)]
 
 
 def domain_batch_norm(

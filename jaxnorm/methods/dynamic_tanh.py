@@ -16,6 +16,7 @@ from jaxnorm.standardize import affine, as_number, as_param, pointwise
 class DynamicTanh(StatelessNorm):
     """A tanh of learned steepness in the place of a norm; takes no statistics."""
 
+    real = True
     params = ("scale", "bias", "alpha")
     center = False
     pools = False

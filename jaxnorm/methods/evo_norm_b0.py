@@ -18,6 +18,7 @@ class EvoNormB0(RunningNorm):
     """Normalization and activation in one: divides by the larger of the deviation over
     the batch and of a line through the deviation of the example."""
 
+    real = True
     params = ("scale", "bias", "slope")
     kept = ("var",)
     epsilon: float = 1e-5

@@ -19,6 +19,7 @@ class EvoNormS0(StatelessNorm):
     """Normalization and activation in one: a swish divided by the deviation of each
     group of features of each example; the mean is not subtracted."""
 
+    real = True
     params = ("scale", "bias", "slope")
     epsilon: float = 1e-5
     num_groups: int | None = 32

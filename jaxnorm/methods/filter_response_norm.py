@@ -23,6 +23,7 @@ class FilterResponseNorm(StatelessNorm):
     threshold, and so the nonlinearity, out.
     """
 
+    real = True
     params = ("scale", "bias", "threshold", "extra_epsilon")
     center = False
     axis: int | Sequence[int] = -1

@@ -1,5 +1,7 @@
 """Iterative normalization (Huang et al., 2019, https://arxiv.org/abs/1904.03441)."""
 
+import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -20,10 +22,11 @@ class IterNorm(StatefulNorm):
     """Whitens each group of features: subtracts the mean and multiplies by the inverse
     root of the covariance, which Newton's iteration approaches.
 
-    More iterations whiten more; few make it more robust. A mask is of whole positions:
-    it has 1 for the feature axis.
+    More iterations whiten more; few leave features of little variance alone. A mask is
+    of whole positions: it has 1 for the feature axis.
     """
 
+    real = True
     epsilon: float = 1e-5
     momentum: float = 0.9
     iterations: int = 5
@@ -31,15 +34,19 @@ class IterNorm(StatefulNorm):
     group_size: int | None = 64
     axis: int = -1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.iterations < 0:
+            raise ValueError(f"iterations must not be negative, got {self.iterations}")
+
     def axes(self, shape):
-        where = axes.keep(shape, self.axis)
-        if len(where.feature) != 1:
-            raise ValueError(f"IterNorm has one feature axis, got axis={self.axis}")
-        return where
+        return axes.keep(shape, operator.index(self.axis))
 
     def init_stats(self, feature_shape, dtype=jnp.float32):
         """Mean 0, and the identity to whiten each group with."""
         dtype = at_least_float32(dtype)
+        if len(feature_shape) != 1:
+            raise ValueError(f"IterNorm has one feature axis, got {feature_shape}")
         count, size = self._groups(*feature_shape)
         whitening = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (count, size, size))
         return {"mean": jnp.zeros(feature_shape, dtype), "whitening": whitening}
@@ -92,8 +99,6 @@ class IterNorm(StatefulNorm):
                     f"IterNorm takes masks of whole positions, with 1 for the feature "
                     f"axis {self.axis}, got shape {mask.shape}"
                 )
-        if jnp.iscomplexobj(x):
-            raise TypeError(f"IterNorm takes real numbers, got {x.dtype}")
         features = self.axes(x.shape).feature_shape
         running.require(stats, ("mean", "whitening"))
         running.check(stats, self.axes(x.shape), ("mean",))
@@ -111,7 +116,8 @@ class IterNorm(StatefulNorm):
         x = fold(x, mask, where) - mean
         x = x if mask is None else jnp.where(mask, x, 0)
         x = jnp.moveaxis(x, where.feature[0], -1)
-        return x.reshape(-1, *self._groups(x.shape[-1]))
+        count = math.prod(x.shape[:-1])
+        return x.reshape(count, *self._groups(x.shape[-1]))
 
     def _products(self, x, mean, mask):
         """Sums of products of features; only `x` is kept for the backward pass."""
@@ -128,11 +134,12 @@ class IterNorm(StatefulNorm):
         one = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
         covariance = covariance + self.epsilon * one
         trace = jnp.trace(covariance, axis1=1, axis2=2)[:, None, None]
-        covariance = covariance / trace
-        root = jnp.broadcast_to(one, covariance.shape)
+        # p and its product with the covariance, side by side: alone, p would lose that
+        # it commutes with it, and diverge after some ten steps.
+        product, root = covariance / trace, jnp.broadcast_to(one, covariance.shape)
         for _ in range(self.iterations):
-            cube = _product(_product(root, root), _product(root, covariance))
-            root = (3 * root - cube) / 2
+            step = (3 * one - _product(root, product)) / 2
+            product, root = _product(product, step), _product(step, root)
         return root * lax.rsqrt(trace)
 
     def _whitened(self, x, params, mean, matrix, mask, dtype):
@@ -146,7 +153,7 @@ class IterNorm(StatefulNorm):
             y = jnp.einsum("ngi,gij->ngj", rows, matrix, precision="highest")
             at = where.feature[0]
             others = where.shape[:at] + where.shape[at + 1 :]
-            y = jnp.moveaxis(y.reshape(*others, -1), -1, at)
+            y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)
             return affine(y, scale, bias)
 
         arrays = (mean, matrix, scale, bias)

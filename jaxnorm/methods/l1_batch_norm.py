@@ -19,6 +19,7 @@ from jaxnorm.standardize import standardize
 class L1BatchNorm(RunningNorm):
     """Batch norm by the mean absolute deviation in the place of the standard one."""
 
+    real = True
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 

@@ -14,6 +14,7 @@ class LocalResponseNorm(StatelessNorm):
     """Divides each element by a power of the sum of squares of its `size` neighbours
     along the features; has no parameters."""
 
+    real = True
     params = ()
     center = False
     pools = False

@@ -24,6 +24,7 @@ class MovingAverageBatchNorm(StatefulNorm):
     `jaxnorm.control_labels`.
     """
 
+    real = True
     params = ("scale", "bias", "control")
     center = False
     epsilon: float = 1e-5
@@ -49,12 +50,12 @@ class MovingAverageBatchNorm(StatefulNorm):
         }
 
     def init_stats(self, feature_shape, dtype=jnp.float32):
-        """Mean squares of the last `window` batches, their average, and a count."""
+        """Mean squares of the last `window` batches, their average, and how many."""
         dtype = at_least_float32(dtype)
         return {
             "var": jnp.ones(feature_shape, dtype),
             "buffer": jnp.zeros((self.window, *feature_shape), dtype),
-            "count": jnp.zeros((), jnp.int32),
+            "count": jnp.zeros(feature_shape, jnp.int32),
         }
 
     def train(self, x, params, stats, *, mask, dtype):
@@ -62,24 +63,29 @@ class MovingAverageBatchNorm(StatefulNorm):
         self._check(stats, where)
         own = moments(x, where, mask=mask, center=False)
         m = sync(own, self.axis_name, self.axis_index_groups)
-        count, kept = (jnp.asarray(stats[k]) for k in ("count", "var"))
-        kept = kept.astype(m.var.dtype).reshape(where.param_shape())
-        row, filled = self._place(count, m.var)
-        buffer = self._by_batch(stats["buffer"], where, m.var.dtype)
-        buffer = buffer.at[row].set(
-            jnp.where(jnp.asarray(m.size) > 0, m.var, buffer[row])
+        some = jnp.broadcast_to(jnp.asarray(m.size) > 0, m.var.shape)
+        count, kept = (
+            jnp.asarray(stats[k]).reshape(where.param_shape()) for k in ("count", "var")
         )
+        kept = kept.astype(m.var.dtype)
+        # Each feature counts its own batches: a mask may leave some out.
+        rows = jnp.arange(self.window, dtype=count.dtype)
+        rows = rows.reshape(-1, *[1] * count.ndim)
+        here = (rows == (count % self.window)[None]) & some[None]
+        seen = count + some.astype(count.dtype)
+        filled = (rows < seen[None]).astype(m.var.dtype)
+        buffer = self._by_batch(stats["buffer"], where, m.var.dtype)
+        buffer = jnp.where(here, m.var[None], buffer)
         var = _average(buffer, filled)
-        rstd = Moments(m.mean, var, 1).rstd(self.epsilon)
         ratio = jnp.sqrt((var + self.epsilon) / (kept + self.epsilon))
         ratio = jnp.clip(ratio, 1 / self.clip, self.clip)
         y = controlled(
             _renewed,
             x,
             where,
-            rstd,
+            Moments(m.mean, var, 1).rstd(self.epsilon),
             self._control(params, where, m.var.dtype),
-            (row, filled, jnp.asarray(m.size) > 0),
+            (here, filled),
             gain=jnp.where(count < self.window, 1, ratio),
             size=m.size,
             params=params,
@@ -88,13 +94,10 @@ class MovingAverageBatchNorm(StatefulNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
         )
-        moved = jnp.where(
-            count == 0, var, self.momentum * kept + (1 - self.momentum) * var
-        )
-        moved = jnp.where(jnp.asarray(m.size) > 1, moved, kept)
-        new = {"var": moved, "buffer": buffer, "count": count + 1}
-        some = jnp.any(jnp.asarray(m.size) > 1)
-        return y, running.replaced(stats, new, running.all_finite(m.var) & some)
+        moved = self.momentum * kept + (1 - self.momentum) * var
+        moved = jnp.where(some, jnp.where(count == 0, var, moved), kept)
+        new = {"var": moved, "buffer": buffer, "count": seen}
+        return y, running.replaced(stats, new, running.all_finite(m.var))
 
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
@@ -112,19 +115,13 @@ class MovingAverageBatchNorm(StatefulNorm):
 
     def _check(self, stats, where):
         running.require(stats, ("var", "buffer", "count"))
-        running.check(stats, where, ("var",))
+        running.check(stats, where, ("var", "count"))
         expected = (self.window, *where.feature_shape)
         if jnp.shape(stats["buffer"]) != expected:
             raise ValueError(
                 f"stats['buffer'] has shape {jnp.shape(stats['buffer'])}, but with "
                 f"window={self.window} it is {expected}"
             )
-
-    def _place(self, count, like):
-        """The row of this batch in the buffers, and 1 for each row that is filled."""
-        rows = jnp.arange(self.window, dtype=count.dtype)
-        filled = (rows < jnp.minimum(count + 1, self.window)).astype(like.dtype)
-        return count % self.window, filled.reshape(-1, *[1] * like.ndim)
 
     def _by_batch(self, buffer, where, dtype):
         buffer = jnp.asarray(buffer).astype(dtype)
@@ -145,12 +142,12 @@ class MovingAverageBatchNorm(StatefulNorm):
 
 
 def _average(buffer: Array, filled: Array) -> Array:
-    return (buffer * filled).sum(0) / filled.sum()
+    return (buffer * filled).sum(0) / jnp.maximum(filled.sum(0), 1)
 
 
-def _renewed(product, control, row, filled, valid):
+def _renewed(product, control, here, filled):
     """The average over the last batches, this one among them, and its terms."""
-    control = control.at[row].set(jnp.where(valid, product, control[row]))
+    control = jnp.where(here, product[None], control)
     return _average(control, filled), control
 
 

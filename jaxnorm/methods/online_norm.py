@@ -28,6 +28,7 @@ class OnlineNorm(StatefulNorm):
     as a stream of its own, and the statistics are averaged after it.
     """
 
+    real = True
     params = ("scale", "bias", "control_product", "control_mean")
     center = False
     epsilon: float = 1e-5
@@ -35,6 +36,13 @@ class OnlineNorm(StatefulNorm):
     control_momentum: float = 0.99
     layer_scaling: bool = True
     axis: int | Sequence[int] = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.control_momentum <= 1:
+            raise ValueError(
+                f"control_momentum must be from 0 to 1, got {self.control_momentum}"
+            )
 
     def axes(self, shape):
         return axes.per_example(shape, self.axis)

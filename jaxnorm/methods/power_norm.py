@@ -22,6 +22,7 @@ class PowerNorm(RunningNorm):
     That statistic is the parameter "control", see `jaxnorm.control_labels`.
     """
 
+    real = True
     params = ("scale", "bias", "control")
     center = False
     kept = ("var",)
@@ -50,7 +51,7 @@ class PowerNorm(RunningNorm):
             x,
             where,
             rstd,
-            as_param("control", params.get("control"), where, rstd.dtype),
+            _as_control(params.get("control"), where, rstd.dtype),
             (m.var * rstd * rstd, rate),
             size=m.size,
             params=params,
@@ -60,6 +61,15 @@ class PowerNorm(RunningNorm):
             axis_index_groups=self.axis_index_groups,
         )
         return y, m
+
+
+def _as_control(value, where, dtype):
+    if value is not None and jnp.shape(value) != where.feature_shape:
+        raise ValueError(
+            f"control has shape {jnp.shape(value)}, but the features of an input of "
+            f"shape {where.shape} are {where.feature_shape}"
+        )
+    return as_param("control", value, where, dtype)
 
 
 def _renewed(product, control, power, rate):

@@ -18,6 +18,7 @@ from jaxnorm.standardize import standardize
 class RangeBatchNorm(RunningNorm):
     """Batch norm by the range of the values in the place of their deviation."""
 
+    real = True
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
@@ -30,7 +31,7 @@ class RangeBatchNorm(RunningNorm):
         m = sync(own, self.axis_name, self.axis_index_groups)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
         low, high = self._extremes(x, mask, own.size, where)
-        # What normal numbers span, in standard deviations: half of it above the mean.
+        # What normal numbers reach above the mean, in standard deviations.
         span = jnp.sqrt(2 * jnp.log(jnp.maximum(size, 2)))
         var = jnp.square((high - low) / span)
         y = standardize(
@@ -93,8 +94,9 @@ def range_batch_norm(
         deviation = (x.max(other_axes) - x.min(other_axes)) / sqrt(2 * log(n))
         y = (x - mean) / sqrt(deviation**2 + epsilon) * scale + bias
 
-    `stats["var"]` follows the square of the deviation, so that evaluation is that of
-    batch norm. Over devices it takes two collectives each way.
+    For normal numbers the deviation is about two standard ones, so that y is half of
+    what batch norm gives. `stats["var"]` follows its square, so that evaluation is that
+    of batch norm. Over devices it takes two collectives each way.
 
     All else is as in `jaxnorm.batch_norm`.
 

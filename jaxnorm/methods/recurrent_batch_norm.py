@@ -20,6 +20,11 @@ class RecurrentBatchNorm(RunningNorm):
     max_steps: int = 64
     axis: int | Sequence[int] = -1
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
@@ -57,7 +62,7 @@ class RecurrentBatchNorm(RunningNorm):
                 f"step must be an integer scalar, got {step.dtype} of shape "
                 f"{step.shape}"
             )
-        return jnp.clip(step, 0, self.max_steps - 1)
+        return jnp.clip(step.astype(jnp.int32), 0, self.max_steps - 1)
 
     def _at(self, stats, place):
         running.require(stats, self.kept)

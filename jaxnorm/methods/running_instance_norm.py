@@ -33,7 +33,7 @@ class RunningInstanceNorm(RunningNorm):
         return y, self._averaged(m)
 
     def lone_values(self, shape, flag):
-        if len(shape) and self.axes(shape).size == shape[0] and flag is not True:
+        if axes.per_example(shape, self.axis).size == 1 and flag is not True:
             return (
                 f"RunningInstanceNorm over an input of shape {shape} would take each "
                 "variance of one single position, so that everything becomes 0: give "
@@ -81,7 +81,8 @@ def running_instance_norm(
 
     With `use_running_average=True`, `stats` take the place of mean and var. It is
     PyTorch's InstanceNorm with track_running_stats, given `unbiased=True` and 1 -
-    momentum. Instances count by their valid positions in the average.
+    momentum. Instances count by their valid positions in the average; `unbiased` is the
+    pooled estimate, `sum(n * var) / sum(n - 1)`, also where these differ.
 
     Args:
         axis_name: mapped axis, or several, to pool the running statistics over.

@@ -61,7 +61,8 @@ class SwitchableNorm(RunningNorm):
         weights = [_shares(k, params.get(k), layer.var.dtype) for k in names]
         mean, var, *weights = vary_together(x, batch.mean, batch.var, *weights)
         mean = _mixture(weights[0], instance.mean, layer.mean, mean)
-        var = _mixture(weights[1], instance.var, layer.var, var)
+        shares = weights[1]
+        var = shares[0] * instance.var + shares[1] * layer.var + shares[2] * var
         return standardize(
             x,
             mean,

@@ -39,7 +39,8 @@ class VirtualBatchNorm(StatelessNorm):
         return dataclasses.replace(super().local(), size=1)
 
     def lone_values(self, shape, flag):
-        return super().lone_values((min(self.size, *shape[:1]), *shape[1:]), flag)
+        self.axes(shape)  # which raises if there is no batch
+        return super().lone_values((min(self.size, shape[0]), *shape[1:]), flag)
 
     def transform(self, x, params, *, mask, dtype):
         if self.size > x.shape[0]:
