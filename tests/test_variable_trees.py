@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,7 +78,8 @@ def modules():
             yield f"{api}.{name}(Dense)", make
     # The same in both APIs, as tests/test_methods.py makes sure.
     for name, kind in OTHERS.items():
-        settings = kind(**({"kernel_shape": (3, FEATURES)} if "Cross" in name else {}))
+        shape: dict[str, Any] = {"kernel_shape": (3, FEATURES)}
+        settings = kind(**(shape if "Cross" in name else {}))
         yield f"nnx.Norm({name}())", functools.partial(_norm, "nnx", settings, {})
 
 
