@@ -74,8 +74,8 @@ NORMS = {
     "scale": jaxnorm.ScaleNorm(),
     "global-response": jaxnorm.GlobalResponseNorm(),
     "local-response": jaxnorm.LocalResponseNorm(),
-    "dynamic-tanh": jaxnorm.DynamicTanh(),
-    "divisive": jaxnorm.DivisiveNorm(window=3, window_axes=(1, 2)),
+    "dynamic-tanh": jaxnorm.DynamicTanh(initial_alpha=4.0),
+    "divisive": jaxnorm.DivisiveNorm(window=3, window_axes=(1, 2), initial_sigma=0.1),
 }
 
 # What these do depends on how a batch is spread over devices: each reads its share as a

@@ -279,7 +279,19 @@ def _at(tree, i):
     return jax.tree.map(lambda v: v[i], tree)
 
 
-@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance", "ghost"])
+LOCAL = [
+    "layer",
+    "rms",
+    "group",
+    "instance",
+    "ghost",
+    "dynamic_tanh",
+    "divisive",
+    "scale",
+]
+
+
+@pytest.mark.parametrize("name", LOCAL)
 @pytest.mark.usefixtures("quick_compilation")
 def test_local_statistics_in_shard_map(name):
     """No name, no communication: masks and gradients in shard_map with check_vma."""

@@ -28,14 +28,15 @@ class DivisiveNorm(StatelessNorm):
     window: int | Sequence[int] = 5
     window_axes: int | Sequence[int] = -1
     axis: int | Sequence[int] = -1
+    initial_sigma: float = 1.0
 
     def axes(self, shape):
         return axes.over(shape, self.window_axes, self.axis)
 
     def init_params(self, feature_shape, dtype=jnp.float32):
-        """Ones for the scale, zeros for the bias, and one sigma of 1."""
+        """Ones for the scale, zeros for the bias, and one sigma."""
         return super().init_params(feature_shape, dtype) | {
-            "sigma": jnp.ones((), dtype)
+            "sigma": jnp.full((), self.initial_sigma, dtype)
         }
 
     def transform(self, x, params, *, mask, dtype):
@@ -47,7 +48,9 @@ class DivisiveNorm(StatelessNorm):
         # Without a mask, the number of neighbours depends on the place along windows.
         flat = tuple(n if a in along else 1 for a, n in enumerate(x.shape))
         scale, bias = (as_param(k, params.get(k), where, wide) for k in self.params[:2])
-        smooth = jnp.square(as_number("sigma", params.get("sigma"), 1.0, wide))
+        smooth = jnp.square(
+            as_number("sigma", params.get("sigma"), self.initial_sigma, wide)
+        )
 
         def divide(x, smooth, scale, bias):
             valid = jnp.ones(flat, bool) if mask is None else mask

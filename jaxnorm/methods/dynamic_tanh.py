@@ -14,27 +14,32 @@ from jaxnorm.standardize import affine, as_number, as_param, pointwise
 
 @method
 class DynamicTanh(StatelessNorm):
-    """A tanh of learned steepness in the place of a norm; takes no statistics."""
+    """A tanh of learned steepness in the place of a norm; takes no statistics.
+
+    It does not normalize: with an `initial_alpha` that is too small, a signal fades out
+    over the layers of a deep network.
+    """
 
     real = True
     params = ("scale", "bias", "alpha")
     center = False
     pools = False
     axis: int | Sequence[int] = -1
+    initial_alpha: float = 0.5
 
     def axes(self, shape):
         return axes.over(shape, (), self.axis)
 
     def init_params(self, feature_shape, dtype=jnp.float32):
-        """Ones for the scale, zeros for the bias, and one alpha of 0.5."""
+        """Ones for the scale, zeros for the bias, and one alpha."""
         return super().init_params(feature_shape, dtype) | {
-            "alpha": jnp.full((), 0.5, dtype)
+            "alpha": jnp.full((), self.initial_alpha, dtype)
         }
 
     def transform(self, x, params, *, mask, dtype):
         where, wide = self.axes(x.shape), at_least_float32(x.dtype)
         scale, bias = (as_param(k, params.get(k), where, wide) for k in self.params[:2])
-        alpha = as_number("alpha", params.get("alpha"), 0.5, wide)
+        alpha = as_number("alpha", params.get("alpha"), self.initial_alpha, wide)
 
         def squash(x, alpha, scale, bias):
             return affine(jnp.tanh(alpha * x), scale, bias)
