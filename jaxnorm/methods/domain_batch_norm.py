@@ -88,7 +88,7 @@ class DomainBatchNorm(RunningNorm):
 
     def _by_domain(self, each, domain):
         """The moments of each domain, along the leading axis."""
-        here = domain[None] == jnp.arange(self.num_domains)[:, None]
+        here = domain[None] == jnp.arange(self.num_domains, dtype=jnp.int32)[:, None]
         here = here.reshape(*here.shape, *[1] * (each.var.ndim - 1))
         shape = (self.num_domains, *each.var.shape)
         size = jnp.where(here, jnp.asarray(each.size), 0)
