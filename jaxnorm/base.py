@@ -190,6 +190,30 @@ class Norm(abc.ABC):
             dtype=dtype,
         )
 
+    @final
+    def by_given(
+        self,
+        x: Array,
+        params: Params,
+        mean: Array,
+        rstd: Array,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """`(x - mean) * rstd`, then scale and bias; the statistics may vary along more
+        axes than those kept by `axes`."""
+        return standardize(
+            x,
+            mean,
+            rstd,
+            self.axes(x.shape),
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )
+
     def local(self) -> Self:
         """The same method on one device, as needed while a module initializes."""
         return dataclasses.replace(
@@ -393,13 +417,6 @@ class RunningNorm(StatefulNorm):
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = running.read(stats, where, x.dtype, kept=self.kept)
-        return standardize(
-            x,
-            m.mean,
-            m.rstd(self.epsilon),
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
+        return self.by_given(
+            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
         )

@@ -10,7 +10,6 @@ from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import moments
-from jaxnorm.standardize import standardize
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
 
@@ -73,16 +72,7 @@ class BatchRenorm(RunningNorm):
         d = lax.stop_gradient(jnp.clip(apart, -dmax, dmax))
         # (x - mean) * rstd * r + d, as a mean and a deviation.
         rstd = rstd * r
-        y = standardize(
-            x,
-            m.mean - d / rstd,
-            rstd,
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
-        )
+        y = self.by_given(x, params, m.mean - d / rstd, rstd, mask=mask, dtype=dtype)
         return y, m
 
     def _limit(self, limit, stats, dtype):

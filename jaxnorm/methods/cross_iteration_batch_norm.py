@@ -13,7 +13,6 @@ from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import at_least_float32
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.running import all_finite, replaced, require
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -60,15 +59,8 @@ class CrossIterationBatchNorm(RunningNorm):
         kernel = self._checked(inputs["kernel"], x.shape)
         own = self._moments(x, mask)
         m = self._over_batches(own, past, kernel, x.shape)
-        y = standardize(
-            x,
-            m.mean,
-            m.rstd(self.epsilon),
-            self.axes(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
+        y = self.by_given(
+            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
         )
         return y, m
 

@@ -10,7 +10,6 @@ from jaxnorm import axes, running
 from jaxnorm.base import Params, RunningNorm, Stats, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, as_mask, moments, pool
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -106,13 +105,11 @@ class DomainBatchNorm(RunningNorm):
                 for k, v in params.items()
                 if v is not None
             }
-        y = standardize(
+        y = self.by_given(
             x,
+            params,
             _chosen(m.mean, domain),
             _chosen(m.rstd(self.epsilon), domain),
-            self.axes(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
             mask=mask,
             dtype=dtype,
         )

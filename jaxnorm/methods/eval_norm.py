@@ -10,7 +10,6 @@ from jaxnorm import axes, running
 from jaxnorm.base import Stats, method
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.moments import Moments, abs_square, moments
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -38,13 +37,11 @@ class EvalNorm(BatchNorm):
         mean = kept.mean + weight * apart
         between = weight * (1 - weight) * abs_square(apart)
         var = (1 - weight) * kept.var + weight * own.var + between
-        return standardize(
+        return self.by_given(
             x,
+            params,
             mean,
             Moments(mean, var, 1).rstd(self.epsilon),
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
             mask=mask,
             dtype=dtype,
         )

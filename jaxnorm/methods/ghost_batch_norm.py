@@ -11,7 +11,6 @@ from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.normalize import normalize
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -75,16 +74,7 @@ class GhostBatchNorm(RunningNorm):
                 (equal.rstd(self.epsilon), last.rstd(self.epsilon)),
             )
         )
-        y = standardize(
-            x,
-            mean,
-            rstd,
-            self.axes(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
-        )
+        y = self.by_given(x, params, mean, rstd, mask=mask, dtype=dtype)
         return y, each
 
 

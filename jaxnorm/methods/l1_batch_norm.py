@@ -12,7 +12,6 @@ from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import as_mask, fold, moments
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -36,15 +35,8 @@ class L1BatchNorm(RunningNorm):
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)
-        y = standardize(
-            x,
-            m.mean,
-            lax.rsqrt(var + self.epsilon),
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
+        y = self.by_given(
+            x, params, m.mean, lax.rsqrt(var + self.epsilon), mask=mask, dtype=dtype
         )
         return y, m._replace(var=var)
 

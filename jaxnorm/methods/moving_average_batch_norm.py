@@ -12,7 +12,6 @@ from jaxnorm.control import controlled
 from jaxnorm.devices import sync
 from jaxnorm.dtypes import at_least_float32
 from jaxnorm.moments import Moments, moments
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -102,15 +101,8 @@ class MovingAverageBatchNorm(StatefulNorm):
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = running.read(stats, where, x.dtype, kept=("var",))
-        return standardize(
-            x,
-            m.mean,
-            m.rstd(self.epsilon),
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
+        return self.by_given(
+            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
         )
 
     def _check(self, stats, where):

@@ -11,7 +11,6 @@ from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import as_mask, fold, moments
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -34,15 +33,8 @@ class RangeBatchNorm(RunningNorm):
         # What normal numbers reach above the mean, in standard deviations.
         span = jnp.sqrt(2 * jnp.log(jnp.maximum(size, 2)))
         var = jnp.square((high - low) / span)
-        y = standardize(
-            x,
-            m.mean,
-            lax.rsqrt(var + self.epsilon),
-            where,
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            mask=mask,
-            dtype=dtype,
+        y = self.by_given(
+            x, params, m.mean, lax.rsqrt(var + self.epsilon), mask=mask, dtype=dtype
         )
         return y, m._replace(var=var)
 

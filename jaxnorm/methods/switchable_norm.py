@@ -11,7 +11,6 @@ from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import sync, vary_together
 from jaxnorm.moments import Moments, moments, pool
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -63,13 +62,11 @@ class SwitchableNorm(RunningNorm):
         mean = _mixture(weights[0], instance.mean, layer.mean, mean)
         shares = weights[1]
         var = shares[0] * instance.var + shares[1] * layer.var + shares[2] * var
-        return standardize(
+        return self.by_given(
             x,
+            params,
             mean,
             Moments(mean, var, 1).rstd(self.epsilon),
-            self.axes(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
             mask=mask,
             dtype=dtype,
         )

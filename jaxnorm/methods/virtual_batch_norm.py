@@ -11,7 +11,6 @@ from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
 from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, moments, pool
-from jaxnorm.standardize import standardize
 
 
 @method
@@ -64,13 +63,11 @@ class VirtualBatchNorm(StatelessNorm):
                 (reference.var, first.var, pooled.var),
             )
         )
-        return standardize(
+        return self.by_given(
             x,
+            params,
             mean,
             Moments(mean, var, 1).rstd(self.epsilon),
-            self.axes(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
             mask=mask,
             dtype=dtype,
         )
