@@ -15,7 +15,7 @@ from jaxnorm import axes, devices, running
 from jaxnorm.axes import Axes, Shape
 from jaxnorm.control import NAMES as CONTROLS
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
-from jaxnorm.moments import Moments
+from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize
 
@@ -177,7 +177,7 @@ class Norm(abc.ABC):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, Moments]:
-        """`x` normalized by its moments over `axes`, pooled over devices, and these."""
+        """`x` normalized by its `own_moments`, and these."""
         return normalize(
             x,
             params,
@@ -191,22 +191,31 @@ class Norm(abc.ABC):
         )
 
     @final
+    def own_moments(self, x: Array, mask: ArrayLike | None) -> Moments:
+        """The moments of `x` over `axes`, pooled over devices."""
+        own = moments(x, self.axes(x.shape), mask=mask, center=self.center)
+        return self.sync(own)
+
+    @final
+    def sync(self, m: Moments) -> Moments:
+        """`m`, pooled over the devices that share statistics."""
+        return devices.sync(m, self.axis_name, self.axis_index_groups)
+
+    @final
     def by_given(
         self,
         x: Array,
         params: Params,
-        mean: Array,
-        rstd: Array,
+        m: Moments,
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        """`(x - mean) * rstd`, then scale and bias; the statistics may vary along more
-        axes than those kept by `axes`."""
+        """`x` normalized by `m`, which may vary along more axes than `axes` keeps."""
         return standardize(
             x,
-            mean,
-            rstd,
+            m.mean,
+            m.rstd(self.epsilon),
             self.axes(x.shape),
             scale=params.get("scale"),
             bias=params.get("bias"),
@@ -296,7 +305,7 @@ class RowNorm(StatelessNorm):
             scale = jnp.asarray(scale)
             wide = promote(at_least_float32(x.dtype), scale.dtype)
             params = {**params, "scale": scale.astype(wide) + 1}
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
+        return super().transform(x, params, mask=mask, dtype=dtype)
 
 
 @method
@@ -342,6 +351,20 @@ class StatefulNorm(Norm):
         dtype: DTypeLike | None,
     ) -> Array:
         """`x` normalized by `stats`."""
+
+    @final
+    def check_stats(self, stats: Stats, shape: Shape) -> None:
+        """Raises unless `stats` hold what `init_stats` makes for inputs of `shape`."""
+        features = self.axes(shape).feature_shape
+        expected = jax.eval_shape(lambda: self.init_stats(features))
+        running.require(stats, expected)
+        for k, v in expected.items():
+            if jnp.shape(stats[k]) != v.shape:
+                raise ValueError(
+                    f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but for an input "
+                    f"of shape {shape} it is {v.shape}: start from init_stats of "
+                    f"{self}"
+                )
 
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
@@ -415,8 +438,5 @@ class RunningNorm(StatefulNorm):
         )
 
     def evaluate(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        m = running.read(stats, where, x.dtype, kept=self.kept)
-        return self.by_given(
-            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
-        )
+        m = running.read(stats, self.axes(x.shape), x.dtype, kept=self.kept)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)

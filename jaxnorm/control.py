@@ -56,12 +56,29 @@ def control_labels(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+def as_control(
+    name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike, *leading: int
+) -> Array:
+    """A control in the precision of the statistics, broadcasting against folded x.
+
+    It has the shape of the features, after axes of its own, `leading`; None is zeros.
+    """
+    shape = (*leading, *axes.feature_shape)
+    value = jnp.zeros(shape, dtype) if value is None else jnp.asarray(value)
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} has shape {value.shape}, but for an input of shape {axes.shape} "
+            f"it is {shape}: start from init_params"
+        )
+    return value.astype(dtype).reshape(*leading, *axes.param_shape())
+
+
 def controlled(
     renew: Callable[..., tuple[Array, Array]],
     x: Array,
     axes: Axes,
     rstd: Array,
-    control: Array | None,
+    control: Array,
     extra: tuple[Array, ...],
     *,
     gain: Array | None = None,
@@ -122,12 +139,11 @@ def _backward(plan, args, dy):
     g = gain * dy if scale is None else gain * scale * dy
     total = (g * z).sum(plan.axes.reduce, keepdims=True)
     p = devices.group_sum(total, plan.axis_name, plan.groups) / size
-    held = jnp.zeros_like(rstd) if control is None else control
-    c, new = plan.renew(p, held, *extra)
+    c, new = plan.renew(p, control, *extra)
     dx = unfold(rstd * (g - c * z), mask, plan.axes, x.dtype)
     dscale = None if scale is None else _summed(gain * z * dy, scale)
     dbias = None if bias is None else _summed(dy, bias)
-    dcontrol = None if control is None else renewal(control, new, plan.copies, x)
+    dcontrol = renewal(control, new, plan.copies, x)
     return dx, None, None, None, None, dscale, dbias, dcontrol, None
 
 
@@ -139,13 +155,13 @@ def _summed(v: Array, like: Array) -> Array:
     return v.sum([a for a, n in enumerate(like.shape) if n == 1], keepdims=True)
 
 
-def copies(control: Array | None, like: Array) -> int:
+def copies(control: Array, like: Array) -> int:
     """How many devices' gradients JAX adds up for `control`, which they share.
 
     Known in shard_map with check_vma. Elsewhere gradients are averaged by whoever
     replicates the parameters, as usual.
     """
-    gained = () if control is None else axes_gained(control, like)
+    gained = axes_gained(control, like)
     return lax.axis_size(gained) if gained else 1
 
 

@@ -34,6 +34,10 @@ class Moments(NamedTuple):
         """`1 / sqrt(var + epsilon)`."""
         return lax.rsqrt(self.var + jnp.asarray(epsilon, self.var.dtype))
 
+    def broadcast_to(self, shape: tuple[int, ...]) -> "Moments":
+        """Each of the four as an array of `shape`, to be taken apart alike."""
+        return Moments(*(jnp.broadcast_to(v, shape) for v in self))
+
 
 def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """`mask` as booleans; raises if it does not broadcast to `shape`."""
@@ -59,7 +63,7 @@ def fold(x: Array, mask: Array | None, axes: Axes) -> Array:
     """`x` in its folded shape, in at least float32, with masked elements read as 0."""
     if mask is not None:
         # Before any arithmetic: a NaN masked later would still poison gradients.
-        x = jnp.where(_aligned(mask, axes.shape), x, jnp.zeros((), x.dtype))
+        x = jnp.where(aligned(mask, axes.shape), x, jnp.zeros((), x.dtype))
     return x.astype(at_least_float32(x.dtype)).reshape(axes.folded)
 
 
@@ -169,18 +173,19 @@ def _over(x: Array, size: Array) -> Array:
     return x / size.astype(x.dtype)
 
 
-def _aligned(mask: Array, shape: tuple[int, ...]) -> Array:
+def aligned(mask: Array, shape: tuple[int, ...]) -> Array:
     """`mask` with leading 1s, so that it has the rank of `shape`."""
     return mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
 
 
-def _folded(mask: Array, axes: Axes) -> Array:
+def fold_mask(mask: Array, axes: Axes) -> Array:
+    """`mask` for an array in its folded shape."""
     return jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
 
 
 def _count(mask: Array, axes: Axes) -> Array:
     """Valid elements per statistic, in int32: float32 cannot count past 2**24."""
-    return _folded(mask, axes).sum(axes.reduce, keepdims=True, dtype=jnp.int32)
+    return fold_mask(mask, axes).sum(axes.reduce, keepdims=True, dtype=jnp.int32)
 
 
 def _mean(x: Array, axes: Axes, size: Any) -> Array:
@@ -251,7 +256,7 @@ def _by_pivot(
     pivot = _rounded(_pivot(x, axes) if mask is None else _mean(x, axes, size))
     shifted = x - pivot
     if mask is not None:
-        shifted = jnp.where(_folded(mask, axes), shifted, jnp.zeros((), x.dtype))
+        shifted = jnp.where(fold_mask(mask, axes), shifted, jnp.zeros((), x.dtype))
     shift = _mean(shifted, axes, size)
     var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
     mean, residue = _add(pivot, shift)

@@ -91,7 +91,7 @@ def update_stats(
         new["count"] = jnp.where(counted, count + 1, count)
     values = {"mean": mean, "var": var}
     for name, value in ((k, values[k]) for k in kept):
-        moved = _blend(old[name], value, keep)
+        moved = blend(old[name], value, keep)
         new[name] = jnp.where(counted, moved, old[name])
     return new
 
@@ -141,7 +141,8 @@ def _per_feature(m: Moments, axes: Axes) -> tuple[Array, Array, Array]:
     return mean, var, size
 
 
-def _blend(old: Array, new: Array, keep: ArrayLike) -> Array:
+def blend(old: Array, new: Array, keep: ArrayLike) -> Array:
+    """`keep * old + (1 - keep) * new`, in the dtype of `old`."""
     dtype = promote(old.dtype, new.dtype)
     keep = jnp.asarray(keep, dtype)
     moved = keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)

@@ -9,6 +9,7 @@ from norms import MOMENTS as NORMS
 from norms import problem
 
 import jaxnorm
+from jaxnorm import axes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -120,3 +121,10 @@ def test_axes_that_are_no_integers(axis):
 def test_axes_out_of_range(axis, ndim):
     with pytest.raises(ValueError, match="is out of range for an array of rank"):
         jaxnorm.BatchNorm(axis=axis).axes((2,) * ndim)
+
+
+@pytest.mark.parametrize("size", [2, 0])
+def test_virtual_batches_that_are_not_equal(size):
+    message = f"size={size} does not divide the batch of 7 examples"
+    with pytest.raises(ValueError, match=message):
+        axes.virtual_batches((7, 4), -1, size)

@@ -8,8 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import moments
+from jaxnorm.standardize import standardize
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
 
@@ -60,8 +59,7 @@ class BatchRenorm(RunningNorm):
 
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         old = running.read(stats, where, x.dtype)
         rmax, dmax = (
             self._limit(v, stats, m.var.dtype) for v in (self.rmax, self.dmax)
@@ -72,7 +70,16 @@ class BatchRenorm(RunningNorm):
         d = lax.stop_gradient(jnp.clip(apart, -dmax, dmax))
         # (x - mean) * rstd * r + d, as a mean and a deviation.
         rstd = rstd * r
-        y = self.by_given(x, params, m.mean - d / rstd, rstd, mask=mask, dtype=dtype)
+        y = standardize(
+            x,
+            m.mean - d / rstd,
+            rstd,
+            where,
+            scale=params.get("scale"),
+            bias=params.get("bias"),
+            mask=mask,
+            dtype=dtype,
+        )
         return y, m
 
     def _limit(self, limit, stats, dtype):

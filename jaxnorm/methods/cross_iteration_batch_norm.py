@@ -11,8 +11,8 @@ from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import Moments, moments, pool
-from jaxnorm.running import all_finite, replaced, require
+from jaxnorm.moments import Moments, pool
+from jaxnorm.running import all_finite, replaced
 
 
 @method
@@ -57,21 +57,19 @@ class CrossIterationBatchNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         past = self._past(stats, x.shape)
         kernel = self._checked(inputs["kernel"], x.shape)
-        own = self._moments(x, mask)
+        own = self.own_moments(x, mask)
         m = self._over_batches(own, past, kernel, x.shape)
-        y = self.by_given(
-            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
-        )
-        return y, m
+        return self.by_given(x, params, m, mask=mask, dtype=dtype), m
 
     def train(self, x, params, stats, *, mask, dtype, **inputs):
         y, new = super().train(x, params, stats, mask=mask, dtype=dtype, **inputs)
         past, layer = self._past(stats, x.shape), inputs["layer"]
-        own = self._moments(x, mask)
         # Each device has slopes of its own, where the kernel is shared.
         (kernel,) = vary_together(x, self._checked(inputs["kernel"], x.shape))
-        now = self._with_slopes(own, kernel, lambda k: self._moments(layer(k), mask))
-        usable = all_finite(*now.values()) & jnp.any(jnp.asarray(own.size) > 1)
+        now, size = self._with_slopes(
+            kernel, lambda k: self.own_moments(layer(k), mask)
+        )
+        usable = all_finite(*now.values()) & jnp.any(jnp.asarray(size) > 1)
         rolled = {f"past_{k}": _rolled(past[k], v) for k, v in now.items()}
         rolled["batches"] = past["batches"] + 1
         return y, replaced(new, rolled, usable)
@@ -79,20 +77,9 @@ class CrossIterationBatchNorm(RunningNorm):
     def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
         return super().evaluate(x, params, stats, mask=mask, dtype=dtype)
 
-    def _moments(self, x, mask):
-        return moments(x, self.axes(x.shape), mask=mask)
-
     def _past(self, stats, shape):
         """The statistics of past batches, checked."""
-        expected = self.init_stats(self.axes(shape).feature_shape)
-        require(stats, expected)
-        for k, v in expected.items():
-            if jnp.shape(stats[k]) != v.shape:
-                raise ValueError(
-                    f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but for an input "
-                    f"of shape {shape}, window={self.window} and kernel_shape="
-                    f"{self.kernel_shape} it is {v.shape}"
-                )
+        self.check_stats(stats, shape)
         past = {
             k.removeprefix("past_"): jnp.asarray(v)
             for k, v in stats.items()
@@ -133,13 +120,19 @@ class CrossIterationBatchNorm(RunningNorm):
         size = jnp.broadcast_to(jnp.asarray(own.size), own.var.shape)
         return Moments(pooled.mean[0], pooled.var[0], size)
 
-    def _with_slopes(self, own, kernel, again):
-        """This batch's statistics, and their slopes by the kernel."""
-        _, pull = jax.vjp(lambda k: again(k)[:2], lax.stop_gradient(kernel))
-        one, zero = jnp.ones_like(own.mean), jnp.zeros_like(own.mean)
+    def _with_slopes(self, kernel, measure):
+        """This batch's statistics, their slopes by the kernel, and their sizes."""
+
+        def measured(kernel):
+            m = measure(kernel)
+            return (m.mean, m.var), m.size
+
+        values, pull, size = jax.vjp(measured, lax.stop_gradient(kernel), has_aux=True)
+        one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
         slopes = {"mean_slope": (one, zero), "var_slope": (zero, one)}
         slopes = {k: pull(v)[0] for k, v in slopes.items()}
-        return {"mean": own.mean, "var": own.var, **slopes, "kernel": kernel}
+        now = dict(zip(("mean", "var"), values, strict=True))
+        return now | slopes | {"kernel": kernel}, size
 
 
 def _rolled(past: Array, now: Array) -> Array:

@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import Params, RunningNorm, Stats, method
-from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, as_mask, moments, pool
 
 
@@ -65,8 +64,7 @@ class DomainBatchNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         where = axes.per_example(x.shape, self.axis)
         domain = self._checked(inputs["domain"], x.shape)
-        m = self._by_domain(moments(x, where, mask=mask), domain)
-        m = sync(m, self.axis_name, self.axis_index_groups)
+        m = self.sync(self._by_domain(moments(x, where, mask=mask), domain))
         return self._standardized(x, params, m, domain, mask, dtype), m
 
     def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
@@ -91,8 +89,7 @@ class DomainBatchNorm(RunningNorm):
         here = here.reshape(*here.shape, *[1] * (each.var.ndim - 1))
         shape = (self.num_domains, *each.var.shape)
         size = jnp.where(here, jnp.asarray(each.size), 0)
-        sets = Moments(*(jnp.broadcast_to(v, shape) for v in each))
-        sets = sets._replace(size=jnp.broadcast_to(size, shape))
+        sets = each._replace(size=size).broadcast_to(shape)
         pooled = pool(sets, lambda v: v.sum(1, keepdims=True))
         return Moments(*(v[:, 0] for v in pooled))
 
@@ -105,14 +102,8 @@ class DomainBatchNorm(RunningNorm):
                 for k, v in params.items()
                 if v is not None
             }
-        y = self.by_given(
-            x,
-            params,
-            _chosen(m.mean, domain),
-            _chosen(m.rstd(self.epsilon), domain),
-            mask=mask,
-            dtype=dtype,
-        )
+        own = Moments(_chosen(m.mean, domain), _chosen(m.var, domain), 1)
+        y = self.by_given(x, params, own, mask=mask, dtype=dtype)
         # At the end only, so that no gradient of what exists meets a NaN.
         missing = (domain < 0) | (domain >= self.num_domains)
         missing = missing.reshape(-1, *[1] * (x.ndim - 1))

@@ -37,14 +37,7 @@ class EvalNorm(BatchNorm):
         mean = kept.mean + weight * apart
         between = weight * (1 - weight) * abs_square(apart)
         var = (1 - weight) * kept.var + weight * own.var + between
-        return self.by_given(
-            x,
-            params,
-            mean,
-            Moments(mean, var, 1).rstd(self.epsilon),
-            mask=mask,
-            dtype=dtype,
-        )
+        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
 
 
 def eval_norm(

@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
 from jaxnorm.moments import moments
 from jaxnorm.standardize import affine, as_param, pointwise
 
@@ -34,8 +33,7 @@ class EvoNormB0(RunningNorm):
         }
 
     def by_batch(self, x, params, stats, *, mask, dtype):
-        own = moments(x, self.axes(x.shape), mask=mask)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         return self._divided(x, m.var, params, mask, dtype), m
 
     def evaluate(self, x, params, stats, *, mask, dtype):

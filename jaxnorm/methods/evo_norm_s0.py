@@ -9,8 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import moments
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -42,8 +40,7 @@ class EvoNormS0(StatelessNorm):
 
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         params = [as_param(k, params.get(k), where, m.var.dtype) for k in self.params]
 
         def swish(x, rstd, scale, bias, slope):

@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.normalize import normalize
 
@@ -48,12 +47,12 @@ class GhostBatchNorm(RunningNorm):
                 x, params, virtual, epsilon=self.epsilon, mask=mask, dtype=dtype
             )
         whole = pool(each, lambda v: v.sum(0, keepdims=True))
-        return y, sync(whole, self.axis_name, self.axis_index_groups)
+        return y, self.sync(whole)
 
     def _by_ragged(self, x, params, mask, dtype):
         """With a last virtual batch that is larger, or the only one."""
         each = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
-        each = Moments(*(jnp.broadcast_to(v, each.var.shape) for v in each))
+        each = each.broadcast_to(each.var.shape)
         cut = max(x.shape[0] // self.size - 1, 0) * self.size
         equal = pool(
             Moments(*(v[:cut].reshape(-1, self.size, *v.shape[1:]) for v in each)),
@@ -62,19 +61,17 @@ class GhostBatchNorm(RunningNorm):
         last = pool(
             Moments(*(v[cut:] for v in each)), lambda v: v.sum(0, keepdims=True)
         )
-        mean, rstd = (
+        mean, var = (
             jnp.concatenate(
                 [
                     jnp.repeat(a[:, 0], self.size, 0),
                     jnp.repeat(b, x.shape[0] - cut, 0),
                 ]
             )
-            for a, b in (
-                (equal.mean, last.mean),
-                (equal.rstd(self.epsilon), last.rstd(self.epsilon)),
-            )
+            for a, b in ((equal.mean, last.mean), (equal.var, last.var))
         )
-        y = self.by_given(x, params, mean, rstd, mask=mask, dtype=dtype)
+        m = Moments(mean, var, 1)
+        y = self.by_given(x, params, m, mask=mask, dtype=dtype)
         return y, each
 
 

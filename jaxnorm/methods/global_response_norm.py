@@ -8,8 +8,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import moments
 from jaxnorm.standardize import as_param, pointwise
 
 
@@ -30,8 +28,7 @@ class GlobalResponseNorm(StatelessNorm):
 
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask, center=False)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
         length = _root(m.var * size)
         valid = (size > 0).astype(size.dtype)

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices, running
 from jaxnorm.base import StatefulNorm, Stats, method
-from jaxnorm.devices import sync, vary_together
+from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import as_mask, fold, moments
+from jaxnorm.moments import aligned, as_mask, fold
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -55,16 +55,15 @@ class IterNorm(StatefulNorm):
         where = self.axes(x.shape)
         mask = self._checked(x, stats, mask)
         name, groups = self.axis_name, self.axis_index_groups
-        m = sync(moments(x, where, mask=mask), name, groups)
+        m = self.own_moments(x, mask)
         total = devices.group_sum(self._products(x, m.mean, mask), name, groups)
         size = jnp.max(jnp.asarray(m.size))  # the same for all features
         matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
         y = self._whitened(x, params, m.mean, matrix, mask, dtype)
         when = running.all_finite(m.mean, matrix) & (size > 1)
-        keep = jnp.asarray(self.momentum, matrix.dtype)
         new = {"mean": m.mean.reshape(where.feature_shape), "whitening": matrix}
         new = {
-            k: keep * jnp.asarray(stats[k]).astype(v.dtype) + (1 - keep) * v
+            k: running.blend(jnp.asarray(stats[k]), v, self.momentum)
             for k, v in new.items()
         }
         return y, running.replaced(stats, new, when)
@@ -93,21 +92,13 @@ class IterNorm(StatefulNorm):
         """The mask, of the rank of x; raises where anything does not fit."""
         mask = as_mask(mask, x.shape)
         if mask is not None:
-            mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+            mask = aligned(mask, x.shape)
             if mask.shape[self.axis] != 1:
                 raise ValueError(
                     f"IterNorm takes masks of whole positions, with 1 for the feature "
                     f"axis {self.axis}, got shape {mask.shape}"
                 )
-        features = self.axes(x.shape).feature_shape
-        running.require(stats, ("mean", "whitening"))
-        running.check(stats, self.axes(x.shape), ("mean",))
-        count, size = self._groups(*features)
-        if jnp.shape(stats["whitening"]) != (count, size, size):
-            raise ValueError(
-                f"stats['whitening'] has shape {jnp.shape(stats['whitening'])}, but "
-                f"{features} features in {count} groups need {(count, size, size)}"
-            )
+        self.check_stats(stats, x.shape)
         return mask
 
     def _rows(self, x, mean, mask):

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import as_mask, fold, moments
+from jaxnorm.moments import as_mask, fold, fold_mask
 
 
 @method
@@ -27,18 +26,15 @@ class L1BatchNorm(RunningNorm):
 
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         total = devices.group_sum(
             _absolute(x, mask, m, where), self.axis_name, self.axis_index_groups
         )
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)
-        y = self.by_given(
-            x, params, m.mean, lax.rsqrt(var + self.epsilon), mask=mask, dtype=dtype
-        )
-        return y, m._replace(var=var)
+        m = m._replace(var=var)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype), m
 
 
 def _absolute(x, mask, m, where):
@@ -48,8 +44,7 @@ def _absolute(x, mask, m, where):
     def total(x, mean, residue):
         far = jnp.abs((fold(x, mask, where) - mean) - residue)
         if mask is not None:
-            valid = jnp.broadcast_to(mask, x.shape).reshape(where.folded)
-            far = jnp.where(valid, far, 0)
+            far = jnp.where(fold_mask(mask, where), far, 0)
         return far.sum(where.reduce, keepdims=True)
 
     return jax.checkpoint(total, prevent_cse=False)(x, m.mean, m.residue)

@@ -8,10 +8,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import StatefulNorm, Stats, method
-from jaxnorm.control import controlled
-from jaxnorm.devices import sync
+from jaxnorm.control import as_control, controlled
 from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import Moments, moments
+from jaxnorm.moments import Moments
 
 
 @method
@@ -59,9 +58,8 @@ class MovingAverageBatchNorm(StatefulNorm):
 
     def train(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        self._check(stats, where)
-        own = moments(x, where, mask=mask, center=False)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        self.check_stats(stats, x.shape)
+        m = self.own_moments(x, mask)
         some = jnp.broadcast_to(jnp.asarray(m.size) > 0, m.var.shape)
         count, kept = (
             jnp.asarray(stats[k]).reshape(where.param_shape()) for k in ("count", "var")
@@ -73,7 +71,8 @@ class MovingAverageBatchNorm(StatefulNorm):
         here = (rows == (count % self.window)[None]) & some[None]
         seen = count + some.astype(count.dtype)
         filled = (rows < seen[None]).astype(m.var.dtype)
-        buffer = self._by_batch(stats["buffer"], where, m.var.dtype)
+        buffer = jnp.asarray(stats["buffer"]).astype(m.var.dtype)
+        buffer = buffer.reshape(self.window, *where.param_shape())
         buffer = jnp.where(here, m.var[None], buffer)
         var = _average(buffer, filled)
         ratio = jnp.sqrt((var + self.epsilon) / (kept + self.epsilon))
@@ -83,7 +82,9 @@ class MovingAverageBatchNorm(StatefulNorm):
             x,
             where,
             Moments(m.mean, var, 1).rstd(self.epsilon),
-            self._control(params, where, m.var.dtype),
+            as_control(
+                "control", params.get("control"), where, m.var.dtype, self.window
+            ),
             (here, filled),
             gain=jnp.where(count < self.window, 1, ratio),
             size=m.size,
@@ -93,44 +94,14 @@ class MovingAverageBatchNorm(StatefulNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
         )
-        moved = self.momentum * kept + (1 - self.momentum) * var
+        moved = running.blend(kept, var, self.momentum)
         moved = jnp.where(some, jnp.where(count == 0, var, moved), kept)
         new = {"var": moved, "buffer": buffer, "count": seen}
         return y, running.replaced(stats, new, running.all_finite(m.var))
 
     def evaluate(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        m = running.read(stats, where, x.dtype, kept=("var",))
-        return self.by_given(
-            x, params, m.mean, m.rstd(self.epsilon), mask=mask, dtype=dtype
-        )
-
-    def _check(self, stats, where):
-        running.require(stats, ("var", "buffer", "count"))
-        running.check(stats, where, ("var", "count"))
-        expected = (self.window, *where.feature_shape)
-        if jnp.shape(stats["buffer"]) != expected:
-            raise ValueError(
-                f"stats['buffer'] has shape {jnp.shape(stats['buffer'])}, but with "
-                f"window={self.window} it is {expected}"
-            )
-
-    def _by_batch(self, buffer, where, dtype):
-        buffer = jnp.asarray(buffer).astype(dtype)
-        return buffer.reshape(self.window, *where.param_shape())
-
-    def _control(self, params, where, dtype):
-        value = params.get("control")
-        expected = (self.window, *where.feature_shape)
-        if value is None:
-            return jnp.zeros(expected, dtype).reshape(-1, *where.param_shape())
-        if jnp.shape(value) != expected:
-            raise ValueError(
-                f"control has shape {jnp.shape(value)}, but the features of an input "
-                f"of shape {where.shape} are {where.feature_shape} and window="
-                f"{self.window}: pass {expected}"
-            )
-        return self._by_batch(value, where, dtype)
+        m = running.read(stats, self.axes(x.shape), x.dtype, kept=("var",))
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)
 
 
 def _average(buffer: Array, filled: Array) -> Array:

@@ -15,7 +15,7 @@ from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import vary_together
 from jaxnorm.moments import Moments, as_mask, moments
 from jaxnorm.normalize import normalize
-from jaxnorm.standardize import as_param, standardize, unfold
+from jaxnorm.standardize import standardize, unfold
 
 
 @method
@@ -101,11 +101,10 @@ class OnlineNorm(StatefulNorm):
 
     def _normalized(self, x, params, m, mask, dtype):
         where, wide = self.axes(x.shape), m.var.dtype
-        scale, bias, *controls = (params.get(k) for k in self.params)
-        affine = [None if v is None else jnp.asarray(v) for v in (scale, bias)]
+        affine = [params.get(k) for k in self.params[:2]]
+        affine = [None if v is None else jnp.asarray(v) for v in affine]
         controls = [
-            as_param(k, jnp.zeros(where.feature_shape) if v is None else v, where, wide)
-            for k, v in zip(self.params[2:], controls, strict=True)
+            control.as_control(k, params.get(k), where, wide) for k in self.params[2:]
         ]
         plan = self._plan(x, dtype, *controls)
         arrays = vary_together(x, m.mean, m.rstd(self.epsilon), *affine, *controls)

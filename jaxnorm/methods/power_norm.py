@@ -8,10 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.control import controlled
-from jaxnorm.devices import sync
-from jaxnorm.moments import moments
-from jaxnorm.standardize import as_param
+from jaxnorm.control import as_control, controlled
 
 
 @method
@@ -42,8 +39,7 @@ class PowerNorm(RunningNorm):
 
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask, center=False)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         rstd = running.read(stats, where, x.dtype, kept=self.kept).rstd(self.epsilon)
         rate = jnp.asarray(1 - self.momentum, rstd.dtype)
         y = controlled(
@@ -51,7 +47,7 @@ class PowerNorm(RunningNorm):
             x,
             where,
             rstd,
-            _as_control(params.get("control"), where, rstd.dtype),
+            as_control("control", params.get("control"), where, rstd.dtype),
             (m.var * rstd * rstd, rate),
             size=m.size,
             params=params,
@@ -61,15 +57,6 @@ class PowerNorm(RunningNorm):
             axis_index_groups=self.axis_index_groups,
         )
         return y, m
-
-
-def _as_control(value, where, dtype):
-    if value is not None and jnp.shape(value) != where.feature_shape:
-        raise ValueError(
-            f"control has shape {jnp.shape(value)}, but the features of an input of "
-            f"shape {where.shape} are {where.feature_shape}"
-        )
-    return as_param("control", value, where, dtype)
 
 
 def _renewed(product, control, power, rate):

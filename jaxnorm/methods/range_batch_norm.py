@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import as_mask, fold, moments
+from jaxnorm.moments import as_mask, fold, fold_mask, moments
 
 
 @method
@@ -27,16 +26,14 @@ class RangeBatchNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         own = moments(x, where, mask=mask)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.sync(own)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
         low, high = self._extremes(x, mask, own.size, where)
         # What normal numbers reach above the mean, in standard deviations.
         span = jnp.sqrt(2 * jnp.log(jnp.maximum(size, 2)))
         var = jnp.square((high - low) / span)
-        y = self.by_given(
-            x, params, m.mean, lax.rsqrt(var + self.epsilon), mask=mask, dtype=dtype
-        )
-        return y, m._replace(var=var)
+        m = m._replace(var=var)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype), m
 
     def _extremes(self, x, mask, size, where):
         """The least and the largest valid value, on all devices; 0 of nothing."""
@@ -55,8 +52,7 @@ def _negated_least_and_largest(x, mask, where):
 
     def extremes(x):
         x = fold(x, mask, where)
-        valid = True if mask is None else jnp.broadcast_to(mask, where.shape)
-        valid = jnp.broadcast_to(valid, where.shape).reshape(where.folded)
+        valid = fold_mask(jnp.asarray(True) if mask is None else mask, where)
         options = {"axis": where.reduce, "keepdims": True, "where": valid}
         least = jnp.min(x, initial=jnp.inf, **options)
         largest = jnp.max(x, initial=-jnp.inf, **options)

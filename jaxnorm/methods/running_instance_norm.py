@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, pool
 from jaxnorm.normalize import normalize
 
@@ -50,7 +49,7 @@ class RunningInstanceNorm(RunningNorm):
         spread = jnp.zeros(each.shape, m.var.dtype)
         sets = Moments(each, spread, jnp.broadcast_to(size, each.shape))
         pooled = pool(sets, lambda v: v.sum(1, keepdims=True))
-        pooled = sync(pooled, self.axis_name, self.axis_index_groups)
+        pooled = self.sync(pooled)
         mean, var, share = pooled.mean[:, 0]
         some = pooled.size[0, 0] > 0
         size = jnp.where(some, 1 / jnp.where(some, share.real, 1), 0)

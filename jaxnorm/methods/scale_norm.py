@@ -9,8 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.devices import sync
-from jaxnorm.moments import moments
 from jaxnorm.standardize import standardize
 
 
@@ -31,8 +29,7 @@ class ScaleNorm(StatelessNorm):
 
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
-        own = moments(x, where, mask=mask, center=False)
-        m = sync(own, self.axis_name, self.axis_index_groups)
+        m = self.own_moments(x, mask)
         size = jnp.asarray(m.size).astype(m.var.dtype)
         squares = m._replace(var=m.var * size)
         scale = params.get("scale")

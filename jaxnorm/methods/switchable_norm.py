@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.devices import sync, vary_together
+from jaxnorm.devices import vary_together
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -40,7 +40,7 @@ class SwitchableNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype):
         instance, layer = self._of_examples(x, mask)
         batch = pool(instance, lambda v: v.sum(0, keepdims=True))
-        batch = sync(batch, self.axis_name, self.axis_index_groups)
+        batch = self.sync(batch)
         return self._mixed(x, params, instance, layer, batch, mask, dtype), batch
 
     def evaluate(self, x, params, stats, *, mask, dtype):
@@ -51,8 +51,6 @@ class SwitchableNorm(RunningNorm):
         """Instance and layer statistics, the latter from the former."""
         where = axes.per_example(x.shape, self.axis)
         instance = moments(x, where, mask=mask)
-        sizes = jnp.broadcast_to(jnp.asarray(instance.size), instance.var.shape)
-        instance = instance._replace(size=sizes)
         return instance, pool(instance, lambda v: v.sum(where.feature, keepdims=True))
 
     def _mixed(self, x, params, instance, layer, batch, mask, dtype):
@@ -62,14 +60,7 @@ class SwitchableNorm(RunningNorm):
         mean = _mixture(weights[0], instance.mean, layer.mean, mean)
         shares = weights[1]
         var = shares[0] * instance.var + shares[1] * layer.var + shares[2] * var
-        return self.by_given(
-            x,
-            params,
-            mean,
-            Moments(mean, var, 1).rstd(self.epsilon),
-            mask=mask,
-            dtype=dtype,
-        )
+        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
 
 
 def _shares(name, weight, dtype):

@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.devices import sync
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -48,12 +47,11 @@ class VirtualBatchNorm(StatelessNorm):
                 f"shape {x.shape}: put the reference batch before the examples"
             )
         each = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
-        each = Moments(*(jnp.broadcast_to(v, each.var.shape) for v in each))
+        each = each.broadcast_to(each.var.shape)
         first, others = (
             Moments(*v) for v in zip(*map(self._parted, each), strict=True)
         )
-        reference = pool(first, lambda v: v.sum(0, keepdims=True))
-        reference = sync(reference, self.axis_name, self.axis_index_groups)
+        reference = self.sync(pool(first, lambda v: v.sum(0, keepdims=True)))
         both = Moments(*map(_stacked, reference, others))
         pooled = pool(both, lambda v: v.sum(0, keepdims=True))
         mean, var = (
@@ -63,14 +61,7 @@ class VirtualBatchNorm(StatelessNorm):
                 (reference.var, first.var, pooled.var),
             )
         )
-        return self.by_given(
-            x,
-            params,
-            mean,
-            Moments(mean, var, 1).rstd(self.epsilon),
-            mask=mask,
-            dtype=dtype,
-        )
+        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
 
     def _parted(self, v):
         return v[: self.size], v[self.size :]
