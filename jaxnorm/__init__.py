@@ -8,7 +8,13 @@ from jaxnorm.base import StatelessNorm as StatelessNorm
 from jaxnorm.base import method as method
 from jaxnorm.control import control_labels as control_labels
 from jaxnorm.devices import sync as sync
+from jaxnorm.freeze import decay_mask as decay_mask
+from jaxnorm.freeze import freeze as freeze
+from jaxnorm.freeze import frozen as frozen
+from jaxnorm.freeze import frozen_labels as frozen_labels
+from jaxnorm.freeze import unfreeze as unfreeze
 from jaxnorm.inputs import Standardize as Standardize
+from jaxnorm.layers import layers as layers
 from jaxnorm.methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm.methods.batch_norm import batch_norm as batch_norm
 from jaxnorm.methods.batch_renorm import BatchRenorm as BatchRenorm

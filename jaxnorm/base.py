@@ -123,7 +123,7 @@ class Norm(abc.ABC):
         x = as_floating(x)
         flag = as_flag(use_running_average)
         self.check_call(x, params, inputs)
-        problem = self.lone_values(x.shape, flag)
+        problem = self.lone_values(x.shape, running.RUNNING in stats or flag)
         if problem:
             raise ValueError(problem)
         return self.apply(
@@ -314,6 +314,7 @@ class StatefulNorm(Norm):
 
     momentum: float | None = 0.99
     cumulative: ClassVar[bool] = False  # whether momentum=None averages all batches
+    poolable: ClassVar[bool] = False  # whether the statistics are moments of the data
 
     def __post_init__(self):
         super().__post_init__()
@@ -369,19 +370,38 @@ class StatefulNorm(Norm):
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
         flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
-        if flag is True:
-            return self.evaluate(x, params, stats, **args), as_arrays(stats)
+        by_running, held = running.RUNNING in stats, running.HELD in stats
+        if running.BATCH[0] in stats and not self.poolable:
+            raise ValueError(
+                f"the statistics of {type(self).__name__} are no moments of the data, "
+                "so those of several batches cannot be pooled: leave its layers out"
+            )
+        own = {k: v for k, v in stats.items() if k not in _SWITCHES}
+        same = as_arrays(stats)
+        if flag is True or (by_running and held):
+            return self.evaluate(x, params, own, **args), same
+        if flag is not False or held:
+            params = _held_controls(params, held or flag)
+        y, new = self.train(x, params, own, **args)
+        new = same if held else same | new
+        if by_running:
+            y = self.evaluate(x, params, own, **args)
         if flag is False:
-            return self.train(x, params, stats, **args)
-        # Evaluation does not renew what a backward pass keeps.
-        held = {
-            k: jnp.where(flag, lax.stop_gradient(v), v) if k in CONTROLS else v
-            for k, v in params.items()
-            if v is not None
-        }
-        trained = self.train(x, held, stats, **args)
-        kept = self.evaluate(x, params, stats, **args), as_arrays(stats)
-        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, trained)
+            return y, new
+        kept = self.evaluate(x, params, own, **args), same
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, (y, new))
+
+
+_SWITCHES = (running.RUNNING, running.HELD)
+
+
+def _held_controls(params: Params, when: bool | Array) -> dict[str, ArrayLike]:
+    """`params`, whose controls a backward pass does not renew `when` it must not."""
+    return {
+        k: jnp.where(when, lax.stop_gradient(v), v) if k in CONTROLS else v
+        for k, v in params.items()
+        if v is not None
+    }
 
 
 @method
@@ -395,6 +415,7 @@ class RunningNorm(StatefulNorm):
 
     unbiased: bool = False
     cumulative = True
+    poolable = True
     kept: ClassVar[tuple[str, ...]] = ("mean", "var")
 
     @abc.abstractmethod
@@ -426,7 +447,10 @@ class RunningNorm(StatefulNorm):
 
     @final
     def updated(self, stats: Stats, m: Moments, shape: Shape) -> dict[str, Array]:
-        """The statistics, moved towards those of a batch of `shape`."""
+        """The statistics, moved towards those of a batch of `shape`, or with its
+        moments pooled into those of batches before."""
+        if running.BATCH[0] in stats:
+            return running.pooled(stats, m, self.stats_axes(shape))
         return running.update_stats(
             stats,
             m,

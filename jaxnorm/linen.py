@@ -29,6 +29,7 @@ from jaxnorm.modules import (
     weight_normed,
     weight_standardized,
 )
+from jaxnorm.running import HELD, MARKS
 
 
 class Norm(nn.Module):
@@ -167,6 +168,8 @@ def _apply(
         k: module.variable("batch_stats", k, lambda v=v: v)
         for k, v in norm.init_stats(shape, stats_dtype).items()
     }
+    marks = [k for k in MARKS if module.has_variable("batch_stats", k)]
+    held |= {k: module.variable("batch_stats", k) for k in marks}
     params = {
         k: _param(module, k, default)
         for k, default in norm.init_params(shape, module.param_dtype).items()
@@ -184,7 +187,7 @@ def _apply(
         on_lone_values=_ignore if initializing else on_lone_values,
         inputs=inputs,
     )
-    if flag is not True and not initializing:
+    if flag is not True and not initializing and HELD not in held:
         for k, v in held.items():
             v.value = stats[k]
     return y

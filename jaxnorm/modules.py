@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.base import Norm
 from jaxnorm.dtypes import as_floating, promote, widened
+from jaxnorm.running import RUNNING
 from jaxnorm.weights.arguments import features
 from jaxnorm.weights.spectral_norm import spectral_norm
 from jaxnorm.weights.weight_norm import weight_norm
@@ -53,7 +54,7 @@ def run(
     if not jnp.issubdtype(dtype, jnp.inexact):
         dtype = promote(dtype, jnp.float32)
     norm.check_call(x, params, inputs)
-    problem = norm.lone_values(x.shape, flag)
+    problem = norm.lone_values(x.shape, RUNNING in stats or flag)
     if problem:
         on_lone_values(problem)
     x = widened(x, dtype)

@@ -31,6 +31,7 @@ from jaxnorm.modules import (
     weight_normed,
     weight_standardized,
 )
+from jaxnorm.running import HELD, MARKS
 
 _NO_FLAG = (
     "{} needs use_running_average: pass it to the constructor or to the call, or set "
@@ -218,7 +219,8 @@ def _apply(
     """Applies `norm` to `x` with the variables of `module`."""
     x = jnp.asarray(x)
     shape = norm.axes(x.shape).feature_shape
-    held = {k: getattr(module, k) for k in norm.init_stats(shape)}
+    marks = [k for k in MARKS if hasattr(module, k)]
+    held = {k: getattr(module, k) for k in [*norm.init_stats(shape), *marks]}
     variables = {k: getattr(module, k, None) for k in norm.params}
     params = {k: v[...] for k, v in variables.items() if v is not None}
     stats = {k: v[...] for k, v in held.items()}
@@ -233,7 +235,7 @@ def _apply(
         on_lone_values=on_lone_values,
         inputs=inputs,
     )
-    if flag is not True:
+    if flag is not True and HELD not in held:
         for k, v in held.items():
             v[...] = stats[k]
     return y
@@ -256,6 +258,91 @@ def _dtype(module: Any, x: Array, stats: dict, params: dict) -> DTypeLike | None
         )
     affine = rest[len(kept) :]
     return promote(*(v.dtype for v in (x, *affine) if v is not None))
+
+
+def variables(model: nnx.Module) -> dict[str, Any]:
+    """The arrays of `model` as plain dicts: {"params": ..., "batch_stats": ...}.
+
+    What the tools for trained models take, and what `update` writes back. The
+    parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are those of
+    the model's attributes.
+
+    >>> from flax import nnx
+    >>> import jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, jaxnorm.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    >>> print(list(jaxnorm.layers(jaxnorm.nnx.variables(model)["batch_stats"])))
+    ['layers/1']
+    """
+    return {
+        name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in _KINDS.items()
+    }
+
+
+def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
+    """Writes `variables`, such as those of `jaxnorm.freeze`, into `model`.
+
+    Args:
+        model: the module, changed in place.
+        variables: {"params", "batch_stats"}, or one of them, with an array for each
+            variable of the model. The statistics may hold more, such as the marks of
+            a frozen layer: they become nnx.BatchStat of their layer, and those that
+            they lack are taken from it.
+
+    Raises:
+        ValueError: for paths that the model has not, or arrays of other shapes; the
+            model is then as it was.
+
+    >>> from flax import nnx
+    >>> import jaxnorm, jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, jaxnorm.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    >>> stats = jaxnorm.nnx.variables(model)["batch_stats"]
+    >>> jaxnorm.nnx.update(model, {"batch_stats": jaxnorm.freeze(stats)})
+    """
+    modules = dict(nnx.iter_modules(model))
+    writes, additions = [], []
+    for name, tree in variables.items():
+        if name not in _KINDS:
+            raise ValueError(f"a model has the variables {list(_KINDS)}, got {name!r}")
+        new = nnx.traversals.flatten_mapping(tree)
+        held = dict(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
+        for path, value in new.items():
+            if path in held:
+                _check_shape(name, path, value, held[path])
+                writes.append((held[path], value))
+            elif path[-1] in MARKS and path[:-1] in modules:
+                additions.append((modules[path[:-1]], path[-1], value))
+            else:
+                raise ValueError(f"the model has no {name} at {_named(path)!r}")
+        for path in held:
+            if path not in new and path[-1] not in MARKS:
+                raise ValueError(
+                    f"{name} lacks {_named(path)!r}, which the model has: start from "
+                    "variables(model)"
+                )
+        removals = [p for p in held if p not in new]
+        additions += [(modules[p[:-1]], p[-1], None) for p in removals]
+    for variable, value in writes:
+        variable[...] = jnp.asarray(value, variable.dtype)
+    for module, name, value in additions:
+        if value is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, nnx.BatchStat(jnp.asarray(value)))
+
+
+_KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None:
+    if jnp.shape(value) != held.shape:
+        raise ValueError(
+            f"{name} at {_named(path)!r} are of shape {jnp.shape(value)}, but those of "
+            f"the model are {held.shape}"
+        )
+
+
+def _named(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 class WeightNorm(nnx.WeightNorm):

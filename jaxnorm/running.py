@@ -9,9 +9,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import at_least_float32, promote
-from jaxnorm.moments import Moments
+from jaxnorm.moments import Moments, pool
 
 Stats = dict[str, Array]
+
+# What the statistics of a layer may hold beside those that its method keeps; they say
+# how these are used and updated. Of the first two the presence counts, not the value.
+RUNNING = "running"  # the layer normalizes by the running statistics, in training too
+HELD = "held"  # the layer does not update its statistics
+BATCH = ("batch_mean", "batch_var", "batch_size", "batch_residue")  # see pooled
+MARKS = (RUNNING, HELD, *BATCH)
 
 
 def init_stats(
@@ -93,7 +100,38 @@ def update_stats(
     for name, value in ((k, values[k]) for k in kept):
         moved = blend(old[name], value, keep)
         new[name] = jnp.where(counted, moved, old[name])
+    if "step" in old:  # the number of batches so far, of the layer as a whole
+        step = old["step"]
+        some = counted.any(tuple(range(step.ndim, counted.ndim)))
+        new["step"] = step + some.astype(step.dtype)
     return new
+
+
+def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
+    """`stats` that pool the moments of batches from now on, and are not updated."""
+    mean = jnp.zeros_like(stats["mean" if "mean" in stats else "var"])
+    zeros = (mean, mean.real, jnp.zeros(mean.shape, jnp.int32), mean)
+    own = {k: jnp.asarray(v) for k, v in stats.items()}
+    return own | dict(zip(BATCH, zeros, strict=True))
+
+
+def batch(stats: Mapping[str, ArrayLike]) -> Moments:
+    """The moments of all batches pooled in `stats` so far."""
+    return Moments(*(jnp.asarray(stats[k]) for k in BATCH))
+
+
+def pooled(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
+    """`stats`, in which the batch of the moments `m` joins those pooled before."""
+    check(stats, axes, BATCH)
+    before, shape = batch(stats), axes.feature_shape
+    new = (lax.stop_gradient(v) for v in m.broadcast_to(m.var.shape))
+    both = (
+        jnp.stack([a, b.reshape(shape).astype(a.dtype)])
+        for a, b in zip(before, new, strict=True)
+    )
+    union = pool(Moments(*both), lambda v: v.sum(0, keepdims=True))
+    own = {k: jnp.asarray(v) for k, v in stats.items()}
+    return own | {k: v[0] for k, v in zip(BATCH, union, strict=True)}
 
 
 def all_finite(*arrays: Array) -> Array:

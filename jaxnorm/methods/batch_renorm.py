@@ -47,16 +47,6 @@ class BatchRenorm(RunningNorm):
         stats = super().init_stats(feature_shape, dtype)
         return stats | ({"step": jnp.zeros((), jnp.int32)} if self._scheduled else {})
 
-    def train(self, x, params, stats, *, mask, dtype, **inputs):
-        y, m = self.by_batch(x, params, stats, mask=mask, dtype=dtype)
-        new = self.updated(stats, m, x.shape)
-        if self._scheduled:
-            counts = running.all_finite(m.mean, m.var) & jnp.any(
-                jnp.asarray(m.size) > 1
-            )
-            new["step"] = new["step"] + counts.astype(new["step"].dtype)
-        return y, new
-
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

@@ -18,6 +18,7 @@ class L1BatchNorm(RunningNorm):
     """Batch norm by the mean absolute deviation in the place of the standard one."""
 
     real = True
+    poolable = False
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 

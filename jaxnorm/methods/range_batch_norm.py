@@ -17,6 +17,7 @@ class RangeBatchNorm(RunningNorm):
     """Batch norm by the range of the values in the place of their deviation."""
 
     real = True
+    poolable = False
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 

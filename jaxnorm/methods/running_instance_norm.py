@@ -18,6 +18,7 @@ class RunningInstanceNorm(RunningNorm):
     """Instance norm at training; at evaluation, batch norm by the average of the
     statistics of the instances. `axis_name` pools the running statistics only."""
 
+    poolable = False
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 

@@ -1,0 +1,175 @@
+"""Which statistics does a layer use, do they move, do its parameters train?"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.base import Norm
+from jaxnorm.layers import Tree, Where, everywhere, layers, map_layers, path_name
+from jaxnorm.running import HELD, RUNNING
+
+
+def freeze(
+    batch_stats: Tree,
+    where: Where = everywhere,
+    *,
+    use_running_average: bool = True,
+    update: bool = False,
+) -> Tree:
+    """Statistics whose layers, in training, use and update them as said here.
+
+    Each layer's statistics get marks: "running" if it normalizes by the running
+    statistics also in training, "held" if it does not update them. They travel with the
+    tree, through `jit` and checkpoints, so that no mode of a model undoes them;
+    `unfreeze` takes them away. Evaluation is as ever. Scale and bias go on training:
+    `frozen_labels` stops those.
+
+    | use_running_average | update | In training the layer |
+    |---|---|---|
+    | True | False | is frozen: the same function as in evaluation |
+    | False | False | normalizes by the batch and keeps its statistics |
+    | True | True | normalizes by the running statistics and updates them |
+    | False | True | is as it was before any `freeze` |
+
+    Args:
+        batch_stats: statistics of the layers of a model, or of one layer.
+        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        use_running_average: normalize by the running statistics, also in training.
+        update: let training update the statistics.
+
+    Returns:
+        A new tree, with the same arrays and the marks of the layers that `where` means.
+
+    Raises:
+        ValueError: if `where` means no layer.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> stats = jaxnorm.freeze(jaxnorm.init_stats(1))
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> y, stats = jaxnorm.batch_norm(
+    ...     x, stats, use_running_average=False, epsilon=0.0
+    ... )
+    >>> print(y.tolist(), stats["mean"], sorted(stats))
+    [[1.0], [3.0]] [0.] ['held', 'mean', 'running', 'var']
+    """
+    marks = {RUNNING: use_running_average, HELD: not update}
+    new = {k: jnp.array(True) for k, marked in marks.items() if marked}
+    return map_layers(lambda stats: _unmarked(stats) | new, batch_stats, where=where)
+
+
+def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
+    """Statistics without the marks that `freeze` gave their layers.
+
+    Args and what is raised are as in `freeze`.
+
+    >>> import jaxnorm
+    >>> sorted(jaxnorm.unfreeze(jaxnorm.freeze(jaxnorm.init_stats(1))))
+    ['mean', 'var']
+    """
+    return map_layers(_unmarked, batch_stats, where=where)
+
+
+def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
+    """What training does in each layer: its path, and the two switches of `freeze`.
+
+    >>> import jaxnorm
+    >>> jaxnorm.frozen({"stem": jaxnorm.freeze(jaxnorm.init_stats(1))})
+    {'stem': {'use_running_average': True, 'update': False}}
+    """
+    return {
+        path: {"use_running_average": RUNNING in stats, "update": HELD not in stats}
+        for path, stats in layers(batch_stats).items()
+    }
+
+
+def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
+    """ "frozen" for the parameters of the norms that `where` means, else "trainable".
+
+    For `optax.multi_transform`, with `optax.set_to_zero()` for "frozen". A norm is
+    known by its parameters, as `decay_mask` says. A partial function of `params`
+    (`lambda params: frozen_labels(params, where)`) is what optax takes.
+
+    Args:
+        params: parameters of a model.
+        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        A tree of strings, of the structure of `params`.
+
+    Raises:
+        ValueError: if `where` means no norm.
+
+    >>> import jax, jax.numpy as jnp, jaxnorm
+    >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2))},
+    ...           "BatchNorm_0": {"scale": jnp.ones(2)}}
+    >>> print(jaxnorm.frozen_labels(params))
+    {'BatchNorm_0': {'scale': 'frozen'}, 'Dense_0': {'kernel': 'trainable'}}
+    """
+    paths: list[str] = []
+
+    def labels(path: str, node: Any, is_norm: bool):
+        paths.extend([path] * is_norm)
+        label = "frozen" if is_norm and where(path) else "trainable"
+        return jax.tree.map(lambda _: label, node)
+
+    tree = _map_norms(labels, params)
+    if "frozen" not in jax.tree.leaves(tree):
+        raise ValueError(
+            f"`where` means none of the norms with parameters, which are {paths}: "
+            "return True for the paths of some of them"
+        )
+    return tree
+
+
+def decay_mask(params: Tree) -> Tree:
+    """False for the parameters of norms, True for all others, as optax's masks are.
+
+    For `optax.adamw(..., mask=jaxnorm.decay_mask)`. A norm is a node of `params` that
+    holds nothing but arrays under names of the parameters of jaxnorm's methods, such
+    as "scale" and "bias"; so a module of a lone bias counts as one, too.
+
+    Args:
+        params: parameters of a model.
+
+    Returns:
+        A tree of booleans, of the structure of `params`.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    ...           "LayerNorm_0": {"scale": jnp.ones(2), "bias": jnp.ones(2)}}
+    >>> print(jaxnorm.decay_mask(params)["LayerNorm_0"])
+    {'bias': False, 'scale': False}
+    """
+    return _map_norms(
+        lambda _, node, is_norm: jax.tree.map(lambda _: not is_norm, node), params
+    )
+
+
+def _unmarked(stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in stats.items() if k not in (RUNNING, HELD)}
+
+
+def _map_norms(f: Any, params: Tree) -> Tree:
+    """`f(path, node, is_norm)` for each norm of `params` and each other array."""
+    names = _names(Norm)
+
+    def is_norm(node):
+        return (
+            isinstance(node, Mapping)
+            and len(node) > 0
+            and names.issuperset(node)
+            and not any(isinstance(v, Mapping) for v in node.values())
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, node: f(path_name(path), node, is_norm(node)),
+        params,
+        is_leaf=is_norm,
+    )
+
+
+def _names(kind: type[Norm]) -> set[str]:
+    """The names of the parameters of all methods there are."""
+    return {*kind.params}.union(*map(_names, kind.__subclasses__()))
