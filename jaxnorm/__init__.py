@@ -1,13 +1,24 @@
 """Normalization for JAX: pure functions over arrays and plain pytrees of statistics."""
 
+from jaxnorm.accumulate import accumulate as accumulate
+from jaxnorm.accumulate import commit as commit
+from jaxnorm.accumulate import discard as discard
 from jaxnorm.axes import Axes as Axes
 from jaxnorm.base import Norm as Norm
 from jaxnorm.base import RunningNorm as RunningNorm
 from jaxnorm.base import StatefulNorm as StatefulNorm
 from jaxnorm.base import StatelessNorm as StatelessNorm
 from jaxnorm.base import method as method
+from jaxnorm.combine import blend_stats as blend_stats
+from jaxnorm.combine import join_norms as join_norms
+from jaxnorm.combine import merge_stats as merge_stats
+from jaxnorm.combine import reset_stats as reset_stats
+from jaxnorm.combine import split_norms as split_norms
+from jaxnorm.combine import swap_stats as swap_stats
 from jaxnorm.control import control_labels as control_labels
+from jaxnorm.convert import convert as convert
 from jaxnorm.devices import sync as sync
+from jaxnorm.ema import ema as ema
 from jaxnorm.freeze import decay_mask as decay_mask
 from jaxnorm.freeze import freeze as freeze
 from jaxnorm.freeze import frozen as frozen
@@ -103,6 +114,7 @@ from jaxnorm.moments import Moments as Moments
 from jaxnorm.moments import moments as moments
 from jaxnorm.moments import pool as pool
 from jaxnorm.normalize import normalize as normalize
+from jaxnorm.recalibrate import recalibrate as recalibrate
 from jaxnorm.running import init_stats as init_stats
 from jaxnorm.running import update_stats as update_stats
 from jaxnorm.standardize import standardize as standardize

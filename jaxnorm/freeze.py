@@ -6,8 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.base import Norm
-from jaxnorm.layers import Tree, Where, everywhere, layers, map_layers, path_name
+from jaxnorm.layers import (
+    Tree,
+    Where,
+    everywhere,
+    layers,
+    map_layers,
+    map_params,
+    norm_params,
+)
 from jaxnorm.running import HELD, RUNNING
 
 
@@ -56,7 +63,7 @@ def freeze(
     """
     marks = {RUNNING: use_running_average, HELD: not update}
     new = {k: jnp.array(True) for k, marked in marks.items() if marked}
-    return map_layers(lambda stats: _unmarked(stats) | new, batch_stats, where=where)
+    return map_layers(lambda _, v: _unmarked(v) | new, batch_stats, where=where)
 
 
 def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
@@ -68,7 +75,7 @@ def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
     >>> sorted(jaxnorm.unfreeze(jaxnorm.freeze(jaxnorm.init_stats(1))))
     ['mean', 'var']
     """
-    return map_layers(_unmarked, batch_stats, where=where)
+    return map_layers(lambda _, v: _unmarked(v), batch_stats, where=where)
 
 
 def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
@@ -107,20 +114,18 @@ def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
     >>> print(jaxnorm.frozen_labels(params))
     {'BatchNorm_0': {'scale': 'frozen'}, 'Dense_0': {'kernel': 'trainable'}}
     """
-    paths: list[str] = []
+    norms = norm_params(params)
+    if not any(map(where, norms)):
+        raise ValueError(
+            f"`where` means none of the norms with parameters, which are {list(norms)}"
+            ": return True for the paths of some of them"
+        )
 
-    def labels(path: str, node: Any, is_norm: bool):
-        paths.extend([path] * is_norm)
-        label = "frozen" if is_norm and where(path) else "trainable"
+    def labels(path, node):
+        label = "frozen" if where(path) else "trainable"
         return jax.tree.map(lambda _: label, node)
 
-    tree = _map_norms(labels, params)
-    if "frozen" not in jax.tree.leaves(tree):
-        raise ValueError(
-            f"`where` means none of the norms with parameters, which are {paths}: "
-            "return True for the paths of some of them"
-        )
-    return tree
+    return map_params(labels, params, lambda _: "trainable")
 
 
 def decay_mask(params: Tree) -> Tree:
@@ -142,34 +147,10 @@ def decay_mask(params: Tree) -> Tree:
     >>> print(jaxnorm.decay_mask(params)["LayerNorm_0"])
     {'bias': False, 'scale': False}
     """
-    return _map_norms(
-        lambda _, node, is_norm: jax.tree.map(lambda _: not is_norm, node), params
+    return map_params(
+        lambda _, node: jax.tree.map(lambda _: False, node), params, lambda _: True
     )
 
 
 def _unmarked(stats: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in stats.items() if k not in (RUNNING, HELD)}
-
-
-def _map_norms(f: Any, params: Tree) -> Tree:
-    """`f(path, node, is_norm)` for each norm of `params` and each other array."""
-    names = _names(Norm)
-
-    def is_norm(node):
-        return (
-            isinstance(node, Mapping)
-            and len(node) > 0
-            and names.issuperset(node)
-            and not any(isinstance(v, Mapping) for v in node.values())
-        )
-
-    return jax.tree_util.tree_map_with_path(
-        lambda path, node: f(path_name(path), node, is_norm(node)),
-        params,
-        is_leaf=is_norm,
-    )
-
-
-def _names(kind: type[Norm]) -> set[str]:
-    """The names of the parameters of all methods there are."""
-    return {*kind.params}.union(*map(_names, kind.__subclasses__()))

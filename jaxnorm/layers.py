@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnorm.base import Norm
+
 Where = Callable[[str], bool]  # whether the layer at a path is meant
 Tree = Any  # nested mappings of arrays, such as Flax's batch_stats
 
@@ -58,7 +60,7 @@ def map_layers(
     *others: Tree,
     where: Where = everywhere,
 ) -> Tree:
-    """`f(stats, *stats_of_others)` for each layer that `where` means; others stay.
+    """`f(path, stats, *stats_of_others)` for each layer that `where` means.
 
     Raises ValueError where the trees do not hold the same layers.
     """
@@ -66,7 +68,7 @@ def map_layers(
     for other in rest:
         check_same(found, other)
     meant = chosen(batch_stats, where)
-    new = {p: f(stats, *(r[p] for r in rest)) for p, stats in meant.items()}
+    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in meant.items()}
     return with_layers(batch_stats, new)
 
 
@@ -93,3 +95,66 @@ def check_shapes(path: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 def path_name(path: tuple[Any, ...]) -> str:
     """A path of JAX's as one string, "Block_0/BatchNorm_1"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def keys_at(trees: Iterable[Tree], path: str) -> tuple[Any, ...] | None:
+    """The keys that lead to the node at `path` in the first tree that has it."""
+
+    def search(node: Tree, at: str) -> tuple[Any, ...] | None:
+        if at == path:
+            return ()
+        for k, inner in node.items() if isinstance(node, Mapping) else ():
+            here = f"{at}/{k}" if at else str(k)
+            if path == here or path.startswith(f"{here}/"):
+                keys = search(inner, here)
+                if keys is not None:
+                    return (k, *keys)
+        return None
+
+    return next((k for k in (search(t, "") for t in trees) if k is not None), None)
+
+
+def put(tree: Tree, keys: tuple[Any, ...], node: Mapping[str, Any]) -> dict[Any, Any]:
+    """`tree` with `node` at `keys`; an empty one leaves nothing there."""
+    if not keys:
+        return dict(node)
+    new = dict(tree)
+    inner = put(new.pop(keys[0], {}), keys[1:], node)
+    return new | ({keys[0]: inner} if inner else {})
+
+
+def norm_params(params: Tree) -> dict[str, dict[str, Any]]:
+    """The parameters of each norm of a model, by its path.
+
+    A norm is a node that holds nothing but arrays under names of the parameters of
+    jaxnorm's methods, such as "scale" and "bias". So a module of a lone bias counts,
+    too.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    map_params(lambda path, node: found.update({path: dict(node)}), params)
+    return found
+
+
+def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:
+    """`f(path, parameters)` for each norm, and `others(array)` for all else."""
+    names = _names(Norm)
+
+    def is_norm(node):
+        return (
+            isinstance(node, Mapping)
+            and len(node) > 0
+            and names.issuperset(node)
+            and not any(isinstance(v, Mapping) for v in node.values())
+        )
+
+    def one(path, node):
+        if is_norm(node):
+            return f(path_name(path), node)
+        return others(node) if others else node
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_norm)
+
+
+def _names(kind: type[Norm]) -> set[str]:
+    """The names of the parameters of all methods there are."""
+    return {*kind.params}.union(*map(_names, kind.__subclasses__()))

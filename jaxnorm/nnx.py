@@ -6,7 +6,7 @@ installed, so that they follow it; what they compute is jaxnorm's.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
 from jaxnorm.base import as_flag
+from jaxnorm.convert import features
 from jaxnorm.dtypes import at_least_float32, promote
+from jaxnorm.layers import Where, everywhere
 from jaxnorm.modules import (
     has_spectrum,
     refuse,
@@ -330,6 +332,133 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
             setattr(module, name, nnx.BatchStat(jnp.asarray(value)))
 
 
+def recalibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    *,
+    where: Where = everywhere,
+    **options: Any,
+) -> None:
+    """Sets running statistics to the moments of a whole data set (`recalibrate`).
+
+    The layers that `where` means train while `call` runs; all else, such as dropout,
+    stays in the mode that the model is in.
+
+    Args:
+        model: the module, whose statistics are changed in place, at the end.
+        batches: any iterable of anything `call` takes.
+        call: `call(model, batch)` runs the model on a batch.
+        where: whether the layer at a path is meant; others keep their statistics.
+        options: as in `jaxnorm.recalibrate`, which says what is raised.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import jaxnorm.nnx
+    >>> model = nnx.Sequential(jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> jaxnorm.nnx.recalibrate(model, [jnp.array([[1.0], [2.0], [3.0]])])
+    >>> print(model.layers[0].mean[...])
+    [2.]
+    """
+    graphdef, state = nnx.split(model)
+
+    def apply(arrays: Mapping[str, Any], batch: Any) -> Any:
+        twin = nnx.merge(graphdef, arrays["state"])
+        update(twin, {name: arrays[name] for name in _KINDS})
+        for path, module in nnx.iter_modules(twin):
+            if isinstance(module, (Norm, BatchNorm)) and where(_named(path)):
+                module.use_running_average = False
+        call(twin, batch)
+        return variables(twin)["batch_stats"]
+
+    arrays = variables(model) | {"state": state}
+    stats = jaxnorm.recalibrate(apply, arrays, batches, where=where, **options)
+    update(model, {"batch_stats": stats})
+
+
+def convert(
+    model: nnx.Module,
+    norm: jaxnorm.Norm,
+    where: Where = everywhere,
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> nnx.Module:
+    """Replaces norms of `model` by `Norm(norm)` with their variables (`convert`).
+
+    Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
+    model of Flax's with jaxnorm's batch norm.
+
+    Args:
+        model: the module, changed in place.
+        norm: the settings of the new norms.
+        where: whether the norm at a path, such as "layers/1", is meant.
+        use_scale, use_bias: whether the new norms have these, if `norm` does at all.
+
+    Returns:
+        The model; its replacement where it is a norm itself.
+
+    Raises:
+        ValueError: as `jaxnorm.convert` does; the model is then as it was.
+    """
+    norms = {
+        _named(path): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, _NORMS)
+    }
+    found = {path: module for path, module in norms.items() if where(path)}
+    if not found:
+        raise ValueError(
+            f"`where` means none of the norms of the model, which are {list(norms)}: "
+            "return True for the paths of some of them"
+        )
+    # All of them before the first is put in its place, as one may not fit.
+    new = {
+        id(module): _converted(path, module, norm, use_scale, use_bias)
+        for path, module in found.items()
+    }
+    for _, parent in list(nnx.iter_modules(model)):
+        for name, child in list(nnx.iter_children(parent)):
+            if id(child) in new:
+                _put(parent, name, new[id(child)])
+    return new.get(id(model), model)
+
+
+def _put(parent: Any, name: Any, child: nnx.Module) -> None:
+    if isinstance(parent, nnx.List):
+        parent[name] = child
+    else:
+        setattr(parent, name, child)
+
+
+def _converted(
+    path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
+) -> Norm:
+    """A module for `norm` in the place of `module`, which is at `path`."""
+    old = {name: {path: tree} for name, tree in variables(module).items()}
+    new = jaxnorm.convert(old, norm, use_scale=use_scale, use_bias=use_bias)
+    shape, param_dtype = features(path, old["params"][path], old["batch_stats"][path])
+    made = Norm(
+        norm,
+        shape,
+        use_running_average=getattr(module, "use_running_average", False),
+        dtype=module.dtype,
+        param_dtype=param_dtype,
+        use_scale=use_scale,
+        use_bias=use_bias,
+    )
+    update(made, {name: tree.get(path, {}) for name, tree in new.items()})
+    return made
+
+
+_NORMS = (
+    Norm,
+    nnx.BatchNorm,
+    nnx.LayerNorm,
+    nnx.RMSNorm,
+    nnx.GroupNorm,
+    nnx.InstanceNorm,
+)
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 

@@ -1,0 +1,267 @@
+"""How are the statistics of several models, or of several domains, combined?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm.dtypes import at_least_float32
+from jaxnorm.layers import (
+    Tree,
+    Where,
+    check_shapes,
+    everywhere,
+    layers,
+    map_layers,
+    norm_params,
+)
+from jaxnorm.moments import abs_square
+from jaxnorm.running import BATCH, HELD, RUNNING, blend
+
+
+def merge_stats(
+    trees: Sequence[Tree],
+    weights: Sequence[ArrayLike] | None = None,
+    *,
+    where: Where = everywhere,
+) -> Tree:
+    """Statistics of the union of the data that each tree has statistics of.
+
+        share = weights / sum(weights)
+        mean = sum(share * means)
+        var = sum(share * (vars + abs(means - mean)**2))
+
+    So the statistics of workers, clients or unsynchronized devices become those that
+    one model would have of all their data. An average of the variances, which is what
+    averaging the trees gives, lacks the spread of the means.
+
+    Args:
+        trees: statistics of one model each, of the same layers.
+        weights: how much each counts, such as its number of examples; None for all
+            alike.
+        where: whether the layer at a path is meant; others are those of the first tree.
+
+    Returns:
+        A new tree. Entries but "mean" and "var" are those of the first tree.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes, or the weights in number.
+
+    Source: Chan, Golub and LeVeque, 1983.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> a = {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}
+    >>> b = {"mean": jnp.array([4.0]), "var": jnp.array([1.0])}
+    >>> jaxnorm.merge_stats([a, b], weights=[30, 10])
+    {'mean': Array([1.], dtype=float32), 'var': Array([4.], dtype=float32)}
+    """
+    weights = [1] * len(trees) if weights is None else weights
+    if not len(trees) == len(weights) > 0:
+        raise ValueError(
+            f"each tree needs a weight, got {len(trees)} trees and {len(weights)} "
+            "weights"
+        )
+
+    def merged(path: str, *each: Mapping[str, Any]) -> dict[str, Any]:
+        for other in each[1:]:
+            check_shapes(path, each[0], other)
+        mean, var = _union(each, weights)
+        new = {"mean": mean, "var": var}
+        return dict(each[0]) | {k: v for k, v in new.items() if k in each[0]}
+
+    return map_layers(merged, trees[0], *trees[1:], where=where)
+
+
+def _union(
+    each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
+) -> tuple[Array, Array]:
+    """Pooled mean and variance, in the dtypes of the first."""
+    first = jnp.asarray(each[0]["var"])
+    dtype = at_least_float32(first.dtype)
+    total = sum(jnp.asarray(w, dtype) for w in weights)
+    shares = [jnp.asarray(w, dtype) / total for w in weights]
+    means = [jnp.asarray(s.get("mean", 0)) for s in each]
+    mean = sum(w * m for w, m in zip(shares, means, strict=True))
+    spreads = [
+        jnp.asarray(s["var"], dtype) + abs_square(m - mean)
+        for s, m in zip(each, means, strict=True)
+    ]
+    var = sum(w * v for w, v in zip(shares, spreads, strict=True))
+    return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+
+
+def blend_stats(
+    a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere
+) -> Tree:
+    """Statistics between those of `a` and those of `b`.
+
+        mean = (1 - weight) * a["mean"] + weight * b["mean"], and var alike
+
+    For statistics of two domains of which the norm is to see a bit of both. Averages
+    of n and n0 examples of a similar distribution blend by `weight=n / (n + n0)`.
+    Unlike `merge_stats`, the variance does not grow with the distance of the means.
+
+    Args:
+        a, b: statistics of the same layers.
+        weight: of b, from 0 to 1; may be traced.
+        where: whether the layer at a path is meant; others are those of a.
+
+    Returns:
+        A new tree. Entries but "mean" and "var" are those of a.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes.
+
+    Source: Schneider et al., 2020 (https://arxiv.org/abs/2006.16971).
+    """
+
+    def blended(path, mine, other):
+        check_shapes(path, mine, other)
+        names = [k for k in ("mean", "var") if k in mine]
+        keep = 1 - jnp.asarray(weight)
+        new = {k: blend(jnp.asarray(mine[k]), other[k], keep) for k in names}
+        return mine | new
+
+    return map_layers(blended, a, b, where=where)
+
+
+def swap_stats(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
+    """`a`, with the layers that `where` means as they are in `b`.
+
+    For a set of statistics per domain, task or branch on one set of parameters; and,
+    with the statistics of a fresh model as b, to start some layers anew.
+
+    Args:
+        a, b: statistics of the same layers.
+        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes.
+    """
+
+    def swapped(path, mine, other):
+        check_shapes(path, mine, other)
+        return other
+
+    return map_layers(swapped, a, b, where=where)
+
+
+def reset_stats(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
+    """Statistics as before the first batch: mean 0, var 1, count and step 0.
+
+    The marks of `freeze` stay, and what `accumulate` gathered is forgotten.
+
+    Args:
+        batch_stats: statistics of the layers of a model, or of one layer.
+        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: for a layer that keeps something else, such as a history, of which
+            only its method knows the start: take it from a fresh model by `swap_stats`.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> jaxnorm.reset_stats({"mean": jnp.array([4.0]), "var": jnp.array([2.0])})
+    {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}
+    """
+
+    def reset(path, stats):
+        unknown = {*stats} - {*_STARTS, RUNNING, HELD}
+        if unknown:
+            raise ValueError(
+                f"the norm at {path!r} keeps {sorted(unknown)}, of which only its "
+                "method knows the start: take it from a fresh model by swap_stats"
+            )
+        new = {k: jnp.full_like(stats[k], v) for k, v in _STARTS.items() if k in stats}
+        return stats | new
+
+    return map_layers(reset, batch_stats, where=where)
+
+
+_STARTS = {"mean": 0, "var": 1, "count": 0, "step": 0} | dict.fromkeys(BATCH, 0)
+
+
+def split_norms(
+    variables: Mapping[str, Tree], where: Where = everywhere
+) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """The variables of the norms that `where` means, and all others (FedBN).
+
+    A client that keeps the first and shares the second trains on data of its own
+    distribution. `join_norms` puts them together.
+
+    Args:
+        variables: {"params", "batch_stats"} of a model, as nested dicts.
+        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        Two trees of the same collections, each without what is in the other.
+
+    Raises:
+        ValueError: if `where` means no norm.
+
+    Source: Li et al., 2021 (https://arxiv.org/abs/2102.07623).
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2))},
+    ...                         "BatchNorm_0": {"scale": jnp.ones(2)}},
+    ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(2)}}
+    >>> norms, others = jaxnorm.split_norms(variables)
+    >>> print(list(norms["params"]), list(norms["batch_stats"]), list(others["params"]))
+    ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
+    """
+    names = {*norm_params(variables.get("params", {}))}
+    names |= {*layers(variables.get("batch_stats", {}))}
+    meant = {path for path in names if where(path)}
+    if not meant:
+        raise ValueError(
+            f"`where` means none of the norms, which are {sorted(names)}: return True "
+            "for the paths of some of them"
+        )
+    parts = [_part(tree, meant, "") for tree in variables.values()]
+    norms, others = ({}, {})
+    for name, (mine, rest) in zip(variables, parts, strict=True):
+        norms[name], others[name] = mine, rest
+    return norms, others
+
+
+def join_norms(
+    norms: Mapping[str, Tree], others: Mapping[str, Tree]
+) -> dict[str, Tree]:
+    """The variables of a model of which `split_norms` made these two trees.
+
+    Raises ValueError where both have an array at the same path.
+    """
+    return _joined(norms, others, "")
+
+
+def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
+    """The nodes of `tree` at the paths that are meant, and the rest of it."""
+    mine, rest = {}, {}
+    for k, node in tree.items():
+        here = f"{path}/{k}" if path else str(k)
+        if here in meant:
+            mine[k] = node
+        elif isinstance(node, Mapping) and node:
+            inner, outer = _part(node, meant, here)
+            mine |= {k: inner} if inner else {}
+            rest |= {k: outer} if outer else {}
+        else:
+            rest[k] = node
+    return mine, rest
+
+
+def _joined(a: Tree, b: Tree, path: str) -> dict[str, Any]:
+    out = dict(a)
+    for k, node in b.items():
+        here = f"{path}/{k}" if path else str(k)
+        if k in a and not (isinstance(a[k], Mapping) and isinstance(node, Mapping)):
+            raise ValueError(f"both trees hold {here!r}: join the two of one split")
+        out[k] = _joined(a[k], node, here) if k in a else node
+    return out
