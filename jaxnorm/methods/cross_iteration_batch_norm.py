@@ -27,6 +27,7 @@ class CrossIterationBatchNorm(RunningNorm):
 
     inputs = ("kernel", "layer")
     pools = False
+    poolable = False
     epsilon: float = 1e-5
     kernel_shape: tuple[int, ...] = ()
     window: int = 4

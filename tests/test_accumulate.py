@@ -1,0 +1,201 @@
+"""Several batches, one update: that of one batch of all their examples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from norms import STATEFUL, changed, moved, problem
+
+import jaxnorm
+from jaxnorm import RunningNorm
+from jaxnorm import linen as jl
+from jaxnorm import nnx as jx
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+POOLABLE = {
+    name: row
+    for name, row in STATEFUL.items()
+    if isinstance(row.norm, RunningNorm) and row.norm.poolable
+}
+SIZES = 2, 4, 2  # of the micro-batches
+
+
+def parts(x):
+    return np.split(x, np.cumsum(SIZES)[:-1])
+
+
+def assert_same(actual, desired, rtol=2e-6):
+    assert {*actual} == {*desired}
+    for k in desired:
+        np.testing.assert_allclose(actual[k], desired[k], rtol, rtol, err_msg=k)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("name", [n for n in POOLABLE if "domain" not in n])
+def test_micro_batches_make_the_update_of_the_whole(name, unbiased):
+    row = POOLABLE[name]
+    p = problem(row, offset=100)
+    momentum = None if unbiased and row.norm.cumulative else 0.9
+    norm = changed(row.norm, momentum=momentum, unbiased=unbiased)
+    start = moved(row._replace(norm=norm))
+
+    @jax.jit
+    def train(x, stats, mask):
+        inputs = row.inputs(x)
+        return norm(x, p.params, stats, mask=mask, **inputs)
+
+    _, whole = train(p.x, start, p.mask)
+    stats = jaxnorm.accumulate(start)
+    for x, mask in zip(parts(p.x), parts(p.mask), strict=True):
+        y, stats = train(x, stats, mask)
+        np.testing.assert_allclose(y, train(x, start, mask)[0], 1e-5, 1e-5)
+        for k, v in start.items():
+            np.testing.assert_array_equal(stats[k], v)
+    got = jaxnorm.commit(stats, momentum=momentum, unbiased=unbiased)
+    assert_same(got, whole)
+    for k, v in start.items():
+        np.testing.assert_array_equal(jaxnorm.discard(stats)[k], v)
+
+
+def test_domains_are_gathered_one_by_one():
+    norm = jaxnorm.DomainBatchNorm(momentum=0.5)
+    x = np.random.default_rng(0).normal(100, 1, (8, 3, 2)).astype(np.float32)
+    domain = np.array([0, 1, 1, 0, 1, 0, 0, 0])
+    train = jax.jit(lambda x, stats, domain: norm(x, {}, stats, domain=domain)[1])
+    start = norm.init_stats((2,))
+    stats = jaxnorm.accumulate(start)
+    for batch in zip(parts(x), parts(domain), strict=True):
+        stats = train(batch[0], stats, batch[1])
+    assert_same(jaxnorm.commit(stats, momentum=0.5), train(x, start, domain))
+
+
+def test_a_schedule_counts_one_step():
+    norm = jaxnorm.BatchRenorm(rmax=lambda step: 1 + step / 10, momentum=0.9)
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    stats = jaxnorm.accumulate(norm.init_stats((3,)))
+    for batch in np.split(x, 2):
+        _, stats = norm(batch, {}, stats)
+        assert stats["step"] == 0
+    assert jaxnorm.commit(stats, momentum=0.9)["step"] == 1
+
+
+def test_in_a_scan_and_over_devices():
+    norm = jaxnorm.BatchNorm(axis_name="d", momentum=0.9)
+    x = np.random.default_rng(0).normal(1e4, 1, (3, 8, 5)).astype(np.float32)
+    start = norm.init_stats((5,))
+
+    def steps(batches, stats):
+        stats = jaxnorm.accumulate(stats)
+        stats, _ = jax.lax.scan(lambda s, x: (norm(x, {}, s)[1], None), stats, batches)
+        return jaxnorm.commit(stats, momentum=0.9)
+
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    spread = jax.shard_map(
+        steps, mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P()
+    )
+    got = jax.jit(spread)(x, start)
+    exact = x.astype(np.float64).reshape(-1, 5)
+    np.testing.assert_allclose(got["mean"], 0.1 * exact.mean(0), 1e-6)
+    np.testing.assert_allclose(got["var"], 0.9 + 0.1 * exact.var(0), 1e-5)
+
+
+def test_one_bad_micro_batch_voids_the_update():
+    norm, x = jaxnorm.BatchNorm(), np.ones((4, 3), np.float32)
+    start = norm.init_stats((3,))
+    for first, second in ((x, x * np.nan), (x * np.inf, x)):
+        stats = jaxnorm.accumulate(start)
+        for batch in (first, second):
+            _, stats = norm(batch, {}, stats)
+        after = jaxnorm.commit(stats, momentum=0.5)
+        jax.tree.map(np.testing.assert_array_equal, after, start)
+
+
+def test_no_gradient_passes_through_what_is_gathered():
+    norm = jaxnorm.BatchNorm()
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    stats = jaxnorm.accumulate(norm.init_stats((3,)))
+
+    def loss(x):
+        _, new = norm(x, {}, stats)
+        return new["batch_mean"].sum() + new["batch_var"].sum()
+
+    assert not jax.grad(loss)(x).any()
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jl.BatchNorm(use_running_average=False, momentum=0.9)(x)
+        return jl.Norm(jaxnorm.GhostBatchNorm(size=2))(nn.Dense(3)(x), False)
+
+
+def test_in_linen_some_layers_gather_and_others_move():
+    x = np.random.default_rng(0).normal(size=(8, 4, 3)).astype(np.float32)
+    net = Net()
+    variables = net.init(jax.random.key(0), x)
+    step = jax.jit(functools.partial(net.apply, mutable=["batch_stats"]))
+    stats = jaxnorm.accumulate(variables["batch_stats"], "BatchNorm_0".__eq__)
+    for batch in np.split(x, 2):
+        _, new = step({**variables, "batch_stats": stats}, batch)
+        stats = new["batch_stats"]
+    whole = step(variables, x)[1]["batch_stats"]
+    got = jaxnorm.commit(stats, momentum=0.9)
+    assert_same(got["BatchNorm_0"], whole["BatchNorm_0"])
+    assert (got["Norm_0"]["mean"] != variables["batch_stats"]["Norm_0"]["mean"]).all()
+
+
+def test_in_nnx():
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    models = [
+        nnx.Sequential(jx.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0)), nnx.relu)
+        for _ in range(2)
+    ]
+    for model in models:
+        model.train()
+    gathering, whole = models
+    whole(x)
+    stats = jaxnorm.accumulate(jx.variables(gathering)["batch_stats"])
+    jx.update(gathering, {"batch_stats": stats})
+    call = nnx.jit(lambda model, x: model(x))
+    for batch in np.split(x, 2):
+        call(gathering, batch)
+    stats = jaxnorm.commit(jx.variables(gathering)["batch_stats"], momentum=0.9)
+    jx.update(gathering, {"batch_stats": stats})
+    norm, other = gathering.layers[0], whole.layers[0]
+    assert not hasattr(norm, "batch_mean")
+    np.testing.assert_allclose(norm.mean[...], other.mean[...], 1e-6)
+    np.testing.assert_allclose(norm.var[...], other.var[...], 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n not in POOLABLE])
+def test_methods_without_moments_refuse(name):
+    row, p = STATEFUL[name], problem(STATEFUL[name])
+    stats = jaxnorm.accumulate(p.stats)
+    with pytest.raises(ValueError, match="no moments of the data"):
+        jax.eval_shape(
+            lambda: row.norm(p.x, p.params, stats, mask=p.mask, **row.inputs(p.x))
+        )
+
+
+def test_errors_name_the_layer():
+    stats = {"stem": {"norm": jaxnorm.init_stats(3)}}
+    for call in (functools.partial(jaxnorm.commit, momentum=0.9), jaxnorm.discard):
+        with pytest.raises(ValueError, match=r"no layer.*\['stem/norm'\]"):
+            call(stats)
+    with pytest.raises(ValueError, match="'stem/norm' keeps.*momentum=None"):
+        jaxnorm.commit(jaxnorm.accumulate(stats), momentum=None)
+    counting = {"stem": jaxnorm.init_stats(3, momentum=None)}
+    with pytest.raises(ValueError, match="'stem' keeps.*momentum=0.9"):
+        jaxnorm.commit(jaxnorm.accumulate(counting), momentum=0.9)
+    with pytest.raises(ValueError, match=r"none of the layers.*\['stem/norm'\]"):
+        jaxnorm.accumulate(stats, lambda path: False)
+    with pytest.raises(ValueError, match="shape"):
+        norm = jaxnorm.BatchNorm()
+        norm(jnp.ones((4, 2)), {}, jaxnorm.accumulate(jaxnorm.init_stats(3)))
