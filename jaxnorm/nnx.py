@@ -435,6 +435,7 @@ def _converted(
     path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
 ) -> Norm:
     """A module for `norm` in the place of `module`, which is at `path`."""
+    path = path or "."  # the model itself
     old = {name: {path: tree} for name, tree in variables(module).items()}
     new = jaxnorm.convert(old, norm, use_scale=use_scale, use_bias=use_bias)
     shape, param_dtype = features(path, old["params"][path], old["batch_stats"][path])

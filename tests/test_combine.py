@@ -1,0 +1,308 @@
+"""Statistics of several models: merged, blended, swapped, reset, split; converted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jaxnorm
+from jaxnorm import linen as jl
+from jaxnorm import nnx as jx
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def tree_of(x):
+    """The statistics of one layer over all of x."""
+    norm = jaxnorm.BatchNorm(momentum=0.0)
+    return {"block": {"norm": norm(x, {}, norm.init_stats((x.shape[-1],)))[1]}}
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_merged_statistics_are_those_of_all_the_data(offset):
+    rng = np.random.default_rng(0)
+    parts = [
+        rng.normal(offset + i, 1 + i, (n, 3)).astype(np.float32)
+        for i, n in enumerate((10, 40, 30))
+    ]
+    trees = [tree_of(x) for x in parts]
+    merge = jax.jit(jaxnorm.merge_stats)
+    got = merge(trees, [len(x) for x in parts])["block"]["norm"]
+    whole = np.concatenate(parts).astype(np.float64)
+    np.testing.assert_allclose(got["mean"], whole.mean(0), 1e-6)
+    np.testing.assert_allclose(got["var"], whole.var(0), 2e-4 if offset else 1e-6)
+    alike = jaxnorm.merge_stats(trees)["block"]["norm"]
+    np.testing.assert_allclose(
+        alike["mean"], np.mean([x.mean(0) for x in parts], axis=0), 1e-6
+    )
+
+
+def test_merging_keeps_the_rest_of_the_first():
+    first = {"a": jaxnorm.init_stats(2, momentum=None), "b": {"var": jnp.ones(2)}}
+    other = jax.tree.map(lambda v: v + 3, first)
+    got = jaxnorm.merge_stats([first, other])
+    np.testing.assert_allclose(got["a"]["mean"], 1.5)
+    np.testing.assert_allclose(got["a"]["var"], 2.5 + 1.5**2)
+    np.testing.assert_allclose(got["b"]["var"], 2.5)
+    same(got["a"]["count"], first["a"]["count"])
+    got = jaxnorm.merge_stats([first, other], where="b".__eq__)
+    same(got["a"], first["a"])
+
+
+def test_merged_complex_statistics():
+    a = {"mean": jnp.array([1j]), "var": jnp.array([1.0])}
+    b = {"mean": jnp.array([-1j]), "var": jnp.array([1.0])}
+    got = jaxnorm.merge_stats([a, b])
+    np.testing.assert_allclose(got["mean"], 0)
+    np.testing.assert_allclose(got["var"], 2)
+    assert got["mean"].dtype == jnp.complex64 and got["var"].dtype == jnp.float32
+
+
+def test_blended_statistics():
+    a = {"x": jaxnorm.init_stats(2), "y": jaxnorm.init_stats(2)}
+    b = jax.tree.map(lambda v: v + 4, a)
+    blend = jax.jit(functools.partial(jaxnorm.blend_stats, where="x".__eq__))
+    got = blend(a, b, 0.25)
+    np.testing.assert_array_equal(got["x"]["mean"], 1)
+    np.testing.assert_array_equal(got["x"]["var"], 2)
+    same(got["y"], a["y"])
+    same(jaxnorm.blend_stats(a, b, 1.0), b)
+    same(jaxnorm.blend_stats(a, b, 0.0), a)
+
+
+def test_swapped_statistics():
+    a = {"x": jaxnorm.init_stats(2), "y": jaxnorm.init_stats(2)}
+    b = jax.tree.map(lambda v: v + 4, a)
+    got = jaxnorm.swap_stats(a, b, where="x".__eq__)
+    same(got, {"x": b["x"], "y": a["y"]})
+
+
+def test_reset_statistics_are_those_at_first():
+    norm = jaxnorm.BatchRenorm(rmax=lambda step: 1.0 + step, momentum=None)
+    stats = norm.init_stats((3,))
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    _, moved = norm(x, {}, jaxnorm.accumulate(jaxnorm.freeze(stats, update=True)))
+    _, moved = norm(x, {}, jaxnorm.discard(moved))
+    assert moved["step"] == 1
+    got = jaxnorm.reset_stats({"a": moved})["a"]
+    assert jaxnorm.frozen(got)[""]["use_running_average"]
+    same(jaxnorm.unfreeze(got), stats)
+    with pytest.raises(ValueError, match="'a' keeps.*whitening.*swap_stats"):
+        jaxnorm.reset_stats({"a": jaxnorm.IterNorm().init_stats((2,))})
+
+
+def test_trees_must_fit():
+    a, b = {"x": jaxnorm.init_stats(2)}, {"y": jaxnorm.init_stats(2)}
+    wide = {"x": jaxnorm.init_stats(3)}
+    calls = [
+        lambda a, b: jaxnorm.merge_stats([a, b]),
+        lambda a, b: jaxnorm.blend_stats(a, b, 0.5),
+        jaxnorm.swap_stats,
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"only the first has \['x'\].*\['y'\]"):
+            call(a, b)
+        with pytest.raises(ValueError, match=r"'x' must be of the same shapes"):
+            call(a, wide)
+    with pytest.raises(ValueError, match="1 trees and 2 weights"):
+        jaxnorm.merge_stats([a], [1, 2])
+    with pytest.raises(ValueError, match="0 trees"):
+        jaxnorm.merge_stats([])
+
+
+class Net(nn.Module):
+    norm: jaxnorm.Norm
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.relu(jl.Norm(self.norm)(nn.Dense(8)(x), not train))
+        return jl.Norm(self.norm, name="last")(nn.Dense(8)(x), not train)
+
+
+X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+
+
+def trained(norm):
+    """Variables of a Net after a step, and its output by running statistics."""
+    net = Net(norm)
+    variables = net.init(jax.random.key(0), X)
+    params = jax.tree.map(lambda v: v + 0.1, variables["params"])
+    new = net.apply({**variables, "params": params}, X, mutable=["batch_stats"])[1]
+    return {"params": params, **new}
+
+
+def test_norms_split_and_join():
+    variables = trained(jaxnorm.BatchNorm())
+    norms, others = jaxnorm.split_norms(variables)
+    assert {*norms["params"]} == {*norms["batch_stats"]} == {"Norm_0", "last"}
+    assert {*others["params"]} == {"Dense_0", "Dense_1"} and not others["batch_stats"]
+    same(jaxnorm.join_norms(norms, others), variables)
+    norms, others = jaxnorm.split_norms(variables, "last".__eq__)
+    assert {*norms["params"]} == {"last"} == {*norms["batch_stats"]}
+    same(jaxnorm.join_norms(others, norms), variables)
+    nested = {"params": {"a": {"b": variables["params"]}}, "other": {}}
+    norms, others = jaxnorm.split_norms(nested)
+    assert {*norms["params"]["a"]["b"]} == {"Norm_0", "last"} and norms["other"] == {}
+    assert jaxnorm.join_norms(norms, others).keys() == nested.keys()
+    with pytest.raises(ValueError, match="both trees hold 'params/Dense_0/bias'"):
+        jaxnorm.join_norms(variables, variables | {"batch_stats": {}})
+    with pytest.raises(ValueError, match=r"none of the norms.*\['Norm_0', 'last'\]"):
+        jaxnorm.split_norms(variables, lambda path: False)
+
+
+# ---- Conversion -------------------------------------------------------------------
+
+SAME = {
+    "ghost": jaxnorm.GhostBatchNorm(size=4),
+    "renorm": jaxnorm.BatchRenorm(),
+    "synchronized": jaxnorm.BatchNorm(axis_name="data"),
+    "unbiased": jaxnorm.BatchNorm(unbiased=True, momentum=0.5),
+}
+
+
+def evaluated(norm, variables):
+    return Net(norm).apply(variables, X, train=False)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_batch_norms_become_each_other_and_back(name):
+    variables = trained(jaxnorm.BatchNorm())
+    new = jaxnorm.convert(variables, SAME[name])
+    same(new, variables)
+    np.testing.assert_allclose(
+        evaluated(SAME[name], new), evaluated(jaxnorm.BatchNorm(), variables), 1e-6
+    )
+    same(jaxnorm.convert(new, jaxnorm.BatchNorm()), variables)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        jaxnorm.GroupNorm(num_groups=2),
+        jaxnorm.BatchNorm(momentum=None),
+        jaxnorm.PowerNorm(),
+        jaxnorm.SwitchableNorm(),
+        jaxnorm.LayerNorm(),
+        jaxnorm.BatchRenorm(rmax=lambda step: 1.0 + step),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_the_variables_are_those_of_a_model_with_the_new_norm(norm):
+    variables = trained(jaxnorm.BatchNorm())
+    images = X.reshape(8, 1, 4)
+    fresh = jax.eval_shape(lambda: Net(norm).init(jax.random.key(0), images))
+    new = jaxnorm.convert(variables, norm)
+    expected = {"batch_stats": {}} | fresh
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    shapes = jax.tree.map(lambda v: (v.shape, v.dtype), (new, expected))
+    assert shapes[0] == shapes[1]
+    same(new["params"]["last"]["scale"], variables["params"]["last"]["scale"])
+    back = jaxnorm.convert(new, jaxnorm.BatchNorm())
+    same(back["params"], variables["params"])
+    for k, v in back["batch_stats"]["last"].items():
+        old = variables["batch_stats"]["last"][k]
+        start = jaxnorm.init_stats(8)[k]
+        same(v, old if k in new["batch_stats"].get("last", {}) else start)
+
+
+def test_every_domain_starts_with_a_copy():
+    variables = trained(jaxnorm.BatchNorm())
+    norm = jaxnorm.DomainBatchNorm(num_domains=3, share_affine=False)
+    new = jaxnorm.convert(variables, norm)
+    old_params, old_stats = (variables[k]["last"] for k in ("params", "batch_stats"))
+    params, stats = norm.from_single(old_params, old_stats)
+    same((new["params"]["last"], new["batch_stats"]["last"]), (params, stats))
+    with pytest.raises(ValueError, match="mean of the norm at '(Norm_0|last)'.*(3, 8)"):
+        norm = jaxnorm.DomainBatchNorm(num_domains=3)
+        jaxnorm.convert(jaxnorm.convert(variables, norm), jaxnorm.BatchNorm())
+
+
+def test_some_norms_without_scale_or_bias():
+    variables = jaxnorm.freeze(trained(jaxnorm.BatchNorm())["batch_stats"])
+    variables = {**trained(jaxnorm.BatchNorm()), "batch_stats": variables}
+    new = jaxnorm.convert(
+        variables, jaxnorm.BatchRenorm(), "last".__eq__, use_bias=False
+    )
+    same(new["params"]["Norm_0"], variables["params"]["Norm_0"])
+    assert {*new["params"]["last"]} == {"scale"}
+    assert jaxnorm.frozen(new["batch_stats"]) == jaxnorm.frozen(
+        variables["batch_stats"]
+    )
+    bare = jaxnorm.convert(
+        new, jaxnorm.BatchNorm(), "last".__eq__, use_bias=False, use_scale=False
+    )
+    assert "last" not in bare["params"]
+    again = jaxnorm.convert(bare, jaxnorm.BatchNorm(), "last".__eq__)
+    np.testing.assert_array_equal(again["params"]["last"]["scale"], np.ones(8))
+
+
+def test_conversions_that_cannot_be():
+    variables = trained(jaxnorm.BatchNorm())
+    with pytest.raises(ValueError, match=r"none of the norms.*'Norm_0', 'last'"):
+        jaxnorm.convert(variables, jaxnorm.GroupNorm(), lambda path: False)
+    with pytest.raises(ValueError, match="subtract 1"):
+        jaxnorm.convert(variables, jaxnorm.LayerNorm(zero_centered_scale=True))
+    tanh = {"params": {"tanh": {"alpha": jnp.ones(())}}}
+    with pytest.raises(ValueError, match="'tanh' has none of scale.*\\['alpha'\\]"):
+        jaxnorm.convert(tanh, jaxnorm.BatchNorm())
+
+
+def nnx_model(norm):
+    rngs = nnx.Rngs(0)
+    shared = norm(8, rngs=rngs)
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=rngs),
+        shared,
+        nnx.Dict(inner=nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), norm(8, rngs=rngs))),
+    )
+    model.again = shared
+    return model
+
+
+def forward(model, x):
+    linear, norm, block = model.layers
+    return block["inner"](model.again(norm(linear(x))))
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, jx.BatchNorm])
+def test_nnx_modules_are_replaced_wherever_they_are(norm):
+    model = nnx_model(norm)
+    forward(model, X)
+    model.eval()
+    before = forward(model, X)
+    assert jx.convert(model, jaxnorm.BatchRenorm()) is model
+    names = [type(m) for _, m in nnx.iter_modules(model)]
+    assert names.count(jx.Norm) == 2 and norm not in names
+    assert model.again is model.layers[1]
+    np.testing.assert_allclose(forward(model, X), before, 1e-5, 1e-6)
+    model.train()
+    forward(model, X)
+    jx.convert(model, jaxnorm.GroupNorm(num_groups=2), "again".__ne__)
+    inner = model.layers[2]["inner"].layers[1]
+    assert isinstance(inner.norm, jaxnorm.GroupNorm) and not hasattr(inner, "mean")
+    assert isinstance(model.again.norm, jaxnorm.BatchRenorm)
+    forward(model, X)
+
+
+def test_an_nnx_norm_by_itself_and_errors():
+    norm = jx.BatchNorm(
+        3, dtype=jnp.bfloat16, use_running_average=True, rngs=nnx.Rngs(0)
+    )
+    jx.update(norm, {"batch_stats": jaxnorm.freeze(jx.variables(norm)["batch_stats"])})
+    new = jx.convert(norm, jaxnorm.GhostBatchNorm(size=2))
+    assert isinstance(new, jx.Norm) and new.dtype == jnp.bfloat16
+    assert new.use_running_average and hasattr(new, "held")
+    model = nnx_model(jx.BatchNorm)
+    model.layers[1].mean = nnx.BatchStat(jnp.zeros(5))
+    before = nnx.state(model)
+    with pytest.raises(ValueError, match="mean of the norm at 'again'"):
+        jx.convert(model, jaxnorm.BatchRenorm())
+    same(nnx.state(model), before)
+    with pytest.raises(ValueError, match="none of the norms.*'again'"):
+        jx.convert(model, jaxnorm.BatchRenorm(), lambda path: False)
