@@ -1,6 +1,7 @@
 """Several batches, one update: that of one batch of all their examples."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxnorm import nnx as jx
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-POOLABLE = {
+POOLABLE: dict[str, Any] = {
     name: row
     for name, row in STATEFUL.items()
     if isinstance(row.norm, RunningNorm) and row.norm.poolable
@@ -153,7 +154,7 @@ def test_in_linen_some_layers_gather_and_others_move():
 
 def test_in_nnx():
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-    models = [
+    models: list[Any] = [
         nnx.Sequential(jx.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0)), nnx.relu)
         for _ in range(2)
     ]

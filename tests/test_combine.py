@@ -1,6 +1,7 @@
 """Statistics of several models: merged, blended, swapped, reset, split; converted."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,7 @@ SAME = {
 }
 
 
-def evaluated(norm, variables):
+def evaluated(norm, variables) -> Any:
     return Net(norm).apply(variables, X, train=False)
 
 
@@ -256,7 +257,7 @@ def test_conversions_that_cannot_be():
 def nnx_model(norm):
     rngs = nnx.Rngs(0)
     shared = norm(8, rngs=rngs)
-    model = nnx.Sequential(
+    model: Any = nnx.Sequential(
         nnx.Linear(4, 8, rngs=rngs),
         shared,
         nnx.Dict(inner=nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), norm(8, rngs=rngs))),

@@ -1,6 +1,8 @@
 """The short examples: what they say they show, in small."""
 
 import importlib.util
+import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 FOLDER = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(FOLDER))  # as where Python runs one of them
 
 
 def load(name):
@@ -47,6 +50,7 @@ def conditional():
         ("02_recurrent_batch_norm", ["--seed=-1"], "--seed must be from 0"),
         ("03_conditional_norms", ["--steps=0"], "--steps must be at least 1"),
         ("03_conditional_norms", ["--steps=some"], "--steps"),
+        ("05_freeze_for_finetuning", ["--steps=0"], "--steps must be at least 1"),
     ],
 )
 def test_bad_options_get_one_line(capsys, name, argv, words):
@@ -150,3 +154,41 @@ def test_the_denoiser_starts_as_the_identity(conditional):
     model = conditional.Denoiser(16, rngs=nnx.Rngs(0))
     _, noisy, level = conditional.noisy_tokens(np.random.default_rng(0))
     np.testing.assert_array_equal(model(noisy, jnp.asarray(level)), noisy)
+
+
+# ---- Trained models ---------------------------------------------------------------
+
+
+def figures(name, steps, capsys):
+    """What an example prints, as numbers by their names."""
+    assert load(name).main([f"--steps={steps}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = (re.fullmatch(r" *(.+): ([\d.e+-]+)(, [\d.]+)?( off)?", v) for v in lines)
+    return {m[1]: float(m[2]) for m in found if m} | {"lines": lines}
+
+
+def test_frozen_norms_take_one_image_at_a_time(capsys):
+    found = figures("05_freeze_for_finetuning", 60, capsys)
+    assert "    (their norms are bit for bit as before: True)" in found["lines"]
+    assert found["accuracy on digits"] > 0.8
+    for name in ("frozen statistics", "running statistics, which move"):
+        assert found[name] > found["statistics of each image"]
+
+
+def test_averaged_weights_get_their_statistics(capsys):
+    found = figures("06_recalibrate_averaged_weights", 30, capsys)
+    assert found["recalibrated ones"] > found["those of the last step"]
+    assert found["recalibrated ones"] > 0.9
+
+
+def test_statistics_move_when_they_should(capsys):
+    found = figures("07_when_statistics_move", 80, capsys)
+    assert found["one update"] < 1e-5 < 1e-2 < found["one each"]
+    assert found["of real images"] > found["of all images"] + 0.1
+
+
+def test_statistics_alone_adapt_a_network(capsys):
+    found = figures("09_adapt_to_a_new_domain", 60, capsys)
+    assert found["1.0"] > 0.8 > 0.4 > found["0.0"]
+    assert found["64"] > found["4"]
+    assert found["digits"] > 0.8 and found["faded"] > 0.8

@@ -1,6 +1,7 @@
 """What a layer's statistics say about their use, in every method and both Flax APIs."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxnorm.layers import norm_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-WAYS = {
+WAYS: dict[str, Any] = {
     "frozen": {"use_running_average": True, "update": False},
     "held": {"use_running_average": False, "update": False},
     "running": {"use_running_average": True, "update": True},
@@ -174,8 +175,8 @@ def test_frozen_linen_models_need_no_mutable_statistics(trained):
     x = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
     for way in ("frozen", "held"):
         stats = jaxnorm.freeze(variables["batch_stats"], **WAYS[way])
-        y = Net().apply(variables | {"batch_stats": stats}, x)
-        evaluated = Net().apply(variables, x, train=False)
+        y: Any = Net().apply(variables | {"batch_stats": stats}, x)
+        evaluated: Any = Net().apply(variables, x, train=False)
         assert np.array_equal(y, evaluated) == (way == "frozen")
     with pytest.raises(Exception, match="immutable"):
         Net().apply(variables, x)
@@ -183,7 +184,7 @@ def test_frozen_linen_models_need_no_mutable_statistics(trained):
 
 def test_nothing_thaws_an_nnx_model():
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(
+    model: Any = nnx.Sequential(
         nnx.Linear(3, 4, rngs=rngs),
         jx.BatchNorm(4, rngs=rngs),
         jx.Norm(jaxnorm.BatchNorm(), 4),
@@ -216,7 +217,7 @@ def test_nothing_thaws_an_nnx_model():
 
 
 def test_an_nnx_model_is_written_whole_or_not_at_all():
-    model = nnx.Sequential(jx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    model: Any = nnx.Sequential(jx.BatchNorm(4, rngs=nnx.Rngs(0)))
     before = jx.variables(model)
     layer = before["batch_stats"]["layers"][0]
     mean = np.ones(4, np.float32)

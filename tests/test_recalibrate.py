@@ -1,6 +1,7 @@
 """Running statistics of fixed weights: the moments of the whole data set."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +74,17 @@ def test_the_moments_are_those_of_the_whole_however_it_is_split(sizes):
 
 def test_hidden_layers_see_batches_unless_told_otherwise():
     # Near 0, as a running mean of 3000 is rounded by a thousandth of the deviation.
-    data = DATA - np.float32([3000, 0, 0])
+    data = DATA - np.array([3000, 0, 0], np.float32)
     before, batches = variables(), np.split(data, 3)
     stats = jaxnorm.recalibrate(apply, before, batches)
     hidden = [hidden_in_float64(before, batch.astype(np.float64)) for batch in batches]
     assert_moments(stats["hidden"], np.concatenate(hidden), rtol=1e-5)
     passes = []
-    progress = lambda batches: passes.append(1) or batches  # noqa: E731
+
+    def progress(batches):
+        passes.append(1)
+        return batches
+
     exact = jaxnorm.recalibrate(
         apply, before, batches, layer_by_layer=True, progress=progress
     )
@@ -109,7 +114,7 @@ def test_evaluation_after_it_is_normalized():
     stats = jaxnorm.recalibrate(
         apply, before | {"params": unit}, split(10, 20, 18), layer_by_layer=True
     )
-    y = Net().apply({"params": unit, "batch_stats": stats}, DATA, train=False)
+    y: Any = Net().apply({"params": unit, "batch_stats": stats}, DATA, train=False)
     np.testing.assert_allclose(y.mean((0, 1)), 0, atol=1e-4)
     np.testing.assert_allclose(y.std((0, 1)), 1, atol=1e-4)
 
@@ -218,7 +223,7 @@ def test_half_precision_and_features_without_data():
 
 def test_nnx_models():
     rngs = nnx.Rngs(0)
-    model = nnx.Sequential(
+    model: Any = nnx.Sequential(
         jx.BatchNorm(FEATURES, rngs=rngs),
         nnx.Dropout(0.5, rngs=rngs),
         jx.Norm(jaxnorm.BatchNorm(), FEATURES),
@@ -282,7 +287,7 @@ def test_failures_name_the_layer_and_the_batch():
         jaxnorm.recalibrate(flax, mixed, [DATA])
     jaxnorm.recalibrate(flax, mixed, [DATA], where="ours".__eq__)
 
-    model = nnx.Sequential(jx.BatchNorm(FEATURES, rngs=nnx.Rngs(0)))
+    model: Any = nnx.Sequential(jx.BatchNorm(FEATURES, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="batch 1 .*'layers/0'"):
         jx.recalibrate(model, np.split(bad, 3))
     assert not model.layers[0].mean[...].any()

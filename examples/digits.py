@@ -1,0 +1,114 @@
+"""What examples 05 to 07 and 09 share: digits, a small network, and its training."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from sklearn import datasets
+from tqdm import tqdm
+
+from jaxnorm.linen import BatchNorm
+
+MOMENTUM = 0.9
+
+
+class Net(nn.Module):
+    """Three convolutions, each with a batch norm."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        for features, stride in ((16, 1), (32, 2), (32, 2)):
+            x = nn.Conv(features, (3, 3), stride, use_bias=False)(x)
+            norm = BatchNorm(use_running_average=not train, momentum=MOMENTUM)
+            x = nn.relu(norm(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Digits(NamedTuple):
+    images: np.ndarray  # float32, (N, 8, 8, 1), from 0 to 1
+    labels: np.ndarray  # int32, (N,)
+
+    def batches(self, size: int, seed: int = 0) -> Iterator["Digits"]:
+        """Random batches without end."""
+        rng = np.random.default_rng(seed)
+        while True:
+            rows = rng.choice(len(self.labels), size, replace=False)
+            yield Digits(self.images[rows], self.labels[rows])
+
+
+def load() -> tuple[Digits, Digits]:
+    """1437 digits to train on and 360 to test on."""
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    order = np.random.default_rng(0).permutation(len(images))
+    train, test = (
+        Digits(images[i], labels[i].astype(np.int32))
+        for i in (order[360:], order[:360])
+    )
+    return train, test
+
+
+def init(seed: int = 0) -> dict[str, Any]:
+    return jax.jit(Net().init, static_argnums=2)(
+        jax.random.key(seed), jnp.zeros((1, 8, 8, 1)), False
+    )
+
+
+def forward(variables, batch: Digits) -> tuple[jax.Array, Any]:
+    """The loss in training mode, and the new statistics."""
+    logits, new = Net().apply(variables, batch.images, True, mutable=["batch_stats"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return loss.mean(), new["batch_stats"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(optimizer, variables, opt_state, batch: Digits):
+    """The variables after a step, and the state of the optimizer."""
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def loss(params):
+        return forward({"params": params, "batch_stats": stats}, batch)
+
+    grads, stats = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return {"params": params, "batch_stats": stats}, opt_state
+
+
+def fit(variables, batches, steps: int, optimizer, after_step=lambda variables: None):
+    """The variables after some steps; each is shown to `after_step`."""
+    opt_state = optimizer.init(variables["params"])
+    numbers = tqdm(range(steps), leave=False, disable=None)
+    for _, batch in zip(numbers, batches, strict=False):
+        variables, opt_state = step(optimizer, variables, opt_state, batch)
+        after_step(variables)
+    return variables
+
+
+@jax.jit
+def accuracy(variables, digits: Digits) -> jax.Array:
+    """The share of right answers, by the running statistics."""
+    logits: Any = Net().apply(variables, digits.images, False)
+    return (logits.argmax(-1) == digits.labels).mean()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def read_steps(file: str, argv: list[str] | None, default: int) -> int:
+    """The number of steps that the command line asks for."""
+    parser = Parser(prog=Path(file).name)
+    parser.add_argument("--steps", default=default, type=int, help="to train for")
+    steps = parser.parse_args(argv).steps
+    if steps < 1:
+        parser.error("--steps must be at least 1")
+    return steps
