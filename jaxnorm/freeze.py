@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxnorm.layers import (
     Tree,
@@ -15,7 +14,7 @@ from jaxnorm.layers import (
     map_params,
     norm_params,
 )
-from jaxnorm.running import HELD, RUNNING
+from jaxnorm.running import HELD, RUNNING, marks
 
 
 def freeze(
@@ -30,8 +29,8 @@ def freeze(
     Each layer's statistics get marks: "running" if it normalizes by the running
     statistics also in training, "held" if it does not update them. They travel with the
     tree, through `jit` and checkpoints, so that no mode of a model undoes them;
-    `unfreeze` takes them away. Evaluation is as ever. Scale and bias go on training:
-    `frozen_labels` stops those.
+    `unfreeze` takes them away. Norms of jaxnorm read them, those of Flax do not.
+    Evaluation is as ever. Scale and bias go on training: `frozen_labels` stops those.
 
     | use_running_average | update | In training the layer |
     |---|---|---|
@@ -61,9 +60,13 @@ def freeze(
     >>> print(y.tolist(), stats["mean"], sorted(stats))
     [[1.0], [3.0]] [0.] ['held', 'mean', 'running', 'var']
     """
-    marks = {RUNNING: use_running_average, HELD: not update}
-    new = {k: jnp.array(True) for k, marked in marks.items() if marked}
-    return map_layers(lambda _, v: _unmarked(v) | new, batch_stats, where=where)
+    switches = {RUNNING: use_running_average, HELD: not update}
+    names = [k for k, on in switches.items() if on]
+    return map_layers(
+        lambda _, stats: _unmarked(stats) | marks(stats, *names),
+        batch_stats,
+        where=where,
+    )
 
 
 def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:

@@ -291,8 +291,8 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
             they lack are taken from it.
 
     Raises:
-        ValueError: for paths that the model has not, or arrays of other shapes; the
-            model is then as it was.
+        ValueError: for paths that the model has not, arrays of other shapes, and marks
+            of layers that are not jaxnorm's; the model is then as it was.
 
     >>> from flax import nnx
     >>> import jaxnorm, jaxnorm.nnx
@@ -312,6 +312,7 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
                 _check_shape(name, path, value, held[path])
                 writes.append((held[path], value))
             elif path[-1] in MARKS and path[:-1] in modules:
+                _check_reads_marks(path[:-1], modules[path[:-1]])
                 additions.append((modules[path[:-1]], path[-1], value))
             else:
                 raise ValueError(f"the model has no {name} at {_named(path)!r}")
@@ -461,6 +462,16 @@ _NORMS = (
     nnx.InstanceNorm,
 )
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
+    if not isinstance(module, (Norm, BatchNorm)):
+        raise ValueError(
+            f"the layer at {_named(path)!r} is {type(module).__module__}."
+            f"{type(module).__name__}, which does not read marks such as those of a "
+            "frozen layer: leave it out with `where`, or replace it by jaxnorm's own "
+            "with jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())"
+        )
 
 
 def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None:

@@ -113,8 +113,8 @@ class _Pooled(NamedTuple):
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
-    mark = {RUNNING: jnp.array(True)} if by_running else {}
-    return running.init_batch(stats) | mark
+    marks = running.marks(stats, RUNNING) if by_running else {}
+    return running.init_batch(stats) | marks
 
 
 def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:

@@ -107,6 +107,16 @@ def update_stats(
     return new
 
 
+def marks(stats: Mapping[str, ArrayLike], *names: str) -> Stats:
+    """The marks of these names for a layer.
+
+    As large as its statistics, so that they can be split wherever these are, as over
+    the steps of a scan over layers.
+    """
+    shape = jnp.shape(stats["var" if "var" in stats else "mean"])
+    return {name: jnp.ones(shape, bool) for name in names}
+
+
 def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
     mean = jnp.zeros_like(stats["mean" if "mean" in stats else "var"])

@@ -236,6 +236,44 @@ def test_an_nnx_model_is_written_whole_or_not_at_all():
     same(model.layers[0].mean[...], mean)
 
 
+def test_flax_s_own_norms_do_not_seem_frozen():
+    model = nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    stats = jaxnorm.freeze(jx.variables(model)["batch_stats"])
+    with pytest.raises(ValueError, match=r"'layers/0' is flax.*BatchNorm.*nnx.convert"):
+        jx.update(model, {"batch_stats": stats})
+    assert not hasattr(model.layers[0], "held")
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Dense(3)(x)
+        return jl.BatchNorm(use_running_average=False, momentum=0.9)(x), None
+
+
+def test_layers_in_a_scan_are_layers_like_any():
+    axes: Any = {"params": 0, "batch_stats": 0}
+    stack = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=2)()
+    x = np.random.default_rng(0).normal(3, 2, (16, 3)).astype(np.float32)
+    variables = stack.init(jax.random.key(0), x, None)
+
+    @jax.jit
+    def train(stats, x=x):
+        new = stack.apply({**variables, "batch_stats": stats}, x, None, mutable=True)
+        return new[1]["batch_stats"]
+
+    stats = variables["batch_stats"]
+    same(train(jaxnorm.freeze(stats)), jaxnorm.freeze(stats))
+    once = train(stats)["BatchNorm_0"]
+    assert once["mean"].shape == (2, 3)
+    gathered = jaxnorm.commit(train(jaxnorm.accumulate(stats)), momentum=0.9)
+    close(gathered["BatchNorm_0"], once)
+    whole = jaxnorm.recalibrate(
+        lambda variables, x: train(variables["batch_stats"], x), variables, [x]
+    )
+    close(0.1 * whole["BatchNorm_0"]["mean"], once["mean"])
+
+
 def test_labels_and_masks_know_the_norms(trained):
     params = trained[0]["params"]
     assert {*norm_params(params)} == {"BatchNorm_0", "Norm_0", "LayerNorm_0"}
