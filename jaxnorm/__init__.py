@@ -9,6 +9,9 @@ from jaxnorm.base import RunningNorm as RunningNorm
 from jaxnorm.base import StatefulNorm as StatefulNorm
 from jaxnorm.base import StatelessNorm as StatelessNorm
 from jaxnorm.base import method as method
+from jaxnorm.checkpoints.conventions import norm_settings as norm_settings
+from jaxnorm.checkpoints.read import from_checkpoint as from_checkpoint
+from jaxnorm.checkpoints.write import to_checkpoint as to_checkpoint
 from jaxnorm.combine import blend_stats as blend_stats
 from jaxnorm.combine import join_norms as join_norms
 from jaxnorm.combine import merge_stats as merge_stats

@@ -54,6 +54,8 @@ def conditional():
         ("03_conditional_norms", ["--steps=0"], "--steps must be at least 1"),
         ("03_conditional_norms", ["--steps=some"], "--steps"),
         ("05_freeze_for_finetuning", ["--steps=0"], "--steps must be at least 1"),
+        ("08_from_pytorch", ["--checkpoint=no.file"], "no.file is not a file"),
+        ("08_from_pytorch", ["--steps=1"], "--steps"),
     ],
 )
 def test_bad_options_get_one_line(capsys, name, argv, words):
@@ -208,3 +210,17 @@ def test_statistics_alone_adapt_a_network(capsys):
     assert found["1.0"] > 0.8 > 0.4 > found["0.0"]
     assert found["64"] > found["4"]
     assert found["digits"] > 0.8 and found["faded"] > 0.8
+
+
+# ---- A checkpoint of torch --------------------------------------------------------
+
+
+def test_what_torch_trained_goes_on_training(capsys):
+    assert load("08_from_pytorch").main([]) == 0
+    *report, difference, accuracy, losses, back = capsys.readouterr().out.splitlines()
+    assert "params/fc/kernel              fc.weight                 OI to IO" in report
+    assert float(difference.split(": ")[1]) < 1e-4
+    assert accuracy == "test accuracy: 0.981"
+    before, after = (float(v) for v in losses.split(": ")[1].split())
+    assert after < before
+    assert back == "back in torch: 14 arrays, keys alike: True"

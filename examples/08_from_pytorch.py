@@ -1,0 +1,119 @@
+"""Go on training in JAX what PyTorch has trained, and hand it back.
+
+From the root of the repository, in some ten seconds on two CPU cores:
+
+    python examples/08_from_pytorch.py
+
+The file beside this one is the state dict of a small network for handwritten digits
+(tests/golden/digits.py), with the logits of torch for the images that it was not
+trained on. --checkpoint takes another file of the same network. A checkpoint does not
+say which settings its norms had: `jaxnorm.norm_settings` has torch's, and with them the
+running statistics go on moving as they did.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from safetensors.numpy import load_file
+from sklearn import datasets
+
+import jaxnorm
+from jaxnorm.linen import BatchNorm
+
+FILE = Path(__file__).with_suffix(".safetensors")
+SETTINGS = jaxnorm.norm_settings("torch", eps=1e-5, momentum=0.1)
+
+
+class Block(nn.Module):
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        # torch pads both sides, where "SAME" would pad one with this stride.
+        others: Any = {"padding": 1, "use_bias": False, "name": "conv"}
+        conv = nn.Conv(self.features, (3, 3), self.stride, **others)
+        norm = BatchNorm(use_running_average=not train, name="bn", **SETTINGS)
+        return nn.relu(norm(conv(x)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = Block(12, 1, name="blocks_0")(x, train)
+        x = Block(24, 2, name="blocks_1")(x, train)
+        return nn.Dense(10, name="fc")(x.mean((1, 2)))
+
+
+def torch_name(path: str) -> str:
+    """ "blocks_0/conv" is "blocks.0.conv" in torch."""
+    return path.replace("_", ".").replace("/", ".")
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images and what they show; torch has not seen the last 360."""
+    images, digits = datasets.load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(digits))
+    return (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32), digits[order]
+
+
+def fine_tuned(variables: Any, images: np.ndarray, digits: np.ndarray) -> tuple:
+    """The variables after two steps, and the losses before each."""
+    optimizer, apply = optax.sgd(0.01, momentum=0.9), cast(Any, Net().apply)
+
+    def loss_fn(params, stats):
+        variables = {"params": params, "batch_stats": stats}
+        logits, new = apply(variables, images, True, mutable=["batch_stats"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()
+        return loss, new["batch_stats"]
+
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state, losses = optimizer.init(params), []
+    for _ in range(2):
+        (loss, stats), grads = grad_fn(params, stats)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return {"params": params, "batch_stats": stats}, losses
+
+
+def main(argv: list[str] | None = None) -> int:
+    name, usage = Path(__file__).name, argparse.SUPPRESS  # errors are of one line
+    parser = argparse.ArgumentParser(name, usage, "From PyTorch to JAX and back.")
+    parser.add_argument("--checkpoint", default=FILE, type=Path, help="safetensors")
+    path = parser.parse_args(argv).checkpoint
+    if not path.is_file():
+        parser.error(f"--checkpoint {path} is not a file")
+
+    images, digits = load_digits()
+    state_dict = load_file(path)
+    expected = state_dict.pop("expected_logits", None)
+    template = jax.eval_shape(Net().init, jax.random.key(0), images)
+    variables, report = jaxnorm.from_checkpoint(
+        "torch", state_dict, template, rename=torch_name
+    )
+    print(report)
+
+    logits: Any = Net().apply(variables, images[-360:])
+    if expected is not None:
+        print(f"largest difference from torch: {jnp.abs(logits - expected).max():.1e}")
+    print(f"test accuracy: {(logits.argmax(-1) == digits[-360:]).mean():.3f}")
+
+    variables, losses = fine_tuned(variables, images[:256], digits[:256])
+    print(f"losses of fine-tuning: {losses[0]:.4f} {losses[1]:.4f}")
+    back = jaxnorm.to_checkpoint("torch", variables, rename=torch_name)
+    alike = back.keys() == state_dict.keys()
+    print(f"back in torch: {len(back)} arrays, keys alike: {alike}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
