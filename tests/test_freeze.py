@@ -205,6 +205,10 @@ def test_nothing_thaws_an_nnx_model():
     same(jaxnorm.unfreeze(after)["layers"][1], stats["layers"][1])
     assert (after["layers"][2]["mean"] != stats["layers"][2]["mean"]).all()
     assert abs(jax.tree.leaves(grads)[0]).max() > 0
+    # Nothing is written, so that it can be a constant of a traced function.
+    jx.update(model, {"batch_stats": jaxnorm.freeze(after)})
+    assert jax.grad(lambda x: (model(x) ** 2).sum())(x).any()
+    jx.update(model, {"batch_stats": after})
     # As in evaluation, in which the layer is one and the same function.
     y = model.layers[1](x @ np.ones((3, 4), np.float32))
     model.eval()
