@@ -22,6 +22,12 @@ from jaxnorm.control import control_labels as control_labels
 from jaxnorm.convert import convert as convert
 from jaxnorm.devices import sync as sync
 from jaxnorm.ema import ema as ema
+from jaxnorm.folding.fold import Pair as Pair
+from jaxnorm.folding.fold import affine_form as affine_form
+from jaxnorm.folding.fold import fold as fold
+from jaxnorm.folding.fold import fold_input as fold_input
+from jaxnorm.folding.fold import fold_output as fold_output
+from jaxnorm.folding.pairs import find_pairs as find_pairs
 from jaxnorm.freeze import decay_mask as decay_mask
 from jaxnorm.freeze import freeze as freeze
 from jaxnorm.freeze import frozen as frozen

@@ -6,6 +6,7 @@ installed, so that they follow it; what they compute is jaxnorm's.
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ import jaxnorm
 from jaxnorm.base import as_flag
 from jaxnorm.convert import features
 from jaxnorm.dtypes import at_least_float32, promote
+from jaxnorm.folding.fold import as_pairs
 from jaxnorm.layers import Where, everywhere
 from jaxnorm.modules import (
     has_spectrum,
@@ -425,13 +427,6 @@ def convert(
     return new.get(id(model), model)
 
 
-def _put(parent: Any, name: Any, child: nnx.Module) -> None:
-    if isinstance(parent, nnx.List):
-        parent[name] = child
-    else:
-        setattr(parent, name, child)
-
-
 def _converted(
     path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
 ) -> Norm:
@@ -484,6 +479,103 @@ def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None
 
 def _named(path: tuple) -> str:
     return "/".join(map(str, path))
+
+
+class Identity(nnx.Module):
+    """Returns its input, where there was a norm before `fold`."""
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Returns `x`; other arguments count for nothing."""
+        return x
+
+
+def fold(
+    model: nnx.Module,
+    *args: Any,
+    pairs: Mapping[str, str] | Iterable[Sequence[Any]] | None = None,
+    epsilon: float | None = None,
+) -> Any:
+    """A copy of `model` for inference, with norms folded into the layers beside them.
+
+    An `Identity` is in the place of each of these norms, and the layers have a bias.
+
+    Args:
+        model: the module, which stays as it is.
+        args: what it is called with, or `jax.ShapeDtypeStruct`s; for `find_pairs`.
+        pairs: as in `jaxnorm.fold`; by default those that `jaxnorm.find_pairs` finds.
+        epsilon: as in `jaxnorm.fold`.
+
+    Raises:
+        ValueError: as `jaxnorm.fold` does, also where there are no pairs, and for a
+            layer that has no attribute "bias".
+
+    >>> import jax, jaxnorm.nnx
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
+    ...                        jaxnorm.nnx.BatchNorm(3, rngs=rngs), nnx.relu)
+    >>> folded = jaxnorm.nnx.fold(model, jax.ShapeDtypeStruct((1, 2), float))
+    >>> print(type(folded.layers[1]).__name__, folded.layers[0].bias.shape)
+    Identity (3,)
+    """
+    copy = nnx.clone(model)
+    copy.eval()
+    held = variables(copy)
+    if pairs is None:
+        pairs = jaxnorm.find_pairs(_functional(copy), held, *args)
+    pairs = as_pairs(pairs)
+    folded = jaxnorm.fold(held, pairs, epsilon=epsilon)
+    flat = [nnx.traversals.flatten_mapping(tree) for tree in held.values()]
+    paths = {_named(path[:-1]): path[:-1] for tree in flat for path in tree}
+    for pair in pairs:
+        path = paths[pair.layer]
+        new = functools.reduce(operator.getitem, path, folded["params"])["bias"]
+        _set_bias(pair.layer, _at(copy, path), new)
+        _put(_at(copy, paths[pair.norm][:-1]), paths[pair.norm][-1], Identity())
+    update(copy, folded)
+    return copy
+
+
+def _functional(model: nnx.Module) -> Callable[..., Any]:
+    """`apply(variables, *args)`: what `model` makes of `args` with these variables."""
+    graph, state = nnx.split(model)
+
+    def apply(variables, *args):
+        flat = {k: nnx.traversals.flatten_mapping(variables[k]) for k in _KINDS}
+        new = {path: value for tree in flat.values() for path, value in tree.items()}
+        called = [
+            (path, v.replace(new[path]) if path in new else v)
+            for path, v in nnx.to_flat_state(state)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(called))(*args)
+
+    return apply
+
+
+_CONTAINERS = (list, dict, nnx.List, nnx.Dict)
+
+
+def _at(node: Any, path: Iterable[Any]) -> Any:
+    """What `node` holds at `path`."""
+    for name in path:
+        node = node[name] if isinstance(node, _CONTAINERS) else getattr(node, name)
+    return node
+
+
+def _put(node: Any, name: Any, child: nnx.Module) -> None:
+    """Puts `child` in `node`, under `name`."""
+    (operator.setitem if isinstance(node, _CONTAINERS) else setattr)(node, name, child)
+
+
+def _set_bias(path: str, layer: Any, bias: Array) -> None:
+    """Gives `layer` the bias, unless it has one, which `update` writes to."""
+    if not hasattr(layer, "bias"):
+        raise ValueError(
+            f"the layer at {path!r}, {type(layer).__name__}, has no attribute 'bias' "
+            "to hold what is left of the norm: leave this pair out"
+        )
+    if layer.bias is None:
+        layer.bias, layer.use_bias = nnx.Param(bias), True
 
 
 class WeightNorm(nnx.WeightNorm):

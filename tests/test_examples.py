@@ -56,6 +56,7 @@ def conditional():
         ("05_freeze_for_finetuning", ["--steps=0"], "--steps must be at least 1"),
         ("08_from_pytorch", ["--checkpoint=no.file"], "no.file is not a file"),
         ("08_from_pytorch", ["--steps=1"], "--steps"),
+        ("04_fold_for_inference", ["--steps=0"], "--steps must be at least 1"),
     ],
 )
 def test_bad_options_get_one_line(capsys, name, argv, words):
@@ -224,3 +225,19 @@ def test_what_torch_trained_goes_on_training(capsys):
     before, after = (float(v) for v in losses.split(": ")[1].split())
     assert after < before
     assert back == "back in torch: 14 arrays, keys alike: True"
+
+
+# ---- Folding ----------------------------------------------------------------------
+
+
+def test_folding_changes_no_answer(capsys):
+    example = load("04_fold_for_inference")
+    vars(example).update(RUNS=3)
+    assert example.main(["--steps=8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [f"BatchNorm_{i} goes into Conv_{i}" for i in range(4)]
+    with_norms, folded = (line.split(": ")[1].split(", ")[0] for line in lines[4:6])
+    assert with_norms == folded and with_norms.startswith("test accuracy 0.")
+    name, difference = lines[6].split(": ")
+    assert name.startswith("largest difference") and float(difference) < 1e-5
+    assert lines[7].startswith("time folded / with norms: ")
