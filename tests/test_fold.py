@@ -17,6 +17,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm import Pair, affine_form, find_pairs, fold, fold_input, fold_output
 from jaxnorm.layers import path_name
+from jaxnorm.nnx.models import Identity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -867,7 +868,7 @@ def test_an_nnx_model_is_folded_into_a_copy(model):
     model.eval()
     assert_same(nnx.jit(folded)(x), nnx.jit(model)(x))
     kinds = [type(m) for m in (folded.layers[1], folded.norm, folded.last)]
-    assert kinds == [jaxnorm.nnx.Identity] * 3
+    assert kinds == [Identity] * 3
     left = jaxnorm.nnx.variables(folded)
     assert list(left["batch_stats"]) == ["trap"]
     assert sorted(left["params"]["layers"][0]) == ["bias", "kernel"]

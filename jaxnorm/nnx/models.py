@@ -1,0 +1,331 @@
+"""A whole NNX model: its variables as plain trees, and what is done with them."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+import jaxnorm
+from jaxnorm.convert import features
+from jaxnorm.folding.fold import as_pairs
+from jaxnorm.layers import Where, everywhere
+from jaxnorm.nnx.norms import BatchNorm, Norm
+from jaxnorm.running import MARKS
+
+
+def variables(model: nnx.Module) -> dict[str, Any]:
+    """The arrays of `model` as plain dicts: {"params": ..., "batch_stats": ...}.
+
+    What the tools for trained models take, and what `update` writes back. The
+    parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are those of
+    the model's attributes.
+
+    >>> from flax import nnx
+    >>> import jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, jaxnorm.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    >>> print(list(jaxnorm.layers(jaxnorm.nnx.variables(model)["batch_stats"])))
+    ['layers/1']
+    """
+    return {
+        name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in _KINDS.items()
+    }
+
+
+def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
+    """Writes `variables`, such as those of `jaxnorm.freeze`, into `model`.
+
+    Args:
+        model: the module, changed in place.
+        variables: {"params", "batch_stats"}, or one of them, with an array for each
+            variable of the model. The statistics may hold more, such as the marks of
+            a frozen layer: they become nnx.BatchStat of their layer, and those that
+            they lack are taken from it.
+
+    Raises:
+        ValueError: for paths that the model has not, arrays of other shapes, and marks
+            of layers that are not jaxnorm's; the model is then as it was.
+
+    >>> from flax import nnx
+    >>> import jaxnorm, jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, jaxnorm.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    >>> stats = jaxnorm.nnx.variables(model)["batch_stats"]
+    >>> jaxnorm.nnx.update(model, {"batch_stats": jaxnorm.freeze(stats)})
+    """
+    modules = dict(nnx.iter_modules(model))
+    writes, additions = [], []
+    for name, tree in variables.items():
+        if name not in _KINDS:
+            raise ValueError(f"a model has the variables {list(_KINDS)}, got {name!r}")
+        new = nnx.traversals.flatten_mapping(tree)
+        held = dict(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
+        for path, value in new.items():
+            if path in held:
+                _check_shape(name, path, value, held[path])
+                writes.append((held[path], value))
+            elif path[-1] in MARKS and path[:-1] in modules:
+                _check_reads_marks(path[:-1], modules[path[:-1]])
+                additions.append((modules[path[:-1]], path[-1], value))
+            else:
+                raise ValueError(f"the model has no {name} at {_named(path)!r}")
+        for path in held:
+            if path not in new and path[-1] not in MARKS:
+                raise ValueError(
+                    f"{name} lacks {_named(path)!r}, which the model has: start from "
+                    "variables(model)"
+                )
+        removals = [p for p in held if p not in new]
+        additions += [(modules[p[:-1]], p[-1], None) for p in removals]
+    for variable, value in writes:
+        variable[...] = jnp.asarray(value, variable.dtype)
+    for module, name, value in additions:
+        if value is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, nnx.BatchStat(jnp.asarray(value)))
+
+
+def recalibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    call: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+    *,
+    where: Where = everywhere,
+    **options: Any,
+) -> None:
+    """Sets running statistics to the moments of a whole data set (`recalibrate`).
+
+    The layers that `where` means train while `call` runs; all else, such as dropout,
+    stays in the mode that the model is in.
+
+    Args:
+        model: the module, whose statistics are changed in place, at the end.
+        batches: any iterable of anything `call` takes.
+        call: `call(model, batch)` runs the model on a batch.
+        where: whether the layer at a path is meant; others keep their statistics.
+        options: as in `jaxnorm.recalibrate`, which says what is raised.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> import jaxnorm.nnx
+    >>> model = nnx.Sequential(jaxnorm.nnx.BatchNorm(1, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> jaxnorm.nnx.recalibrate(model, [jnp.array([[1.0], [2.0], [3.0]])])
+    >>> print(model.layers[0].mean[...])
+    [2.]
+    """
+    graphdef, state = nnx.split(model)
+
+    def apply(arrays: Mapping[str, Any], batch: Any) -> Any:
+        twin = nnx.merge(graphdef, arrays["state"])
+        update(twin, {name: arrays[name] for name in _KINDS})
+        for path, module in nnx.iter_modules(twin):
+            if isinstance(module, (Norm, BatchNorm)) and where(_named(path)):
+                module.use_running_average = False
+        call(twin, batch)
+        return variables(twin)["batch_stats"]
+
+    arrays = variables(model) | {"state": state}
+    stats = jaxnorm.recalibrate(apply, arrays, batches, where=where, **options)
+    update(model, {"batch_stats": stats})
+
+
+def convert(
+    model: nnx.Module,
+    norm: jaxnorm.Norm,
+    where: Where = everywhere,
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+) -> nnx.Module:
+    """Replaces norms of `model` by `Norm(norm)` with their variables (`convert`).
+
+    Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
+    model of Flax's with jaxnorm's batch norm.
+
+    Args:
+        model: the module, changed in place.
+        norm: the settings of the new norms.
+        where: whether the norm at a path, such as "layers/1", is meant.
+        use_scale, use_bias: whether the new norms have these, if `norm` does at all.
+
+    Returns:
+        The model; its replacement where it is a norm itself.
+
+    Raises:
+        ValueError: as `jaxnorm.convert` does; the model is then as it was.
+    """
+    norms = {
+        _named(path): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, _NORMS)
+    }
+    found = {path: module for path, module in norms.items() if where(path)}
+    if not found:
+        raise ValueError(
+            f"`where` means none of the norms of the model, which are {list(norms)}: "
+            "return True for the paths of some of them"
+        )
+    # All of them before the first is put in its place, as one may not fit.
+    new = {
+        id(module): _converted(path, module, norm, use_scale, use_bias)
+        for path, module in found.items()
+    }
+    for _, parent in list(nnx.iter_modules(model)):
+        for name, child in list(nnx.iter_children(parent)):
+            if id(child) in new:
+                _put(parent, name, new[id(child)])
+    return new.get(id(model), model)
+
+
+def _converted(
+    path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
+) -> Norm:
+    """A module for `norm` in the place of `module`, which is at `path`."""
+    path = path or "."  # the model itself
+    old = {name: {path: tree} for name, tree in variables(module).items()}
+    new = jaxnorm.convert(old, norm, use_scale=use_scale, use_bias=use_bias)
+    shape, param_dtype = features(path, old["params"][path], old["batch_stats"][path])
+    made = Norm(
+        norm,
+        shape,
+        use_running_average=getattr(module, "use_running_average", False),
+        dtype=module.dtype,
+        param_dtype=param_dtype,
+        use_scale=use_scale,
+        use_bias=use_bias,
+    )
+    update(made, {name: tree.get(path, {}) for name, tree in new.items()})
+    return made
+
+
+_NORMS = (
+    Norm,
+    nnx.BatchNorm,
+    nnx.LayerNorm,
+    nnx.RMSNorm,
+    nnx.GroupNorm,
+    nnx.InstanceNorm,
+)
+_KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
+    if not isinstance(module, (Norm, BatchNorm)):
+        raise ValueError(
+            f"the layer at {_named(path)!r} is {type(module).__module__}."
+            f"{type(module).__name__}, which does not read marks such as those of a "
+            "frozen layer: leave it out with `where`, or replace it by jaxnorm's own "
+            "with jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())"
+        )
+
+
+def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None:
+    if jnp.shape(value) != held.shape:
+        raise ValueError(
+            f"{name} at {_named(path)!r} are of shape {jnp.shape(value)}, but those of "
+            f"the model are {held.shape}"
+        )
+
+
+def _named(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+class Identity(nnx.Module):
+    """Returns its input, where there was a norm before `fold`."""
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        """Returns `x`; other arguments count for nothing."""
+        return x
+
+
+def fold(
+    model: nnx.Module,
+    *args: Any,
+    pairs: Mapping[str, str] | Iterable[Sequence[Any]] | None = None,
+    epsilon: float | None = None,
+) -> Any:
+    """A copy of `model` for inference, with norms folded into the layers beside them.
+
+    An `Identity` is in the place of each of these norms, and the layers have a bias.
+
+    Args:
+        model: the module, which stays as it is.
+        args: what it is called with, or `jax.ShapeDtypeStruct`s; for `find_pairs`.
+        pairs: as in `jaxnorm.fold`; by default those that `jaxnorm.find_pairs` finds.
+        epsilon: as in `jaxnorm.fold`.
+
+    Raises:
+        ValueError: as `jaxnorm.fold` does, also where there are no pairs, and for a
+            layer that has no attribute "bias".
+
+    >>> import jax, jaxnorm.nnx
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
+    ...                        jaxnorm.nnx.BatchNorm(3, rngs=rngs), nnx.relu)
+    >>> folded = jaxnorm.nnx.fold(model, jax.ShapeDtypeStruct((1, 2), float))
+    >>> print(type(folded.layers[1]).__name__, folded.layers[0].bias.shape)
+    Identity (3,)
+    """
+    copy = nnx.clone(model)
+    copy.eval()
+    held = variables(copy)
+    if pairs is None:
+        pairs = jaxnorm.find_pairs(_functional(copy), held, *args)
+    pairs = as_pairs(pairs)
+    folded = jaxnorm.fold(held, pairs, epsilon=epsilon)
+    flat = [nnx.traversals.flatten_mapping(tree) for tree in held.values()]
+    paths = {_named(path[:-1]): path[:-1] for tree in flat for path in tree}
+    for pair in pairs:
+        path = paths[pair.layer]
+        new = functools.reduce(operator.getitem, path, folded["params"])["bias"]
+        _set_bias(pair.layer, _at(copy, path), new)
+        _put(_at(copy, paths[pair.norm][:-1]), paths[pair.norm][-1], Identity())
+    update(copy, folded)
+    return copy
+
+
+def _functional(model: nnx.Module) -> Callable[..., Any]:
+    """`apply(variables, *args)`: what `model` makes of `args` with these variables."""
+    graph, state = nnx.split(model)
+
+    def apply(variables, *args):
+        flat = {k: nnx.traversals.flatten_mapping(variables[k]) for k in _KINDS}
+        new = {path: value for tree in flat.values() for path, value in tree.items()}
+        called = [
+            (path, v.replace(new[path]) if path in new else v)
+            for path, v in nnx.to_flat_state(state)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(called))(*args)
+
+    return apply
+
+
+_CONTAINERS = (list, dict, nnx.List, nnx.Dict)
+
+
+def _at(node: Any, path: Iterable[Any]) -> Any:
+    """What `node` holds at `path`."""
+    for name in path:
+        node = node[name] if isinstance(node, _CONTAINERS) else getattr(node, name)
+    return node
+
+
+def _put(node: Any, name: Any, child: nnx.Module) -> None:
+    """Puts `child` in `node`, under `name`."""
+    (operator.setitem if isinstance(node, _CONTAINERS) else setattr)(node, name, child)
+
+
+def _set_bias(path: str, layer: Any, bias: Array) -> None:
+    """Gives `layer` the bias, unless it has one, which `update` writes to."""
+    if not hasattr(layer, "bias"):
+        raise ValueError(
+            f"the layer at {path!r}, {type(layer).__name__}, has no attribute 'bias' "
+            "to hold what is left of the norm: leave this pair out"
+        )
+    if layer.bias is None:
+        layer.bias, layer.use_bias = nnx.Param(bias), True
