@@ -33,6 +33,10 @@ from jaxnorm.freeze import freeze as freeze
 from jaxnorm.freeze import frozen as frozen
 from jaxnorm.freeze import frozen_labels as frozen_labels
 from jaxnorm.freeze import unfreeze as unfreeze
+from jaxnorm.health import Finding as Finding
+from jaxnorm.health import Health as Health
+from jaxnorm.health import LayerHealth as LayerHealth
+from jaxnorm.health import health as health
 from jaxnorm.inputs import Standardize as Standardize
 from jaxnorm.layers import layers as layers
 from jaxnorm.methods.batch_norm import BatchNorm as BatchNorm
@@ -123,6 +127,7 @@ from jaxnorm.moments import Moments as Moments
 from jaxnorm.moments import moments as moments
 from jaxnorm.moments import pool as pool
 from jaxnorm.normalize import normalize as normalize
+from jaxnorm.quantize import quantization_aware_layer as quantization_aware_layer
 from jaxnorm.recalibrate import recalibrate as recalibrate
 from jaxnorm.running import init_stats as init_stats
 from jaxnorm.running import update_stats as update_stats

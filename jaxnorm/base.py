@@ -230,14 +230,13 @@ class Norm(abc.ABC):
         )
 
 
-def as_flag(value: Any) -> bool | Array:
+def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
     """`value` as a bool where it is known, else as the traced boolean scalar it is."""
     if not isinstance(value, Tracer):
         return bool(value)
     if value.shape or value.dtype != jnp.bool_:
         raise TypeError(
-            "use_running_average must be a boolean scalar, got "
-            f"{value.dtype} of shape {value.shape}"
+            f"{name} must be a boolean scalar, got {value.dtype} of shape {value.shape}"
         )
     return cast(Array, value)
 
