@@ -61,8 +61,8 @@ def test_never_updated():
     half = with_values(with_values(good(), "mean", 20, 0), "var", 20, 1)
     assert found(half) == {"never updated": "20 of 40 features"}
     assert found(with_values(good(), "mean", 20, 0)) == {}
-    counted = good(count=np.arange(FEATURES))
-    assert found(counted) == {"never updated": "1 of 40 features"}
+    counted = good(count=np.maximum(np.arange(FEATURES) - 2, 0))
+    assert found(counted) == {"never updated": "3 of 40 features"}
     whitening = jaxnorm.IterNorm(group_size=2).init_stats((4,))
     assert "never updated" in found(whitening)
     moved = with_values(dict(whitening), "mean", 4, 1.0)
@@ -71,7 +71,10 @@ def test_never_updated():
 
 def test_not_finite():
     for name, value in (("mean", np.nan), ("var", np.inf), ("var", -1)):
-        assert found(with_values(good(), name, 3, value)) == {"not finite": "3 values"}
+        bad = with_values(good(), name, 3, value)
+        assert found(bad) == {"not finite": "3 values"}
+        row: Any = jaxnorm.health({"a": bad}).rows[0]
+        assert 0.5 <= row.var_min <= row.var_max <= 2  # of those that are variances
 
 
 def test_small_variance_and_dead_features():
@@ -186,6 +189,8 @@ def test_an_nnx_model_and_other_methods():
     assert jaxnorm.health({"c": complex_stats}).rows[0].mean_max == 5
     marked = jaxnorm.freeze({"layer": good()})["layer"]
     assert found(marked) == {}
+    gathering = with_values(jaxnorm.accumulate(good()), "batch_var", 1, np.nan)
+    assert found(gathering) == {}  # as it is not of the running statistics
 
 
 def report():
@@ -222,6 +227,8 @@ def test_the_report_as_a_figure(tmp_path):
     assert labels == ["running variance", "|running mean|", "drift (deviations)"]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["a", "b", "c"]
+    colors = [label.get_color() for label in figure.axes[0].get_yticklabels()]
+    assert colors[1] == "red" and colors[2] == "darkorange"
     figure.savefig(tmp_path / "health.png")
     assert (tmp_path / "health.png").read_bytes()[:4] == b"\x89PNG"
     assert len(jaxnorm.health({"a": good()}).figure().axes) == 2
