@@ -27,6 +27,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
     Returns:
         A new tree; entries gathered before start again from none. Sizes are int32, so
         a commit is due before 2**31 elements per feature (`recalibrate` has no limit).
+        Layers that `freeze` holds gather nothing.
 
     Raises:
         ValueError: if `where` means no layer; in training, for methods whose statistics
@@ -74,8 +75,8 @@ def commit(
         moment is not finite.
 
     Raises:
-        ValueError: if no layer has gathered anything, or `momentum` is None where a
-            layer counts no batches, or a number where it does.
+        ValueError: if the tree does not come from `accumulate`, or `momentum` is None
+            where a layer counts no batches, or a number where it does.
 
     Source: Li et al., 2016 (https://arxiv.org/abs/1603.04779); Schneider et al., 2020
     (https://arxiv.org/abs/2006.16971).
@@ -106,7 +107,7 @@ def commit(
 def discard(batch_stats: Tree) -> Tree:
     """Statistics as they were before `accumulate`, whatever was gathered since.
 
-    Raises ValueError if no layer has gathered anything.
+    Raises ValueError if the tree does not come from `accumulate`.
 
     >>> import jaxnorm
     >>> sorted(jaxnorm.discard(jaxnorm.accumulate(jaxnorm.init_stats(1))))
@@ -119,7 +120,7 @@ def _map_gathered(f: Any, batch_stats: Tree) -> Tree:
     gathered = {p for p, stats in layers(batch_stats).items() if BATCH[0] in stats}
     if not gathered:
         raise ValueError(
-            "no layer of these statistics has gathered batches: start with "
+            "no layer of these statistics gathers batches: start with "
             f"accumulate(batch_stats); the layers are {list(layers(batch_stats))}"
         )
     return map_layers(f, batch_stats, where=gathered.__contains__)

@@ -12,10 +12,9 @@ from jaxnorm.layers import (
     Tree,
     Where,
     check_shapes,
+    chosen_norms,
     everywhere,
-    layers,
     map_layers,
-    norm_params,
 )
 from jaxnorm.moments import abs_square
 from jaxnorm.running import BATCH, HELD, RUNNING, blend
@@ -44,10 +43,13 @@ def merge_stats(
         where: whether the layer at a path is meant; others are those of the first tree.
 
     Returns:
-        A new tree. Entries but "mean" and "var" are those of the first tree.
+        A new tree. Entries but "mean" and "var" are those of the first tree. What it
+        holds is true of norms whose "var" is a variance, or mean square, of the data;
+        that of L1, range and running instance norm is not.
 
     Raises:
-        ValueError: if the trees differ in layers or shapes, or the weights in number.
+        ValueError: if the trees differ in layers or shapes, or the weights in number,
+            and for norms that keep no variance.
 
     Source: Chan, Golub and LeVeque, 1983.
 
@@ -65,6 +67,11 @@ def merge_stats(
         )
 
     def merged(path: str, *each: Mapping[str, Any]) -> dict[str, Any]:
+        if "var" not in each[0]:
+            raise ValueError(
+                f"the norm at {path!r} keeps {sorted(each[0])} and no variance, which "
+                "cannot be merged: leave it out with `where`"
+            )
         for other in each[1:]:
             check_shapes(path, each[0], other)
         mean, var = _union(each, weights)
@@ -216,14 +223,9 @@ def split_norms(
     >>> print(list(norms["params"]), list(norms["batch_stats"]), list(others["params"]))
     ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
     """
-    names = {*norm_params(variables.get("params", {}))}
-    names |= {*layers(variables.get("batch_stats", {}))}
-    meant = {path for path in names if where(path)}
-    if not meant:
-        raise ValueError(
-            f"`where` means none of the norms, which are {sorted(names)}: return True "
-            "for the paths of some of them"
-        )
+    meant = {*chosen_norms(variables, where)}
+    if "" in meant:
+        return dict(variables), {name: {} for name in variables}
     parts = [_part(tree, meant, "") for tree in variables.values()]
     norms, others = ({}, {})
     for name, (mine, rest) in zip(variables, parts, strict=True):

@@ -10,13 +10,12 @@ from jaxnorm.base import Norm
 from jaxnorm.layers import (
     Tree,
     Where,
+    chosen_norms,
     everywhere,
     keys_at,
-    layers,
-    norm_params,
     put,
 )
-from jaxnorm.running import HELD, RUNNING
+from jaxnorm.running import HELD, RUNNING, marks
 
 
 def convert(
@@ -39,7 +38,8 @@ def convert(
     Args:
         variables: {"params", "batch_stats"} of the model, as nested dicts.
         norm: the settings of the new norm, such as `jaxnorm.GroupNorm()`.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant. A
+            module of nothing but a bias is not taken for a norm.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
     Returns:
@@ -58,13 +58,7 @@ def convert(
 'bias': Array([0.], dtype=float32)}}, 'batch_stats': {}}
     """
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    params, stats = norm_params(trees["params"]), layers(trees["batch_stats"])
-    meant = [path for path in {**params, **stats} if where(path)]
-    if not meant:
-        raise ValueError(
-            f"`where` means none of the norms, which are {[*{**params, **stats}]}: "
-            "return True for the paths of some of them"
-        )
+    meant = chosen_norms(variables, where)
     if getattr(norm, "zero_centered_scale", False):
         raise ValueError(
             "convert copies scales as they are, and zero_centered_scale keeps them "
@@ -72,8 +66,7 @@ def convert(
         )
     used = {"scale": use_scale, "bias": use_bias}
     new = dict(variables) | trees
-    for path in meant:
-        old = params.get(path, {}), stats.get(path, {})
+    for path, old in meant.items():
         keys = keys_at(trees.values(), path)
         assert keys is not None  # as the path comes from one of them
         for name, node in zip(trees, _converted(path, norm, *old), strict=True):
@@ -89,11 +82,11 @@ def _converted(
     shape, dtype = features(path, params, stats)
     new_params = norm.init_params(shape, dtype)
     new_stats = norm.init_stats(shape, jnp.asarray(stats.get("mean", 0.0)).dtype)
-    marks = {k: v for k, v in stats.items() if k in (RUNNING, HELD) and new_stats}
-    return (
-        _kept(path, norm, new_params, params),
-        _kept(path, norm, new_stats, stats) | marks,
-    )
+    new_params = _kept(path, norm, new_params, params)
+    new_stats = _kept(path, norm, new_stats, stats)
+    if new_stats:
+        new_stats |= marks(new_stats, *(k for k in (RUNNING, HELD) if k in stats))
+    return new_params, new_stats
 
 
 def features(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm.layers import Tree, map_layers
+from jaxnorm.layers import Tree, check_same, layers, with_layers
 from jaxnorm.running import blend
 
 POLICIES = ("average", "copy", "recalibrate")
@@ -34,13 +34,14 @@ def ema(
         average: {"params", "batch_stats"} so far; at first the variables themselves.
         variables: those of the model after a step.
         decay: weight of the average so far, from 0 to 1; may be traced.
-        batch_stats: "recalibrate" leaves the statistics as they are in `average`, to
-            be recalibrated before they are used; "average" blends mean and var by
-            `decay` and copies all else; "copy" takes those of `variables`.
+        batch_stats: "recalibrate" leaves the statistics of norms as they are in
+            `average`, to be recalibrated before they are used; "average" blends mean
+            and var by `decay`; "copy" takes those of `variables`.
 
     Returns:
-        New variables, of the dtypes of `average`. Arrays of integers are copied from
-        `variables`, and so are collections other than these two.
+        New variables, of the dtypes of `average`: keep it in float32, as half precision
+        rounds small steps away. All else, such as integers, other collections and what
+        spectral norm keeps, is copied from `variables`.
 
     Raises:
         ValueError: for an unknown policy, or trees that differ.
@@ -60,14 +61,13 @@ def ema(
     new["params"] = jax.tree.map(
         lambda a, b: _blended(a, b, decay), average["params"], variables["params"]
     )
-    if "batch_stats" in variables and batch_stats != "copy":
-        new["batch_stats"] = average["batch_stats"]
-    if batch_stats == "average" and jax.tree.leaves(variables.get("batch_stats")):
-        new["batch_stats"] = map_layers(
-            lambda _, a, b: _averaged(a, b, decay),
-            average["batch_stats"],
-            variables["batch_stats"],
-        )
+    if batch_stats != "copy":
+        stats = variables.get("batch_stats", {})
+        old, now = layers(average.get("batch_stats", {})), layers(stats)
+        check_same(old, now)
+        if batch_stats == "average":
+            old = {path: _averaged(a, now[path], decay) for path, a in old.items()}
+        new |= {"batch_stats": with_layers(stats, old)} if old else {}
     return new
 
 

@@ -19,9 +19,11 @@ def everywhere(path: str) -> bool:
 
 def is_layer(node: Any) -> bool:
     """Whether `node` holds the running statistics of one layer: "mean" or "var"."""
-    if not isinstance(node, Mapping):
+    if not isinstance(node, Mapping) or any(
+        isinstance(v, Mapping) for v in node.values()
+    ):
         return False
-    return any(k in node and not isinstance(node[k], Mapping) for k in ("mean", "var"))
+    return "mean" in node or "var" in node
 
 
 def layers(batch_stats: Tree) -> dict[str, dict[str, Any]]:
@@ -115,9 +117,9 @@ def keys_at(trees: Iterable[Tree], path: str) -> tuple[Any, ...] | None:
 
 
 def put(tree: Tree, keys: tuple[Any, ...], node: Mapping[str, Any]) -> dict[Any, Any]:
-    """`tree` with `node` at `keys`; an empty one leaves nothing there."""
+    """`tree` with the arrays of `node` at `keys`; what is nested there stays."""
     if not keys:
-        return dict(node)
+        return {k: v for k, v in tree.items() if isinstance(v, Mapping)} | dict(node)
     new = dict(tree)
     inner = put(new.pop(keys[0], {}), keys[1:], node)
     return new | ({keys[0]: inner} if inner else {})
@@ -133,6 +135,30 @@ def norm_params(params: Tree) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     map_params(lambda path, node: found.update({path: dict(node)}), params)
     return found
+
+
+def chosen_norms(
+    variables: Mapping[str, Tree], where: Where
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters and statistics of each norm that `where` means, by its path.
+
+    A lone bias without statistics is not taken for a norm. Raises ValueError if `where`
+    means none.
+    """
+    params = norm_params(variables.get("params", {}))
+    stats = layers(variables.get("batch_stats", {}))
+    found = {
+        path: (params.get(path, {}), stats.get(path, {}))
+        for path in {**params, **stats}
+        if path in stats or {*params[path]} != {"bias"}
+    }
+    meant = {path: both for path, both in found.items() if where(path)}
+    if not meant:
+        raise ValueError(
+            f"`where` means none of the norms, which are {sorted(found)}: return True "
+            "for the paths of some of them"
+        )
+    return meant
 
 
 def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:

@@ -1,5 +1,6 @@
 """Which running statistics do fixed weights have on a data set?"""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm import running
-from jaxnorm.layers import Tree, Where, chosen, everywhere, layers, with_layers
+from jaxnorm.layers import (
+    Tree,
+    Where,
+    chosen,
+    everywhere,
+    layers,
+    map_layers,
+    with_layers,
+)
 from jaxnorm.running import BATCH, HELD, RUNNING
 
 Apply = Callable[[Mapping[str, Tree], Any], Tree]
@@ -48,7 +57,9 @@ def recalibrate(
         batches: any iterable of anything `apply` takes: arrays on one device or many,
             tuples, dicts with masks; with `layer_by_layer`, one that starts again each
             time, such as a list.
-        where: whether the layer at a path is meant; others keep their statistics.
+        where: whether the layer at a path is meant; others keep their statistics, and
+            normalize as `apply` has them; with `layer_by_layer` by these statistics,
+            if they are jaxnorm's.
         layer_by_layer: take the moments of each layer as those before it evaluate.
         unbiased: keep `var * n / (n - 1)`, PyTorch's convention.
         progress: wraps the batches of each pass, such as `tqdm.tqdm`.
@@ -60,8 +71,9 @@ def recalibrate(
 
     Raises:
         ValueError: if there is no batch, a moment is not finite, or a layer gathers
-            nothing, as it is not called, or not one of jaxnorm's; the layer is named,
-            and nothing has changed. TypeError for an iterator, `layer_by_layer`.
+            nothing, as it is not called, or not one of jaxnorm's, or does not settle,
+            as it is called several times (`layer_by_layer`); the layer is named, and
+            nothing has changed. TypeError for an iterator with `layer_by_layer`.
 
     Source: Wu and Johnson, 2021 (https://arxiv.org/abs/2105.07576), section 3.
 
@@ -84,13 +96,16 @@ def recalibrate(
     meant = chosen(stats, where)
     gather = jax.jit(lambda variables, batch: _gathered(apply, variables, batch, meant))
     own = {p: _unmarked(layer) for p, layer in meant.items()}
-    for _ in range(len(own) + 1 if layer_by_layer else 1):
+    base = _by_running(stats) if layer_by_layer else stats
+    for left in reversed(range(_depth(own) + 1 if layer_by_layer else 1)):
         marked = {p: _gathering(v, layer_by_layer) for p, v in own.items()}
-        now = {**variables, "batch_stats": with_layers(stats, marked)}
+        now = {**variables, "batch_stats": with_layers(base, marked)}
         found = _one_pass(gather, now, progress(batches) if progress else batches)
         new = {p: _moved(v, found[p], unbiased) for p, v in own.items()}
         if layer_by_layer and _same(own, new):
             break
+        if layer_by_layer and not left:
+            _check_settled(own, new)
         own = new
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
@@ -185,6 +200,36 @@ def _moved(stats: Mapping[str, Any], found: _Pooled, unbiased: bool) -> dict[str
             value = np.where(found.size < 2, old, value).astype(old.dtype)
             new[name] = jnp.asarray(value)
     return new
+
+
+def _by_running(batch_stats: Tree) -> Tree:
+    """All layers normalize by running statistics, those that keep theirs, too."""
+    return map_layers(lambda _, v: v | running.marks(v, RUNNING), batch_stats)
+
+
+def _depth(own: Mapping[str, Any]) -> int:
+    """How many layers there are at most, stacked ones, as of a scan, one by one."""
+    shapes = [jnp.shape(v["var" if "var" in v else "mean"]) for v in own.values()]
+    return sum(math.prod(shape[:-1]) for shape in shapes)
+
+
+def _check_settled(own: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises where the last pass changed something by more than rounding does."""
+    moving = [
+        path
+        for path, stats in new.items()
+        if any(
+            not np.allclose(v, own[path][k], rtol=1e-3, atol=1e-3)
+            for k, v in stats.items()
+            if k in ("mean", "var")
+        )
+    ]
+    if moving:
+        raise ValueError(
+            f"the statistics of the layers {moving} do not settle, as it is where one "
+            "norm is called several times: recalibrate without layer_by_layer, or give "
+            "each call a norm of its own; no statistics have changed"
+        )
 
 
 def _same(a: Any, b: Any) -> bool:

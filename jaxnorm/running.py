@@ -191,7 +191,7 @@ def _per_feature(m: Moments, axes: Axes) -> tuple[Array, Array, Array]:
 
 def blend(old: Array, new: Array, keep: ArrayLike) -> Array:
     """`keep * old + (1 - keep) * new`, in the dtype of `old`."""
-    dtype = promote(old.dtype, new.dtype)
+    dtype = at_least_float32(promote(old.dtype, new.dtype))
     keep = jnp.asarray(keep, dtype)
     moved = keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)
     return moved.astype(old.dtype)

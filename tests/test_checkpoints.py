@@ -763,7 +763,7 @@ def test_what_cannot_be_written_is_named():
     variables = small_template()
     stats = jaxnorm.freeze(variables["batch_stats"])
     text = unwritten(variables | {"batch_stats": stats})
-    assert "batch_stats/bn/held: it has no counterpart (`jaxnorm.unfreeze`" in text
+    assert "batch_stats/bn/held: it has no counterpart; `jaxnorm.unfreeze`" in text
     assert "batch_stats/bn/running: it has no" in text
 
     text = unwritten(variables, rename={"fc": "conv"})

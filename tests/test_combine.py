@@ -111,6 +111,9 @@ def test_trees_must_fit():
             call(a, b)
         with pytest.raises(ValueError, match=r"'x' must be of the same shapes"):
             call(a, wide)
+    whitened = {"w": jaxnorm.IterNorm().init_stats((2,))}
+    with pytest.raises(ValueError, match="'w' keeps.*no variance.*where"):
+        jaxnorm.merge_stats([whitened, whitened])
     with pytest.raises(ValueError, match="1 trees and 2 weights"):
         jaxnorm.merge_stats([a], [1, 2])
     with pytest.raises(ValueError, match="0 trees"):
@@ -243,6 +246,36 @@ def test_some_norms_without_scale_or_bias():
     np.testing.assert_array_equal(again["params"]["last"]["scale"], np.ones(8))
 
 
+def test_what_is_no_norm_stays():
+    norm = {"scale": jnp.ones(8), "bias": jnp.zeros(8)}
+    own = {"mean": jnp.zeros(8), "var": jnp.ones(8)}
+    variables = {
+        "params": {"t": {"dense": {"kernel": jnp.ones(3)}, "bn": norm}, "head": norm},
+        "batch_stats": {"t": own | {"bn": jaxnorm.init_stats(8)}},
+    }
+    variables["params"]["head"] = {"bias": jnp.zeros(4)}
+    assert list(jaxnorm.layers(variables["batch_stats"])) == ["t/bn"]
+    same(jaxnorm.convert(variables, jaxnorm.GhostBatchNorm(size=2)), variables)
+    norms, others = jaxnorm.split_norms(variables)
+    assert {*norms["params"]} == {"t"} and {*others["params"]} == {"t", "head"}
+    flat = {"params": {"t": {"kernel": {"w": jnp.ones(3)}}}, "batch_stats": {"t": own}}
+    new = jaxnorm.convert(flat, jaxnorm.BatchNorm())
+    assert {*new["params"]["t"]} == {"kernel", "scale", "bias"}
+
+
+def test_a_norm_alone_splits_into_itself():
+    alone = {"params": {"scale": jnp.ones(2)}, "batch_stats": jaxnorm.init_stats(2)}
+    norms, others = jaxnorm.split_norms(alone)
+    same(norms, alone)
+    assert others == {"params": {}, "batch_stats": {}}
+
+
+def test_marks_are_as_large_as_the_new_statistics():
+    variables = {"batch_stats": jaxnorm.freeze({"n": jaxnorm.init_stats(8)})}
+    new = jaxnorm.convert(variables, jaxnorm.DomainBatchNorm(num_domains=3))
+    assert {v.shape for v in new["batch_stats"]["n"].values()} == {(3, 8)}
+
+
 def test_conversions_that_cannot_be():
     variables = trained(jaxnorm.BatchNorm())
     with pytest.raises(ValueError, match=r"none of the norms.*'Norm_0', 'last'"):
@@ -289,6 +322,25 @@ def test_nnx_modules_are_replaced_wherever_they_are(norm):
     assert isinstance(inner.norm, jaxnorm.GroupNorm) and not hasattr(inner, "mean")
     assert isinstance(model.again.norm, jaxnorm.BatchRenorm)
     forward(model, X)
+
+
+class Holds(nnx.Module):
+    def __init__(self, held):
+        self.held = nnx.data(held)
+        self.again = held[0] if isinstance(held, tuple) else nnx.data(None)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict, "deep"])
+def test_nnx_norms_in_plain_containers_are_replaced(kind):
+    norm = jx.BatchNorm(8, rngs=nnx.Rngs(0))
+    held = {"deep": [({"a": norm},)], dict: {"a": norm}}.get(kind)
+    held = kind([norm]) if held is None else held
+    model: Any = Holds(held)
+    jx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    kinds = [type(m) for _, m in nnx.iter_modules(model)]
+    assert jx.Norm in kinds and jx.BatchNorm not in kinds
+    if kind is tuple:
+        assert model.again is model.held[0]
 
 
 def test_an_nnx_norm_by_itself_and_errors():

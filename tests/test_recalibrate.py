@@ -97,12 +97,68 @@ def test_hidden_layers_see_batches_unless_told_otherwise():
 
 def hidden_in_float64(variables, x):
     """The input of the second norm, if the first normalizes by the moments of x."""
-    params = jax.tree.map(np.float64, variables["params"])
     mean, var = x.mean((0, 1)), x.var((0, 1))
-    x = (x - mean) / np.sqrt(var + 1e-5)
+    return after_the_first(variables, (x - mean) / np.sqrt(var + 1e-5))
+
+
+def after_the_first(variables, x):
+    """The input of the second norm, from what the first has standardized."""
+    params = jax.tree.map(np.float64, variables["params"])
     x = x * params["input"]["scale"] + params["input"]["bias"]
     dense = x @ params["dense"]["kernel"] + params["dense"]["bias"]
     return np.maximum(dense + x[..., :1] ** 2, 0)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(FEATURES)(x)
+        x = jl.BatchNorm(use_running_average=not train)(x)
+        return nn.relu(x), x
+
+
+def test_layers_of_a_scan_are_recalibrated_one_by_one():
+    how: Any = {"variable_axes": {"params": 0, "batch_stats": 0}, "length": 3}
+    how |= {"split_rngs": {"params": True}, "in_axes": nn.broadcast}
+    stack = nn.scan(Block, **how)()
+    data = DATA - np.array([3000, 0, 0], np.float32)
+    before = stack.init(jax.random.key(0), data, True)
+
+    def apply(variables, x):
+        return stack.apply(variables, x, True, mutable=True)[1]["batch_stats"]
+
+    stats = jaxnorm.recalibrate(apply, before, np.split(data, 3), layer_by_layer=True)
+    result: Any = stack.apply({**before, "batch_stats": stats}, data, False)
+    normalized = result[1]
+    np.testing.assert_allclose(normalized.mean((1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(normalized.std((1, 2)), 1, atol=1e-4)
+
+
+def test_layers_left_out_normalize_by_their_statistics():
+    data = DATA - np.array([3000, 0, 0], np.float32)
+    before = variables()
+    own = {"mean": jnp.array([1.0, 0, -1]), "var": jnp.array([2.0, 1, 3])}
+    before = {**before, "batch_stats": before["batch_stats"] | {"input": own}}
+    stats = jaxnorm.recalibrate(
+        apply, before, [data], where="hidden".__eq__, layer_by_layer=True
+    )
+    mean, var = (np.asarray(v, np.float64) for v in own.values())
+    x = (data - mean) / np.sqrt(var + 1e-5)
+    assert_moments(stats["hidden"], after_the_first(before, x), rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, stats["input"], own)
+
+
+def test_a_norm_that_is_called_twice_cannot_settle():
+    norm = jaxnorm.BatchNorm()
+
+    def apply(variables, x):
+        y, stats = norm(x, {}, variables["batch_stats"]["norm"])
+        return {"norm": norm(3 * jax.nn.relu(y) + 2, {}, stats)[1]}
+
+    tree = {"batch_stats": {"norm": norm.init_stats((FEATURES,))}}
+    with pytest.raises(ValueError, match=r"\['norm'\] do not settle.*several times"):
+        jaxnorm.recalibrate(apply, tree, [DATA], layer_by_layer=True)
+    jaxnorm.recalibrate(apply, tree, [DATA])
 
 
 def test_evaluation_after_it_is_normalized():
@@ -326,6 +382,24 @@ def test_the_average_of_all_steps():
         )
     np.testing.assert_allclose(average["params"]["kernel"], 6, 1e-6)
     np.testing.assert_allclose(average["batch_stats"]["norm"]["mean"], 6, 1e-6)
+
+
+def test_averages_of_half_precision_move_and_spectral_norm_is_copied():
+    half = {"params": {"k": jnp.zeros(1, jnp.bfloat16)}}
+    new = {"params": {"k": jnp.full(1, 1000.0, jnp.bfloat16)}}
+    assert jaxnorm.ema(half, new, 0.999, batch_stats="copy")["params"]["k"] == 1
+    u = {"SpectralNorm_0": {"Dense_0/kernel/u": jnp.zeros(2)}}
+    moved = jax.tree.map(lambda v: v + 1, u)
+    for extra in ({}, {"norm": jaxnorm.init_stats(2)}):
+        trees = [{"params": {}, "batch_stats": tree | extra} for tree in (u, moved)]
+        for policy in ("average", "recalibrate"):
+            got = jaxnorm.ema(trees[0], trees[1], 0.5, batch_stats=policy)[
+                "batch_stats"
+            ]
+            assert (got["SpectralNorm_0"]["Dense_0/kernel/u"] == 1).all()
+    stats = {"batch_stats": {"norm": jaxnorm.init_stats(2)}}
+    with pytest.raises(ValueError, match=r"only the other has \['norm'\]"):
+        jaxnorm.ema({"params": {}}, {"params": {}} | stats, 0.5, batch_stats="average")
 
 
 def test_averages_keep_their_dtypes_and_frozen_layers():

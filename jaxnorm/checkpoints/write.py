@@ -83,8 +83,9 @@ def _written(
 ) -> np.ndarray:
     """The array of a leaf as the framework has it."""
     nameless = leaf.name in (*MARKS, "count") and leaf.name not in table.norm_names
-    if "/" in leaf.name or (nameless and table is not FLAX):
-        raise Misfit("it has no counterpart (`jaxnorm.unfreeze` takes marks away)")
+    if table is not FLAX and ("/" in leaf.name or nameless):
+        marks = "`jaxnorm.unfreeze` and `discard` take such marks away"
+        raise Misfit(f"it has no counterpart{f'; {marks}' * (leaf.name in MARKS)}")
     if table.keeps_rank and like is None and leaf.extras:
         raise Misfit("its shape is that of the layer's input: pass `template`")
     array = np.asarray(leaf.value)

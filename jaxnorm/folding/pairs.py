@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxnorm.folding.affine import affine_image, ones_along
 from jaxnorm.folding.fold import Pair
-from jaxnorm.folding.trace import Flow, Known, Leaf, Trace, Value, leaf_at
+from jaxnorm.folding.trace import ARITHMETIC, Flow, Known, Leaf, Trace, Value, leaf_at
 from jaxnorm.layers import Tree
 
 
@@ -28,6 +28,7 @@ def find_pairs(
     - the norm, tried on random variables, is `(x - mean) / sqrt(var + epsilon)`, then
       times scale and plus bias, along the features of the kernel;
     - folding is exact: no zeros are padded to what a norm gives, unless it is 0 there.
+      (A convolution with a stride may pad images of another size, so it counts, too.)
 
     Whatever is not understood is no pair: what happens within `scan`, `cond`, `vmap`ped
     kernels and `shard_map`, layers used twice, masks, kernels of several output axes,
@@ -164,6 +165,8 @@ def _norm(trace: Trace, steps: Sequence[Flow], bias: Leaf | None) -> str | None:
     if len(paths) != 1:
         return None
     (norm,) = paths
+    if not norm:
+        return None  # the variables are those of one norm, without a layer
     own = _own(trace, norm)
     if "var" not in own or taken != expected | {*own.values()}:
         return None
@@ -207,7 +210,10 @@ def _epsilon(
     own, rng = _own(trace, norm), np.random.default_rng(0)
     leaves = [*own.values(), *([] if bias is None else [bias])]
     avals = [v.aval for step in steps for v in (*step.eqn.invars, *step.eqn.outvars)]
-    tolerance = 0.05 if any(jnp.finfo(v.dtype).bits < 32 for v in avals) else 1e-4
+    rounds = any(jnp.finfo(v.dtype).bits < 32 for v in avals)
+    if rounds and any(_by_a_constant(step) for step in steps):
+        return None  # which could be as near to 1 as half precision can tell
+    tolerance = 0.05 if rounds else 1e-4
 
     def trial(unit: float, low: float, high: float):
         values = _drawn(trace, leaves, rng)
@@ -233,6 +239,10 @@ def _epsilon(
         if not _close(form, (a, a * (added - mean) + shift), size, tolerance):
             return None
     return epsilon
+
+
+def _by_a_constant(step: Flow) -> bool:
+    return step.eqn.primitive.name in ARITHMETIC and not step.leaves
 
 
 def _close(form: Any, expected: tuple, size: Any, tolerance: float) -> bool:

@@ -244,6 +244,10 @@ def _conv_axes(eqn: Any, side: int) -> _Axes | None:
     if side != 1 or p["batch_group_count"] != 1:
         return None
     padded = any(map(any, p["padding"])) or any(n != 1 for n in p["lhs_dilation"])
+    # With a stride, padding "SAME" depends on the size of the image.
+    window = [eqn.invars[1].aval.shape[axis] for axis in dims.rhs_spec[2:]]
+    moves = zip(window, p["window_strides"], strict=True)
+    padded = padded or any(size > 1 and stride > 1 for size, stride in moves)
     return _Axes(
         kernel_output=dims.rhs_spec[0],
         kernel_input=dims.rhs_spec[1],

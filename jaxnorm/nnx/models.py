@@ -55,20 +55,23 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     >>> stats = jaxnorm.nnx.variables(model)["batch_stats"]
     >>> jaxnorm.nnx.update(model, {"batch_stats": jaxnorm.freeze(stats)})
     """
-    modules = dict(nnx.iter_modules(model))
+    modules = _by_names(nnx.iter_modules(model))
     writes, additions = [], []
     for name, tree in variables.items():
         if name not in _KINDS:
             raise ValueError(f"a model has the variables {list(_KINDS)}, got {name!r}")
-        new = nnx.traversals.flatten_mapping(tree)
-        held = dict(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
+        held = _by_names(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
+        new = _by_names(nnx.traversals.flatten_mapping(tree).items())
         for path, value in new.items():
             if path in held:
                 _check_shape(name, path, value, held[path])
                 writes.append((held[path], value))
             elif path[-1] in MARKS and path[:-1] in modules:
-                _check_reads_marks(path[:-1], modules[path[:-1]])
-                additions.append((modules[path[:-1]], path[-1], value))
+                module = modules[path[:-1]]
+                _check_reads_marks(path[:-1], module)
+                like = "var" if hasattr(module, "var") else "mean"
+                _check_shape(name, path, value, getattr(module, like))
+                additions.append((module, path[-1], value))
             else:
                 raise ValueError(f"the model has no {name} at {_named(path)!r}")
         for path in held:
@@ -173,11 +176,7 @@ def convert(
         id(module): _converted(path, module, norm, use_scale, use_bias)
         for path, module in found.items()
     }
-    for _, parent in list(nnx.iter_modules(model)):
-        for name, child in list(nnx.iter_children(parent)):
-            if id(child) in new:
-                _put(parent, name, new[id(child)])
-    return new.get(id(model), model)
+    return _replaced(model, new)
 
 
 def _converted(
@@ -210,6 +209,11 @@ _NORMS = (
     nnx.InstanceNorm,
 )
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+def _by_names(items: Iterable[tuple[tuple, Any]]) -> dict[tuple[str, ...], Any]:
+    """`items` by their paths in strings, as those of checkpoints are."""
+    return {tuple(map(str, path)): value for path, value in items}
 
 
 def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
@@ -284,7 +288,8 @@ def fold(
         path = paths[pair.layer]
         new = functools.reduce(operator.getitem, path, folded["params"])["bias"]
         _set_bias(pair.layer, _at(copy, path), new)
-        _put(_at(copy, paths[pair.norm][:-1]), paths[pair.norm][-1], Identity())
+    gone = {id(_at(copy, paths[pair.norm])): Identity() for pair in pairs}
+    copy = _replaced(copy, gone)
     update(copy, folded)
     return copy
 
@@ -315,9 +320,34 @@ def _at(node: Any, path: Iterable[Any]) -> Any:
     return node
 
 
-def _put(node: Any, name: Any, child: nnx.Module) -> None:
-    """Puts `child` in `node`, under `name`."""
-    (operator.setitem if isinstance(node, _CONTAINERS) else setattr)(node, name, child)
+def _replaced(node: Any, new: dict[int, Any]) -> Any:
+    """`node` with the modules whose id is in `new` replaced, wherever they are.
+
+    In place, but for tuples. `new` comes to hold all that has been seen.
+    """
+    if id(node) in new:
+        return new[id(node)]
+    if isinstance(node, tuple):
+        return type(node)(_replaced(v, new) for v in node)
+    if not isinstance(node, (nnx.Module, list, dict)):
+        return node
+    new[id(node)] = node  # before what it holds, which may hold it
+    for name, child in _held(node):
+        after = _replaced(child, new)
+        if after is child:
+            continue
+        if isinstance(node, _CONTAINERS):
+            node[name] = after
+        else:
+            setattr(node, name, nnx.data(after) if type(after) is tuple else after)
+    return node
+
+
+def _held(node: Any) -> list[tuple[Any, Any]]:
+    """What a module or container holds, by names or numbers."""
+    if isinstance(node, (list, nnx.List)):
+        return list(enumerate(node))
+    return list((node if isinstance(node, dict) else vars(node)).items())
 
 
 def _set_bias(path: str, layer: Any, bias: Array) -> None:
