@@ -759,6 +759,19 @@ def unwritten(variables, framework="torch", **how):
     return str(error.value)
 
 
+def test_what_other_frameworks_have_not_flax_has():
+    marked = {"batch_stats": jaxnorm.freeze({"bn": jaxnorm.init_stats(2)})}
+    written = jaxnorm.to_checkpoint("flax", marked)
+    jax.tree.map(np.testing.assert_array_equal, written, marked)
+    u = {"SpectralNorm_0": {"Dense_0/kernel/u": np.ones((1, 2))}}
+    for framework in ("flax", "torch"):
+        text = unwritten({"batch_stats": u}, framework)
+        assert "kernel/u: a name with '/' in it" in text
+    gathering = {"batch_stats": jaxnorm.accumulate({"bn": jaxnorm.init_stats(2)})}
+    text = unwritten(gathering)
+    assert "batch_mean: it has no counterpart; `jaxnorm.unfreeze` and" in text
+
+
 def test_what_cannot_be_written_is_named():
     variables = small_template()
     stats = jaxnorm.freeze(variables["batch_stats"])
@@ -774,7 +787,7 @@ def test_what_cannot_be_written_is_named():
     assert "batch_stats/bn/count: it has no counterpart" in text
 
     text = unwritten({"params": {"WeightNorm_0": {"a/kernel/scale": np.ones(2)}}})
-    assert "params/WeightNorm_0/a/kernel/scale: it has no counterpart" in text
+    assert "params/WeightNorm_0/a/kernel/scale: a name with '/' in it" in text
 
     text = unwritten(variables, "haiku")
     assert "batch_stats/bn/mean: its shape is that of the layer's input: pass" in text

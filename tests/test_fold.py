@@ -874,6 +874,60 @@ def test_an_nnx_model_is_folded_into_a_copy(model):
     assert sorted(left["params"]["layers"][0]) == ["bias", "kernel"]
 
 
+def test_a_norm_with_two_names_is_replaced_at_both():
+    rngs = nnx.Rngs(0)
+    model: Any = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+    )
+    model.z_norm = model.layers[1]
+    folded = jaxnorm.nnx.fold(model, sample(2, 3))
+    assert type(folded.layers[1]) is type(folded.z_norm) is Identity
+    assert type(model.z_norm) is nnx.BatchNorm
+
+
+@pytest.mark.parametrize("factor", [None, 0.96])
+def test_a_factor_that_half_precision_hides_is_seen(factor):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.Dense(4, dtype=jnp.bfloat16)(x)
+            y = y if factor is None else y * factor
+            return nn.BatchNorm(use_running_average=True)(y.astype(jnp.float32))
+
+    x = sample(2, 3)
+    variables = Net().init(jax.random.key(0), x)
+    assert len(find_pairs(Net().apply, variables, x)) == (factor is None)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+def test_a_stride_may_pad_other_images(strides):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(x)
+            return nn.Conv(4, (2, 2), strides=strides, padding="VALID")(x)
+
+    x = sample(1, 8, 8, 3)
+    variables = Net().init(jax.random.key(0), x)
+    # What pads 8 x 8 images nothing, may pad 7 x 7 ones, if it is "SAME".
+    assert len(find_pairs(Net().apply, variables, x)) == (strides == 1)
+
+
+def test_a_norm_alone_is_no_pair():
+    def apply(variables, x):
+        return jaxnorm.batch_norm(
+            x @ variables["params"]["kernel"],
+            variables["batch_stats"],
+            use_running_average=True,
+        )[0]
+
+    tree = {
+        "params": {"kernel": jnp.ones((3, 4))},
+        "batch_stats": jaxnorm.init_stats(4),
+    }
+    assert find_pairs(apply, tree, sample(2, 3)) == []
+
+
 def test_nnx_pairs_may_be_given(model):
     x = sample(2, 5, 5, 3)
     pairs = [Pair("layers/2", "norm", 1e-2), ("dense", "last")]

@@ -83,7 +83,12 @@ def _written(
 ) -> np.ndarray:
     """The array of a leaf as the framework has it."""
     nameless = leaf.name in (*MARKS, "count") and leaf.name not in table.norm_names
-    if table is not FLAX and ("/" in leaf.name or nameless):
+    if "/" in leaf.name:
+        raise Misfit(
+            "a name with '/' in it, such as that of a normalized kernel, cannot be "
+            "told from a path: leave it out"
+        )
+    if nameless and table is not FLAX:
         marks = "`jaxnorm.unfreeze` and `discard` take such marks away"
         raise Misfit(f"it has no counterpart{f'; {marks}' * (leaf.name in MARKS)}")
     if table.keeps_rank and like is None and leaf.extras:
