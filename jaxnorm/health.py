@@ -238,9 +238,7 @@ def _batches(found: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
 
 
 def _pooled(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The moments pooled in `stats`, but for a mean that the layer does not keep."""
-    own = {k: stats[f"batch_{k}"] for k in ("mean", "var", "size")}
-    return {k: v for k, v in own.items() if k != "mean" or "mean" in stats}
+    return {k: stats[f"batch_{k}"] for k in ("mean", "var", "size")}
 
 
 def _check_batch(
@@ -284,15 +282,16 @@ def _row(
     limits: Limits,
 ) -> LayerHealth:
     var = stats.get("var", np.array([]))
+    valid = _valid("var", var)
     known = {} if batch is None else _of_batch(stats, batch, limits)
     row = LayerHealth(
         path=path,
         features=int(np.prod(_shape(stats))),
         **_spread("mean", abs(stats.get("mean", np.array([])))),
-        **_spread("var", var[var >= 0]),
+        **_spread("var", valid),
         never_updated=int(_never_updated(stats).sum()),
         invalid=sum(_infinite(v) for v in stats.values()) + int((var < 0).sum()),
-        small=int(((var >= 0) & (var < limits.epsilon)).sum()),
+        small=int((valid < limits.epsilon).sum()),
         dead=int((_output_deviation(stats, params, batch, limits) < limits.dead).sum()),
         **known,
     )
@@ -311,6 +310,12 @@ def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
 
 def _infinite(values: np.ndarray) -> int:
     return int((~np.isfinite(values)).sum())
+
+
+def _valid(name: str, values: np.ndarray) -> np.ndarray:
+    """`values`, with NaN in place of those that no mean or variance can have."""
+    possible = np.isfinite(values) & ((name == "mean") | (np.real(values) >= 0))
+    return np.where(possible, values, np.nan)
 
 
 def _never_updated(stats: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -336,15 +341,11 @@ def _output_deviation(
     deviation = np.broadcast_to(abs(params.get("scale", np.array(1.0))), _shape(stats))
     if "var" not in stats:  # whitened
         return deviation
-    var = seen = _valid(stats["var"])
+    var = seen = _valid("var", stats["var"])
     if batch is not None and "var" in batch:
-        seen = np.where(_trusted(batch, limits), batch["var"], var)
+        fresh = _valid("var", batch["var"])
+        seen = np.where(_trusted(batch, limits), fresh, var)
     return deviation * np.sqrt(seen / (var + limits.epsilon))
-
-
-def _valid(var: np.ndarray) -> np.ndarray:
-    """NaN in the place of what no variance is."""
-    return np.where((var >= 0) & np.isfinite(var), var, np.nan)
 
 
 def _trusted(batch: Mapping[str, np.ndarray], limits: Limits) -> np.ndarray:
@@ -363,7 +364,7 @@ def _of_batch(
     far = np.maximum(limits.drift, 4 / np.sqrt(np.maximum(size, 1)))
     strays = np.array([(v > far) & _trusted(batch, limits) for v in drifts.values()])
     figures = {
-        "fresh_invalid": sum(_infinite(v) for v in moments.values()),
+        "fresh_invalid": sum(_infinite(_valid(k, v)) for k, v in moments.items()),
         "drifted": int(strays.any(0).sum()),
     }
     if "size" in batch:
@@ -380,13 +381,13 @@ def _drifts(
     """How far the batch is off, in running deviations: its mean, its deviation."""
     if "var" not in stats:
         return {}
-    divisor = _valid(stats["var"]) + epsilon
+    stats, batch = ({k: _valid(k, v) for k, v in t.items()} for t in (stats, batch))
+    divisor = stats["var"] + epsilon
     drifts = {}
     if "mean" in batch:
         drifts["mean"] = abs(batch["mean"] - stats["mean"]) / np.sqrt(divisor)
     if "var" in batch:
-        ratio = (_valid(batch["var"]) + epsilon) / divisor
-        drifts["deviation"] = abs(np.log(ratio)) / 2
+        drifts["deviation"] = abs(np.log((batch["var"] + epsilon) / divisor)) / 2
     return drifts
 
 

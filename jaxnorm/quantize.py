@@ -105,7 +105,7 @@ def quantization_aware_layer(
         batch = Moments(mean, var, past.size)
         used = _chosen(by_running, past, batch)
         new = _chosen(held, new, moved)
-    slope = past.rstd(epsilon)
+    slope = past.rstd(norm.epsilon)
     if scale is not None:
         slope = slope * _scale(scale, kernel, slope)
     wide = kernel.astype(promote(kernel.dtype, slope.dtype))
@@ -114,7 +114,7 @@ def quantization_aware_layer(
     # (y - mean * slope) * correction is y * correction - mean * scale / std.
     center, correction = (
         v.reshape(where.param_shape())
-        for v in (used.mean * slope, used.rstd(epsilon) / past.rstd(epsilon))
+        for v in (used.mean * slope, used.rstd(norm.epsilon) / past.rstd(norm.epsilon))
     )
     return standardize(y, center, correction, where, bias=bias, mask=mask), new
 
