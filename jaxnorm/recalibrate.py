@@ -95,18 +95,16 @@ def recalibrate(
     stats = variables["batch_stats"]
     meant = chosen(stats, where)
     gather = jax.jit(lambda variables, batch: _gathered(apply, variables, batch, meant))
-    own = {p: _unmarked(layer) for p, layer in meant.items()}
     base = _by_running(stats) if layer_by_layer else stats
-    for left in reversed(range(_depth(own) + 1 if layer_by_layer else 1)):
+
+    def once(own: dict[str, dict]) -> dict[str, dict]:
         marked = {p: _gathering(v, layer_by_layer) for p, v in own.items()}
         now = {**variables, "batch_stats": with_layers(base, marked)}
         found = _one_pass(gather, now, progress(batches) if progress else batches)
-        new = {p: _moved(v, found[p], unbiased) for p, v in own.items()}
-        if layer_by_layer and _same(own, new):
-            break
-        if layer_by_layer and not left:
-            _check_settled(own, new)
-        own = new
+        return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
+
+    own = {p: _unmarked(layer) for p, layer in meant.items()}
+    own = _settled(once, own) if layer_by_layer else once(own)
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
 
@@ -213,23 +211,30 @@ def _depth(own: Mapping[str, Any]) -> int:
     return sum(math.prod(shape[:-1]) for shape in shapes)
 
 
-def _check_settled(own: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises where the last pass changed something by more than rounding does."""
-    moving = [
-        path
-        for path, stats in new.items()
-        if any(
-            not np.allclose(v, own[path][k], rtol=1e-3, atol=1e-3)
-            for k, v in stats.items()
-            if k in ("mean", "var")
-        )
-    ]
+def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:
+    """What `once` makes of `own`, again and again, until nothing changes.
+
+    Each pass settles the layers behind those settled before. Raises where the last one
+    still changed something by more than rounding does.
+    """
+    before = own
+    for _ in range(_depth(own) + 1):
+        before, own = own, once(own)
+        if _same(before, own):
+            return own
+    moving = [path for path, stats in own.items() if not _close(stats, before[path])]
     if moving:
         raise ValueError(
             f"the statistics of the layers {moving} do not settle, as it is where one "
             "norm is called several times: recalibrate without layer_by_layer, or give "
             "each call a norm of its own; no statistics have changed"
         )
+    return own
+
+
+def _close(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    names = [k for k in ("mean", "var") if k in a]
+    return all(np.allclose(a[k], b[k], rtol=1e-3, atol=1e-3) for k in names)
 
 
 def _same(a: Any, b: Any) -> bool:
