@@ -5,7 +5,7 @@ From the root of the repository, in some ten seconds on two CPU cores:
     python examples/08_from_pytorch.py
 
 The file beside this one is the state dict of a small network for handwritten digits
-(tests/golden/digits.py), with the logits of torch for the images that it was not
+(tests/golden/torch_digits.py), with the logits of torch for the images that it was not
 trained on. --checkpoint takes another file of the same network. A checkpoint does not
 say which settings its norms had: `jaxnorm.norm_settings` has torch's, and with them the
 running statistics go on moving as they did.

@@ -5,7 +5,7 @@ Run it once, on a CPU, in an environment of its own. The file in the repository 
 Python 3.11 and
 
     pip install torch==2.13.0 safetensors==0.8.0 scikit-learn==1.9.1 numpy==2.4.6
-    python tests/golden/digits.py
+    python tests/golden/torch_digits.py
 
 Beside the state dict it holds "expected_logits": what the network returns for the
 images that it was not trained on.
