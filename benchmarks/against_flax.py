@@ -7,11 +7,9 @@ the machine does hits both alike. Prints the lower quartile of each, in millisec
 and the ratio; float32.
 """
 
-import time
-
 import jax
-import numpy as np
 from flax import linen as flax_linen
+from timing import milliseconds
 
 from jaxnorm import linen as jaxnorm_linen
 
@@ -62,19 +60,6 @@ def programs(library, name, shape, options):
     }
 
 
-def milliseconds(calls):
-    """The lower quartile of each call's times, the calls taking turns at random."""
-    times = {key: [] for key in calls}
-    rng = np.random.default_rng(0)
-    for _ in range(ROUNDS + 2):
-        for i in rng.permutation(len(calls)):
-            key = list(calls)[i]
-            start = time.perf_counter()
-            jax.block_until_ready(calls[key]())
-            times[key].append(time.perf_counter() - start)
-    return {k: 1e3 * float(np.quantile(t[2:], 0.25)) for k, t in times.items()}
-
-
 def main():
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; milliseconds")
     print(f"{'':28}{'':22}{'flax':>8}{'jaxnorm':>9}{'ratio':>7}")
@@ -84,7 +69,7 @@ def main():
             for library, module in LIBRARIES.items()
             for work, call in programs(module, name, shape, options).items()
         }
-        times = milliseconds(calls)
+        times = milliseconds(calls, ROUNDS)
         for work in ("forward", "forward and gradient"):
             flax, ours = (times[library, work] for library in LIBRARIES)
             print(f"{case:28}{work:22}{flax:8.2f}{ours:9.2f}{ours / flax:7.2f}")

@@ -8,13 +8,12 @@ the ratio; forward pass, jitted, float32. Checks that the results are the same.
 """
 
 import functools
-import time
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from timing import milliseconds
 
 import jaxnorm
 from jaxnorm.linen import BatchNorm
@@ -54,19 +53,6 @@ class ResNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def milliseconds(calls):
-    """The lower quartile of each call's times, the calls taking turns at random."""
-    times = {key: [] for key in calls}
-    rng = np.random.default_rng(0)
-    for _ in range(ROUNDS + 2):
-        for i in rng.permutation(len(calls)):
-            key = list(calls)[i]
-            start = time.perf_counter()
-            jax.block_until_ready(calls[key]())
-            times[key].append(time.perf_counter() - start)
-    return {k: 1e3 * float(np.quantile(t[2:], 0.25)) for k, t in times.items()}
-
-
 def main():
     versions = f"jax {jax.__version__}, flax {flax.__version__}"
     print(f"{versions} on {jax.devices()[0].device_kind}; milliseconds")
@@ -84,7 +70,7 @@ def main():
                 "with": functools.partial(jax.jit(net.apply), variables, x),
                 "folded": functools.partial(jax.jit(without.apply), folded, x),
             }
-            before, after = milliseconds(calls).values()
+            before, after = milliseconds(calls, ROUNDS).values()
             row = f"{name:22}{len(pairs):7}{batch:7}{before:9.2f}{after:9.2f}"
             print(f"{row}{after / before:7.2f}")
 

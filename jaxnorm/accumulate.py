@@ -93,7 +93,7 @@ def commit(
         axes = keep(m.var.shape, tuple(range(m.var.ndim)))
         kept = tuple(k for k in ("mean", "var") if k in stats)
         return running.update_stats(
-            _without_batch(stats),
+            running.without(stats, BATCH),
             m,
             axes,
             momentum=momentum,
@@ -113,7 +113,7 @@ def discard(batch_stats: Tree) -> Tree:
     >>> sorted(jaxnorm.discard(jaxnorm.accumulate(jaxnorm.init_stats(1))))
     ['mean', 'var']
     """
-    return _map_gathered(lambda _, stats: _without_batch(stats), batch_stats)
+    return _map_gathered(lambda _, stats: running.without(stats, BATCH), batch_stats)
 
 
 def _map_gathered(f: Any, batch_stats: Tree) -> Tree:
@@ -124,7 +124,3 @@ def _map_gathered(f: Any, batch_stats: Tree) -> Tree:
             f"accumulate(batch_stats); the layers are {list(layers(batch_stats))}"
         )
     return map_layers(f, batch_stats, where=gathered.__contains__)
-
-
-def _without_batch(stats: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in stats.items() if k not in BATCH}

@@ -17,6 +17,7 @@ from jaxnorm.control import NAMES as CONTROLS
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
 from jaxnorm.moments import Moments, moments
 from jaxnorm.normalize import normalize
+from jaxnorm.running import as_arrays
 from jaxnorm.standardize import standardize
 
 Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
@@ -241,11 +242,6 @@ def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
     return cast(Array, value)
 
 
-def as_arrays(stats: Stats) -> dict[str, Array]:
-    """`stats` as they are, in a dict of their own."""
-    return {k: jnp.asarray(v) for k, v in stats.items()}
-
-
 @method
 class StatelessNorm(Norm):
     """A norm by the moments of the array at hand, at training and evaluation alike."""
@@ -375,7 +371,7 @@ class StatefulNorm(Norm):
                 f"the statistics of {type(self).__name__} are no moments of the data, "
                 "so those of several batches cannot be pooled: leave its layers out"
             )
-        own = {k: v for k, v in stats.items() if k not in _SWITCHES}
+        own = running.without(stats, running.SWITCHES)
         same = as_arrays(stats)
         if flag is True or (by_running and held):
             return self.evaluate(x, params, own, **args), same
@@ -389,9 +385,6 @@ class StatefulNorm(Norm):
             return y, new
         kept = self.evaluate(x, params, own, **args), same
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, (y, new))
-
-
-_SWITCHES = (running.RUNNING, running.HELD)
 
 
 def _held_controls(params: Params, when: bool | Array) -> dict[str, ArrayLike]:

@@ -11,13 +11,14 @@ from jaxnorm.dtypes import at_least_float32
 from jaxnorm.layers import (
     Tree,
     Where,
+    below,
     check_shapes,
     chosen_norms,
     everywhere,
     map_layers,
 )
 from jaxnorm.moments import abs_square
-from jaxnorm.running import BATCH, HELD, RUNNING, blend
+from jaxnorm.running import BATCH, SWITCHES, blend
 
 
 def merge_stats(
@@ -180,7 +181,7 @@ def reset_stats(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
     """
 
     def reset(path, stats):
-        unknown = {*stats} - {*_STARTS, RUNNING, HELD}
+        unknown = {*stats} - {*_STARTS, *SWITCHES}
         if unknown:
             raise ValueError(
                 f"the norm at {path!r} keeps {sorted(unknown)}, of which only its "
@@ -247,7 +248,7 @@ def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
     """The nodes of `tree` at the paths that are meant, and the rest of it."""
     mine, rest = {}, {}
     for k, node in tree.items():
-        here = f"{path}/{k}" if path else str(k)
+        here = below(path, k)
         if here in meant:
             mine[k] = node
         elif isinstance(node, Mapping) and node:
@@ -262,7 +263,7 @@ def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
 def _joined(a: Tree, b: Tree, path: str) -> dict[str, Any]:
     out = dict(a)
     for k, node in b.items():
-        here = f"{path}/{k}" if path else str(k)
+        here = below(path, k)
         if k in a and not (isinstance(a[k], Mapping) and isinstance(node, Mapping)):
             raise ValueError(f"both trees hold {here!r}: join the two of one split")
         out[k] = _joined(a[k], node, here) if k in a else node

@@ -15,7 +15,7 @@ from jaxnorm.layers import (
     keys_at,
     put,
 )
-from jaxnorm.running import HELD, RUNNING, marks
+from jaxnorm.running import SWITCHES, marks
 
 
 def convert(
@@ -85,7 +85,7 @@ def _converted(
     new_params = _kept(path, norm, new_params, params)
     new_stats = _kept(path, norm, new_stats, stats)
     if new_stats:
-        new_stats |= marks(new_stats, *(k for k in (RUNNING, HELD) if k in stats))
+        new_stats |= marks(new_stats, *(k for k in SWITCHES if k in stats))
     return new_params, new_stats
 
 

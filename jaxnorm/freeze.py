@@ -1,8 +1,5 @@
 """Which statistics does a layer use, do they move, do its parameters train?"""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 
 from jaxnorm.layers import (
@@ -12,9 +9,10 @@ from jaxnorm.layers import (
     layers,
     map_layers,
     map_params,
+    meant,
     norm_params,
 )
-from jaxnorm.running import HELD, RUNNING, marks
+from jaxnorm.running import HELD, RUNNING, SWITCHES, marks, without
 
 
 def freeze(
@@ -63,7 +61,7 @@ def freeze(
     switches = {RUNNING: use_running_average, HELD: not update}
     names = [k for k, on in switches.items() if on]
     return map_layers(
-        lambda _, stats: _unmarked(stats) | marks(stats, *names),
+        lambda _, stats: without(stats, SWITCHES) | marks(stats, *names),
         batch_stats,
         where=where,
     )
@@ -78,7 +76,7 @@ def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
     >>> sorted(jaxnorm.unfreeze(jaxnorm.freeze(jaxnorm.init_stats(1))))
     ['mean', 'var']
     """
-    return map_layers(lambda _, v: _unmarked(v), batch_stats, where=where)
+    return map_layers(lambda _, v: without(v, SWITCHES), batch_stats, where=where)
 
 
 def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
@@ -117,15 +115,10 @@ def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
     >>> print(jaxnorm.frozen_labels(params))
     {'BatchNorm_0': {'scale': 'frozen'}, 'Dense_0': {'kernel': 'trainable'}}
     """
-    norms = norm_params(params)
-    if not any(map(where, norms)):
-        raise ValueError(
-            f"`where` means none of the norms with parameters, which are {list(norms)}"
-            ": return True for the paths of some of them"
-        )
+    frozen = meant(norm_params(params), where, "norms with parameters")
 
     def labels(path, node):
-        label = "frozen" if where(path) else "trainable"
+        label = "frozen" if path in frozen else "trainable"
         return jax.tree.map(lambda _: label, node)
 
     return map_params(labels, params, lambda _: "trainable")
@@ -153,7 +146,3 @@ def decay_mask(params: Tree) -> Tree:
     return map_params(
         lambda _, node: jax.tree.map(lambda _: False, node), params, lambda _: True
     )
-
-
-def _unmarked(stats: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in stats.items() if k not in (RUNNING, HELD)}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxnorm.layers import Tree, Where, chosen, everywhere, layers, path_name
-from jaxnorm.running import BATCH, MARKS
+from jaxnorm.running import BATCH, MARKS, shape_of
 
 # A few features may stray without a word: in wide layers, some always do.
 DRIFTED_SHARE = 0.05
@@ -202,7 +202,7 @@ def _scales(found: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
             'the same model, variables["params"], or leave them out'
         )
     for path, scale in scales.items():
-        features = _shape(found[path])
+        features = shape_of(found[path])
         if not _broadcasts(np.shape(scale["scale"]), features):
             raise ValueError(
                 f"the scale of {path!r} has shape {np.shape(scale['scale'])}, but the "
@@ -244,18 +244,15 @@ def _pooled(stats: Mapping[str, Any]) -> dict[str, Any]:
 def _check_batch(
     path: str, stats: Mapping[str, Any], moments: Mapping[str, Any]
 ) -> None:
+    shape = shape_of(stats)
     for name, value in moments.items():
         fits = _broadcasts if name == "size" else tuple.__eq__
-        if name in ("mean", "var", "size") and not fits(np.shape(value), _shape(stats)):
+        if name in ("mean", "var", "size") and not fits(np.shape(value), shape):
             raise ValueError(
                 f"the {name} of {path!r} in the fresh batch has shape "
-                f"{np.shape(value)}, but the statistics {_shape(stats)}: take both "
+                f"{np.shape(value)}, but the statistics {shape}: take both "
                 "from one model"
             )
-
-
-def _shape(stats: Mapping[str, Any]) -> tuple[int, ...]:
-    return np.shape(stats["mean" if "mean" in stats else "var"])
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -286,7 +283,7 @@ def _row(
     known = {} if batch is None else _of_batch(stats, batch, limits)
     row = LayerHealth(
         path=path,
-        features=int(np.prod(_shape(stats))),
+        features=int(np.prod(shape_of(stats))),
         **_spread("mean", abs(stats.get("mean", np.array([])))),
         **_spread("var", valid),
         never_updated=int(_never_updated(stats).sum()),
@@ -324,7 +321,7 @@ def _never_updated(stats: Mapping[str, np.ndarray]) -> np.ndarray:
         return stats["count"] == 0
     initial = [stats[k] == v for k, v in (("mean", 0), ("var", 1)) if k in stats]
     if "whitening" in stats:
-        rows = stats["whitening"].reshape(*_shape(stats), -1)
+        rows = stats["whitening"].reshape(*shape_of(stats), -1)
         size = rows.shape[-1]
         eye = np.tile(np.eye(size), (rows.shape[-2] // size, 1))
         initial.append((rows == eye).all(-1))
@@ -338,7 +335,8 @@ def _output_deviation(
     limits: Limits,
 ) -> np.ndarray:
     """The deviation of each feature of the output at evaluation."""
-    deviation = np.broadcast_to(abs(params.get("scale", np.array(1.0))), _shape(stats))
+    scale = abs(params.get("scale", np.array(1.0)))
+    deviation = np.broadcast_to(scale, shape_of(stats))
     if "var" not in stats:  # whitened
         return deviation
     var = seen = _valid("var", stats["var"])
@@ -357,7 +355,7 @@ def _of_batch(
     stats: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], limits: Limits
 ) -> dict[str, Any]:
     """The figures that need a fresh batch."""
-    size = np.broadcast_to(batch.get("size", np.array(np.inf)), _shape(stats))
+    size = np.broadcast_to(batch.get("size", np.array(np.inf)), shape_of(stats))
     moments = {k: batch[k] for k in ("mean", "var") if k in batch and k in stats}
     drifts = _drifts(stats, moments, limits.epsilon)
     drifts = {k: np.where(size > 0, v, np.nan) for k, v in drifts.items()}

@@ -37,14 +37,18 @@ def layers(batch_stats: Tree) -> dict[str, dict[str, Any]]:
 
 def chosen(batch_stats: Tree, where: Where) -> dict[str, dict[str, Any]]:
     """Those of the `layers` that `where` means; raises ValueError if there are none."""
-    found = layers(batch_stats)
-    meant = {path: stats for path, stats in found.items() if where(path)}
-    if not meant:
+    return meant(layers(batch_stats), where, "layers with running statistics")
+
+
+def meant(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
+    """What `where` means of `found`; raises ValueError if that is nothing."""
+    some = {path: value for path, value in found.items() if where(path)}
+    if not some:
         raise ValueError(
-            "`where` means none of the layers with running statistics, which are "
-            f"{list(found)}: return True for the paths of some of them"
+            f"`where` means none of the {what}, which are {list(found)}: return True "
+            "for the paths of some of them"
         )
-    return meant
+    return some
 
 
 def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree:
@@ -69,8 +73,8 @@ def map_layers(
     found, *rest = (layers(tree) for tree in (batch_stats, *others))
     for other in rest:
         check_same(found, other)
-    meant = chosen(batch_stats, where)
-    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in meant.items()}
+    own = chosen(batch_stats, where)
+    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in own.items()}
     return with_layers(batch_stats, new)
 
 
@@ -99,6 +103,11 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def below(path: str, name: Any) -> str:
+    """The path of what the node at `path` holds under `name`."""
+    return f"{path}/{name}" if path else str(name)
+
+
 def keys_at(trees: Iterable[Tree], path: str) -> tuple[Any, ...] | None:
     """The keys that lead to the node at `path` in the first tree that has it."""
 
@@ -106,7 +115,7 @@ def keys_at(trees: Iterable[Tree], path: str) -> tuple[Any, ...] | None:
         if at == path:
             return ()
         for k, inner in node.items() if isinstance(node, Mapping) else ():
-            here = f"{at}/{k}" if at else str(k)
+            here = below(at, k)
             if path == here or path.startswith(f"{here}/"):
                 keys = search(inner, here)
                 if keys is not None:
@@ -152,13 +161,7 @@ def chosen_norms(
         for path in {**params, **stats}
         if path in stats or {*params[path]} != {"bias"}
     }
-    meant = {path: both for path, both in found.items() if where(path)}
-    if not meant:
-        raise ValueError(
-            f"`where` means none of the norms, which are {sorted(found)}: return True "
-            "for the paths of some of them"
-        )
-    return meant
+    return meant(found, where, "norms")
 
 
 def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:

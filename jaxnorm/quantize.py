@@ -9,10 +9,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import running
-from jaxnorm.base import Stats, as_arrays, as_flag
+from jaxnorm.base import Stats, as_flag
 from jaxnorm.dtypes import as_floating, promote
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.moments import Moments
+from jaxnorm.running import as_arrays
 from jaxnorm.standardize import standardize
 
 

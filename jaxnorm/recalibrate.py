@@ -18,7 +18,7 @@ from jaxnorm.layers import (
     map_layers,
     with_layers,
 )
-from jaxnorm.running import BATCH, HELD, RUNNING
+from jaxnorm.running import BATCH, MARKS, RUNNING
 
 Apply = Callable[[Mapping[str, Tree], Any], Tree]
 
@@ -103,7 +103,7 @@ def recalibrate(
         found = _one_pass(gather, now, progress(batches) if progress else batches)
         return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
 
-    own = {p: _unmarked(layer) for p, layer in meant.items()}
+    own = {p: running.without(layer, MARKS) for p, layer in meant.items()}
     own = _settled(once, own) if layer_by_layer else once(own)
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
@@ -207,8 +207,7 @@ def _by_running(batch_stats: Tree) -> Tree:
 
 def _depth(own: Mapping[str, Any]) -> int:
     """How many layers there are at most, stacked ones, as of a scan, one by one."""
-    shapes = [jnp.shape(v["var" if "var" in v else "mean"]) for v in own.values()]
-    return sum(math.prod(shape[:-1]) for shape in shapes)
+    return sum(math.prod(running.shape_of(v)[:-1]) for v in own.values())
 
 
 def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:
@@ -242,7 +241,3 @@ def _same(a: Any, b: Any) -> bool:
         np.array_equal(*pair)
         for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
-
-
-def _unmarked(stats: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in stats.items() if k not in (RUNNING, HELD, *BATCH)}

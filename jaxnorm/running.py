@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -17,8 +18,9 @@ Stats = dict[str, Array]
 # how these are used and updated. Of the first two the presence counts, not the value.
 RUNNING = "running"  # the layer normalizes by the running statistics, in training too
 HELD = "held"  # the layer does not update its statistics
+SWITCHES = (RUNNING, HELD)
 BATCH = ("batch_mean", "batch_var", "batch_size", "batch_residue")  # see pooled
-MARKS = (RUNNING, HELD, *BATCH)
+MARKS = (*SWITCHES, *BATCH)
 
 
 def init_stats(
@@ -79,7 +81,7 @@ def update_stats(
     is not finite leaves all as they were, bit for bit.
     """
     check(stats, axes, kept + (("count",) if momentum is None else ()))
-    old = {k: jnp.asarray(v) for k, v in stats.items()}
+    old = as_arrays(stats)
     complex_mean = "mean" in kept and jnp.iscomplexobj(m.mean)
     if complex_mean and not jnp.iscomplexobj(old["mean"]):
         raise TypeError(
@@ -113,16 +115,29 @@ def marks(stats: Mapping[str, ArrayLike], *names: str) -> Stats:
     As large as its statistics, so that they can be split wherever these are, as over
     the steps of a scan over layers.
     """
-    shape = jnp.shape(stats["var" if "var" in stats else "mean"])
-    return {name: jnp.ones(shape, bool) for name in names}
+    return {name: jnp.ones(shape_of(stats), bool) for name in names}
+
+
+def without(stats: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """`stats` less what they hold under `names`."""
+    return {k: v for k, v in stats.items() if k not in names}
+
+
+def shape_of(stats: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the statistics of a layer."""
+    return jnp.shape(stats["var" if "var" in stats else "mean"])
+
+
+def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
+    """`stats` as they are, in a dict of their own."""
+    return {k: jnp.asarray(v) for k, v in stats.items()}
 
 
 def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
     mean = jnp.zeros_like(stats["mean" if "mean" in stats else "var"])
     zeros = (mean, mean.real, jnp.zeros(mean.shape, jnp.int32), mean)
-    own = {k: jnp.asarray(v) for k, v in stats.items()}
-    return own | dict(zip(BATCH, zeros, strict=True))
+    return as_arrays(stats) | dict(zip(BATCH, zeros, strict=True))
 
 
 def batch(stats: Mapping[str, ArrayLike]) -> Moments:
@@ -140,8 +155,7 @@ def pooled(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
         for a, b in zip(before, new, strict=True)
     )
     union = pool(Moments(*both), lambda v: v.sum(0, keepdims=True))
-    own = {k: jnp.asarray(v) for k, v in stats.items()}
-    return own | {k: v[0] for k, v in zip(BATCH, union, strict=True)}
+    return as_arrays(stats) | {k: v[0] for k, v in zip(BATCH, union, strict=True)}
 
 
 def all_finite(*arrays: Array) -> Array:
@@ -153,7 +167,7 @@ def replaced(
     stats: Mapping[str, ArrayLike], new: Mapping[str, Array], when: Array
 ) -> Stats:
     """`stats` with those of `new` in their place, where `when`; without gradient."""
-    out = {k: jnp.asarray(v) for k, v in stats.items()}
+    out = as_arrays(stats)
     for k, v in new.items():
         v = lax.stop_gradient(v).astype(out[k].dtype)
         out[k] = jnp.where(when, v.reshape(out[k].shape), out[k])

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.dtypes import at_least_float32, promote
-from jaxnorm.layers import Tree, layers
+from jaxnorm.layers import Tree, below, keys_at, layers, put
 
 Layer = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
 
@@ -230,16 +230,12 @@ def fold(
     norms = {path: own for path, own in layers(stats).items() if path}
     chosen = as_pairs(pairs)
     _check_pairs(chosen, nodes, norms)
-    new: dict[str, dict | None] = {}
     for pair in chosen:
         node, norm = nodes[pair.layer], nodes.get(pair.norm, {})
-        new[pair.layer] = _folded(pair, node, norm, norms[pair.norm], epsilon)
-    gone = dict.fromkeys((pair.norm for pair in chosen), None)
-    left = {
-        **variables,
-        "params": _replaced(params, new | gone),
-        "batch_stats": _replaced(stats, gone),
-    }
+        layer = _folded(pair, node, norm, norms[pair.norm], epsilon)
+        params = _with(params, pair.layer, layer)
+        params, stats = (_with(tree, pair.norm, {}) for tree in (params, stats))
+    left = {**variables, "params": params, "batch_stats": stats}
     return {name: tree for name, tree in left.items() if tree or not variables[name]}
 
 
@@ -384,25 +380,11 @@ def _nodes(tree: Tree, path: str = "") -> dict[str, Mapping[str, Any]]:
     found = {path: tree} if path else {}
     for name, node in tree.items():
         if isinstance(node, Mapping):
-            found |= _nodes(node, _joined(path, name))
+            found |= _nodes(node, below(path, name))
     return found
 
 
-def _replaced(tree: Tree, new: Mapping[str, dict | None], path: str = "") -> dict:
-    """`tree` with the nodes of `new`, where None is none, less what this empties."""
-    out = {}
-    for name, node in tree.items():
-        at = _joined(path, name)
-        if at in new:
-            kept = new[at]
-        elif isinstance(node, Mapping):
-            kept = _replaced(node, new, at) or (None if node else {})
-        else:
-            kept = node
-        if kept is not None:
-            out[name] = kept
-    return out
-
-
-def _joined(path: str, name: Any) -> str:
-    return f"{path}/{name}" if path else str(name)
+def _with(tree: Tree, path: str, node: Layer) -> Tree:
+    """`tree` with `node` at `path`, if it has that; an empty one leaves nothing."""
+    keys = keys_at([tree], path)
+    return tree if keys is None else put(tree, keys, node)

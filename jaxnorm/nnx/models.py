@@ -12,7 +12,7 @@ from jax import Array
 import jaxnorm
 from jaxnorm.convert import features
 from jaxnorm.folding.fold import as_pairs
-from jaxnorm.layers import Where, everywhere
+from jaxnorm.layers import Where, everywhere, meant
 from jaxnorm.nnx.norms import BatchNorm, Norm
 from jaxnorm.running import MARKS
 
@@ -165,12 +165,7 @@ def convert(
         for path, module in nnx.iter_modules(model)
         if isinstance(module, _NORMS)
     }
-    found = {path: module for path, module in norms.items() if where(path)}
-    if not found:
-        raise ValueError(
-            f"`where` means none of the norms of the model, which are {list(norms)}: "
-            "return True for the paths of some of them"
-        )
+    found = meant(norms, where, "norms of the model")
     # All of them before the first is put in its place, as one may not fit.
     new = {
         id(module): _converted(path, module, norm, use_scale, use_bias)
