@@ -44,6 +44,11 @@ class Axes(NamedTuple):
         return tuple(n if a in kept else 1 for n, a in pairs)
 
     @property
+    def of_rows(self) -> bool:
+        """Whether each statistic is of a run of consecutive features in memory."""
+        return self.reduce == (len(self.folded) - 1,) and not self.reduce_in_order[0]
+
+    @property
     def reduce_in_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`reduce`, parted into the axes without features and those with.
 

@@ -220,6 +220,7 @@ class Norm(abc.ABC):
             self.axes(x.shape),
             scale=params.get("scale"),
             bias=params.get("bias"),
+            residue=m.residue,
             mask=mask,
             dtype=dtype,
         )

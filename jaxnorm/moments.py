@@ -1,6 +1,7 @@
 """Step 2: mean, variance and number of the elements that share statistics."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ class Moments(NamedTuple):
     All broadcast against the array in its folded shape. `mean` and `var` are at least
     float32. `size` is exact: a Python integer where nothing is masked, so that it is
     known while tracing, and an int32 array where the mask decides. `residue` is what
-    rounding to its dtype has cut off the mean: without it, moments of small sets far
-    from 0 could not be pooled exactly.
+    rounding has cut off the mean: without it, moments of small sets far from 0 could
+    not be pooled exactly, nor the sets be standardized.
     """
 
     mean: Array
@@ -79,12 +80,12 @@ def moments(
         mean = x.mean(axes.reduce, keepdims=True, where=mask)
         var = (abs(x - mean) ** 2).mean(axes.reduce, keepdims=True, where=mask)
 
-    but with one pass over `x` for both sums where nothing is masked. The sums are
-    taken of `x - pivot`, where the pivot is the mean of a sixteenth or more of the
-    elements (of all of them under a mask), so that the subtraction of the squared mean
-    magnifies the rounding of the sums at most 16 times, whatever the mean (Chan, Golub
-    and LeVeque, 1983). On a CPU the pivot is 0 first, and that one only where 0 would
-    break this bound. Where nothing is valid, mean, variance and size are 0.
+    but exact whatever the mean: the squares are those of `x - pivot`, where the pivot is
+    the mean or, where that saves a pass over `x`, the mean of a sixteenth or more of
+    the elements. The squared mean that is subtracted then magnifies the rounding of the
+    sums at most 16 times (Chan, Golub and LeVeque, 1983). On a TPU the pivot of sums
+    over the batch is 0 first, and the mean only where 0 would break this bound. Where
+    nothing is valid, mean, variance and size are 0.
 
     `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError
     if it does not, and TypeError if `x` holds no numbers.
@@ -201,26 +202,29 @@ def _pivot(x: Array, axes: Axes) -> Array:
     The variance between that part and the rest is part of the whole variance, so the
     pivot is within sqrt(1 / part - 1) standard deviations of the mean.
     """
-    along = _slab_axis(x, axes)
-    if along is None or not axes.size:
+    along = _slab_axes(x, axes)
+    if not along or not axes.size:
         return _mean(x, axes, axes.size)
-    # The last axis is contiguous in memory, where every 16th element costs all of them.
-    part = -(-x.shape[along] // 16)
-    step = 1 if along == x.ndim - 1 else 16
-    slab = lax.slice_in_dim(x, 0, (part - 1) * step + 1, step, along)
+    slab, enough = x, -(-axes.size // 16)
+    for a in along:
+        # As few along this axis as leave enough, if the axes to come are kept whole.
+        count = -(-x.shape[a] * enough // math.prod(slab.shape[i] for i in axes.reduce))
+        # The last axis is contiguous in memory, where steps would cost what all cost.
+        step = 1 if a == x.ndim - 1 else x.shape[a] // count
+        slab = lax.slice_in_dim(slab, 0, (count - 1) * step + 1, step, a)
     return slab.mean(axes.reduce, keepdims=True)
 
 
-def _slab_axis(x: Array, axes: Axes) -> int | None:
-    """The reduced axis to take every 16th element of, space before the batch.
+def _slab_axes(x: Array, axes: Axes) -> list[int]:
+    """The reduced axes to take a part of, space before the batch.
 
-    None where there is no axis to choose, or the sharding (known in a mesh of explicit
-    axes) would make a slice move data between devices.
+    None whose sharding (known in a mesh of explicit axes) would make a slice move data
+    between devices.
     """
     spec = tuple(getattr(jax.typeof(x).sharding, "spec", ()))
     sharded = {a for a, name in enumerate(spec) if name is not None}
     usable = [a for a in axes.reduce if x.shape[a] > 1 and a not in sharded]
-    return min(usable, key=lambda a: a == 0, default=None)
+    return sorted(usable, key=lambda a: a == 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -239,37 +243,81 @@ def _mean_and_var(
 def _centered(
     axes: Axes, x: Array, mask: Array | None, size: Any
 ) -> tuple[Array, Array, Array]:
-    """Mean, variance and residue; compiled once, also where nothing around it is."""
+    """Mean, variance and residue; compiled once, also where nothing around it is.
+
+    Each compiler gets the formula that it makes the fewest passes over memory of.
+    """
+    if mask is not None:
+        return _about_the_mean(axes, x, mask, size)
+    gpu = _about_the_mean if axes.of_rows else _about_a_pivot
+    tpu = _about_zero if 0 in axes.reduce else _about_the_mean
+    given = axes, x, mask, size
     return lax.platform_dependent(
-        x,
-        mask,
-        size,
-        cpu=functools.partial(_by_squares, axes),
-        default=functools.partial(_by_pivot, axes),
+        cpu=functools.partial(_in_two_passes, *given),
+        tpu=functools.partial(tpu, *given),
+        default=functools.partial(gpu, *given),
     )
 
 
-def _by_pivot(
-    axes: Axes, x: Array, mask: Array | None, size: Any
-) -> tuple[Array, Array, Array]:
-    """Both sums of `x - pivot`: one pass over `x`, where elementwise work is free."""
-    pivot = _rounded(_pivot(x, axes) if mask is None else _mean(x, axes, size))
-    shifted = x - pivot
+def _shifted(
+    axes: Axes, x: Array, mask: Array | None, size: Any, pivot: Array
+) -> tuple[Array, Array]:
+    """The mean of `x - pivot`, and the variance, in one pass over `x`."""
+    apart = x - pivot
     if mask is not None:
-        shifted = jnp.where(fold_mask(mask, axes), shifted, jnp.zeros((), x.dtype))
-    shift = _mean(shifted, axes, size)
-    var = _mean(abs_square(shifted), axes, size) - abs_square(shift)
+        apart = jnp.where(fold_mask(mask, axes), apart, jnp.zeros((), x.dtype))
+    shift = _mean(apart, axes, size)
+    var = _mean(abs_square(apart), axes, size) - abs_square(shift)
+    return shift, jnp.maximum(var, 0)
+
+
+def _about_the_mean(axes, x, mask, size):
+    """Deviations from the mean, and what rounding left of it, as their own mean.
+
+    For rows that a GPU holds on chip, one pass in all; else two.
+    """
+    mean = _rounded(_mean(x, axes, size))
+    residue, var = _shifted(axes, x, mask, size, mean)
+    return mean, var, residue
+
+
+def row_moments(x: Array, axes: Axes, center: bool) -> Moments:
+    """The moments of rows with the pivot as their mean, and the rest as its residue.
+
+    Neither waits for the other, so that all sums are taken in one pass.
+    """
+    if not center:
+        return moments(x, axes, center=False)
+    x = fold(x, None, axes)
+    pivot = _rounded(_pivot(x, axes))
+    shift, var = _shifted(axes, x, None, axes.size, pivot)
+    return Moments(pivot, var, axes.size, shift)
+
+
+def _about_a_pivot(axes, x, mask, size):
+    """Both sums of `x - pivot`: one pass, where elementwise work is free."""
+    pivot = _rounded(_pivot(x, axes))
+    shift, var = _shifted(axes, x, mask, size, pivot)
     mean, residue = _add(pivot, shift)
+    return mean, var, residue
+
+
+def _in_two_passes(axes, x, mask, size):
+    """The mean, by way of a pivot so that it is exact, then the squares.
+
+    XLA:CPU writes elementwise results that two sums share to memory, but not those
+    that one alone needs.
+    """
+    pivot = _rounded(_pivot(x, axes))
+    mean, residue = _add(pivot, _mean(x - pivot, axes, size))
+    var = _mean(abs_square(x - mean), axes, size) - abs_square(residue)
     return mean, jnp.maximum(var, 0), residue
 
 
-def _by_squares(
-    axes: Axes, x: Array, mask: Array | None, size: Any
-) -> tuple[Array, Array, Array]:
+def _about_zero(axes, x, mask, size):
     """`E[x^2] - E[x]^2` where that is exact, which is known once it is taken.
 
-    XLA:CPU writes `x - pivot` to memory before it sums it, but not `x`; on a GPU, the
-    condition would make the host wait.
+    A TPU takes these sums while it multiplies the matrices that give x.
     """
     mean = _mean(x, axes, size)
     var = _mean(abs_square(x), axes, size) - abs_square(mean)
@@ -277,7 +325,7 @@ def _by_squares(
     return lax.cond(
         near,
         lambda: (mean, jnp.maximum(var, 0), jnp.zeros_like(mean)),
-        lambda: _by_pivot(axes, x, mask, size),
+        lambda: _about_the_mean(axes, x, mask, size),
     )
 
 
@@ -301,13 +349,14 @@ def _mean_and_var_jvp(axes, center, primals, tangents):
     tangent = jax.checkpoint(
         functools.partial(moments_tangent, axes, center), prevent_cse=False
     )
-    dmean, dvar = tangent(x, mask, mean, size, tangents[0])
+    dmean, dvar = tangent(x, mask, mean, residue, size, tangents[0])
     return (mean, var, residue), (dmean, dvar, jnp.zeros_like(residue))
 
 
-def moments_tangent(axes, center, x, mask, mean, size, dx):
+def moments_tangent(axes, center, x, mask, mean, residue, size, dx):
     """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx."""
-    centered = fold(x, mask, axes) - mean
     dx = fold(dx, mask, axes)
-    dvar = _mean(2 * (centered.conj() * dx).real, axes, size)
-    return (_mean(dx, axes, size) if center else jnp.zeros_like(mean)), dvar
+    dmean = _mean(dx, axes, size) if center else jnp.zeros_like(mean)
+    centered = fold(x, mask, axes) - mean
+    half = _mean((centered.conj() * dx).real, axes, size)
+    return dmean, 2 * (half - (residue.conj() * dmean).real)

@@ -6,16 +6,31 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
+from jaxnorm.activation import pack, unpack
 from jaxnorm.axes import Axes
 from jaxnorm.devices import AxisName, Groups
 from jaxnorm.dtypes import as_floating, at_least_float32
-from jaxnorm.moments import Moments, as_mask, moments, moments_tangent
-from jaxnorm.standardize import as_param, standardize_tangent, standardized
+from jaxnorm.moments import (
+    Moments,
+    as_mask,
+    fold,
+    moments,
+    moments_tangent,
+    row_moments,
+)
+from jaxnorm.standardize import (
+    affine,
+    as_param,
+    folded,
+    line_tangent,
+    standardize_tangent,
+    unfold,
+)
 
 
 class Plan(NamedTuple):
@@ -62,55 +77,206 @@ def normalize(
     return _normalize(plan, x, as_mask(mask, x.shape), epsilon, scale, bias)
 
 
+def rectify(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike | None],
+    axes: Axes,
+    residual: ArrayLike | None = None,
+    *,
+    epsilon: ArrayLike,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, Moments]:
+    """`normalize`, then `+ residual`, then `relu`, as one function. The same as
+
+        y, m = normalize(x, params, axes, ...)
+        y = relu(y + residual)
+
+    but that the sum is not rounded to `dtype` in between, and that the backward pass
+    keeps one bit for each element of y, where `x` has a last axis of a multiple of 8,
+    and neither y nor `residual`.
+    """
+    x = as_floating(x)
+    wide = at_least_float32(x.dtype)
+    plan = Plan(
+        axes,
+        True,
+        devices.as_axis_name(axis_name),
+        devices.as_groups(axis_index_groups),
+        jnp.dtype(x.dtype if dtype is None else dtype),
+    )
+    scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
+    epsilon = jnp.asarray(epsilon, wide).real
+    mask = as_mask(mask, x.shape)
+    return _rectify(plan, x, mask, epsilon, scale, bias, residual)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(plan, x, mask, epsilon, scale, bias):
-    own = moments(x, plan.axes, mask=mask, center=plan.center)
-    m = devices.sync(own, plan.axis_name, plan.groups)
-    rstd = m.rstd(epsilon)
-    return standardized(plan.axes, plan.dtype, x, mask, m.mean, rstd, scale, bias), m
+    _, m = _moments(plan, x, mask)
+    return unfold(
+        _line(plan, x, mask, m, epsilon, scale, bias), mask, plan.axes, plan.dtype
+    ), m
 
 
 @_normalize.defjvp
 def _normalize_jvp(plan, primals, tangents):
     x, mask, epsilon, scale, bias = primals
     dx, _, depsilon, dscale, dbias = tangents
-    own = moments(x, plan.axes, mask=mask, center=plan.center)
-    m = devices.sync(own, plan.axis_name, plan.groups)
-    rstd = m.rstd(epsilon)
-    y = standardized(plan.axes, plan.dtype, x, mask, m.mean, rstd, scale, bias)
+    own, m = _moments(plan, x, mask)
+    y = unfold(
+        _line(plan, x, mask, m, epsilon, scale, bias), mask, plan.axes, plan.dtype
+    )
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
     tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
-    synced = None if plan.axis_name is None else (m.mean, m.size)
+    synced = None if plan.axis_name is None else m
+    rstd = m.rstd(epsilon)
     dy, dmean, dvar = tangent(
-        x, mask, own.mean, own.size, synced, rstd, scale, dx, depsilon, dscale, dbias
+        x, mask, own, synced, epsilon, rstd, scale, dx, depsilon, dscale, dbias
     )
     dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
     return (y, m), (dy, dm)
 
 
-def _tangent(
-    plan, x, mask, mean, size, synced, rstd, scale, dx, depsilon, dscale, dbias
-):
-    """The chain rule over the parts; its transpose sums x's cotangent twice."""
-    dmean, dvar = moments_tangent(plan.axes, plan.center, x, mask, mean, size, dx)
-    if synced is not None:
-        own, (mean, whole) = mean, synced
-        dmean, dvar = devices.sync_tangent(
-            plan.axis_name, plan.groups, own - mean, size, whole, dmean, dvar
-        )
-    drstd = -0.5 * rstd**3 * (dvar + depsilon)
-    dy = standardize_tangent(
-        plan.axes,
-        plan.dtype,
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rectify(plan, x, mask, epsilon, scale, bias, residual):
+    _, m = _moments(plan, x, mask)
+    return _rectified(plan, x, mask, m, epsilon, scale, bias, residual), m
+
+
+def _rectified(plan, x, mask, m, epsilon, scale, bias, residual):
+    y = _line(plan, x, mask, m, epsilon, scale, bias)
+    y = y if residual is None else y + fold(residual, mask, plan.axes)
+    return unfold(jnp.maximum(y, 0), mask, plan.axes, plan.dtype)
+
+
+@_rectify.defjvp
+def _rectify_jvp(plan, primals, tangents):
+    x, mask, epsilon, scale, bias, residual = primals
+    dx, _, depsilon, dscale, dbias, dresidual = tangents
+    own, m = _moments(plan, x, mask)
+    y = _rectified(plan, x, mask, m, epsilon, scale, bias, residual)
+    tangent = jax.checkpoint(
+        functools.partial(_rectify_tangent, plan), prevent_cse=False
+    )
+    synced = None if plan.axis_name is None else m
+    dy, dmean, dvar = tangent(
         x,
         mask,
-        mean,
-        rstd,
+        pack(y > 0),
+        own,
+        synced,
+        m.rstd(epsilon),
         scale,
         dx,
-        dmean,
-        drstd,
+        depsilon,
         dscale,
         dbias,
+        dresidual,
     )
-    return dy, dmean, dvar
+    dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
+    return (y, m), (dy, dm)
+
+
+def _rectify_tangent(
+    plan,
+    x,
+    mask,
+    bits,
+    own,
+    synced,
+    rstd,
+    scale,
+    dx,
+    depsilon,
+    dscale,
+    dbias,
+    dresidual,
+):
+    """The chain rule once more, in two parts with a barrier between their transposes.
+
+    The sums take x and the cotangent before it, the rest after it: a compiler that saw
+    both together would write the gated cotangent to memory to share it.
+    """
+    positive = unpack(bits)
+
+    def gated(v):
+        v = unfold(v, mask, plan.axes, plan.dtype)
+        return jnp.where(positive, v, jnp.zeros((), v.dtype))
+
+    later = lax.optimization_barrier(x)
+    m = own if synced is None else synced
+    dmean, dvar, drstd = _moments_tangent(
+        plan, later, mask, own, synced, rstd, depsilon, dx
+    )
+    rstd = rstd.astype(m.mean.dtype)
+    dline = line_tangent(x, m.residue, rstd, scale, dmean, drstd, dscale, dbias)
+    direct = affine(rstd, scale, None) * fold(dx, mask, plan.axes)
+    if dresidual is not None:
+        direct = direct + fold(dresidual, mask, plan.axes)
+    direct, dslope, dshift = lax.optimization_barrier((gated(direct), *dline))
+    centered = fold(x, mask, plan.axes) - m.mean
+    return direct + gated(centered * dslope + dshift), dmean, dvar
+
+
+def _moments(plan, x, mask):
+    """The moments of `x`, and those pooled over devices."""
+    own = moments(x, plan.axes, mask=mask, center=plan.center)
+    return own, devices.sync(own, plan.axis_name, plan.groups)
+
+
+def _line(plan, x, mask, m, epsilon, scale, bias):
+    given = x, mask, m.mean, _residue(plan, m), m.rstd(epsilon), scale, bias
+    return folded(plan.axes, *given)
+
+
+def _residue(plan, m):
+    """None where there is no mean to be exact about."""
+    return m.residue if plan.center else None
+
+
+def _moments_tangent(plan, x, mask, own, synced, rstd, depsilon, dx):
+    given = x, mask, own.mean, own.residue, own.size, dx
+    dmean, dvar = moments_tangent(plan.axes, plan.center, *given)
+    if synced is not None:
+        apart = (own.mean - synced.mean) + (own.residue - synced.residue)
+        dmean, dvar = devices.sync_tangent(
+            plan.axis_name, plan.groups, apart, own.size, synced.size, dmean, dvar
+        )
+    return dmean, dvar, -0.5 * rstd**3 * (dvar + depsilon)
+
+
+def _tangent(
+    plan, x, mask, own, synced, epsilon, rstd, scale, dx, depsilon, dscale, dbias
+):
+    """The chain rule over the parts; its transpose sums x's cotangent twice."""
+    if plan.axes.of_rows and mask is None and synced is None:
+        x, own, rstd = _rows_again(plan, x, own, rstd, epsilon)
+    m = own if synced is None else synced
+    dmean, dvar, drstd = _moments_tangent(
+        plan, x, mask, own, synced, rstd, depsilon, dx
+    )
+    given = x, mask, m.mean, _residue(plan, m), rstd, scale
+    given = *given, dx, dmean, drstd, dscale, dbias
+    return standardize_tangent(plan.axes, plan.dtype, *given), dmean, dvar
+
+
+def _rows_again(plan, x, own, rstd, epsilon):
+    """On a GPU, the moments of rows once more, and about a pivot.
+
+    The forward pass then is one kernel, which reads x once as nothing but its result
+    leaves it; and the backward pass, which reads x anyway, takes all its sums along
+    rows in one pass, as none of them needs another.
+    """
+
+    def again(x):
+        x = lax.optimization_barrier(x)  # or they would be the forward pass's
+        m = row_moments(x, plan.axes, plan.center)
+        return x, m, m.rstd(epsilon)
+
+    def same(x):
+        return x, own, rstd
+
+    return lax.platform_dependent(x, cuda=again, rocm=again, default=same)

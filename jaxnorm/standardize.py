@@ -22,15 +22,17 @@ def standardize(
     *,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
+    residue: ArrayLike = 0.0,
     mask: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
     """`(x - mean) * rstd * scale + bias`, and 0 where `mask` is false.
 
     `mean` and `rstd` (the reciprocal of the deviation) broadcast against `x` in its
-    folded shape, as `Moments` do, and set the precision: at least float32. `scale` and
-    `bias` have the shape of the features, or one of these per example, (batch,
-    *features). The result has `dtype`, that of `x` by default.
+    folded shape, as `Moments` do, and set the precision: at least float32. `residue` is
+    what rounding has cut off the mean. `scale` and `bias` have the shape of the
+    features, or one of these per example, (batch, *features). The result has `dtype`,
+    that of `x` by default.
 
     Only `x`, in its own dtype, and arrays the size of the statistics and parameters
     are kept for the backward pass. Raises ValueError or TypeError where shapes or
@@ -41,7 +43,13 @@ def standardize(
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     scale = as_param("scale", scale, axes, mean.dtype)
     bias = as_param("bias", bias, axes, mean.dtype)
-    return standardized(axes, dtype, x, mask, mean, rstd, scale, bias)
+    # A plain 0 is known while tracing, and costs nothing.
+    residue = (
+        None
+        if isinstance(residue, float) and residue == 0
+        else jnp.asarray(residue, mean.dtype)
+    )
+    return standardized(axes, dtype, x, mask, mean, residue, rstd, scale, bias)
 
 
 def pointwise(
@@ -108,47 +116,79 @@ def as_number(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def standardized(axes, dtype, x, mask, mean, rstd, scale, bias):
+def standardized(axes, dtype, x, mask, mean, residue, rstd, scale, bias):
     """`standardize`, of arrays that are known to fit."""
-    y = (fold(x, mask, axes) - mean) * _slope(mean, rstd, scale)
-    y = y if bias is None else y + bias
+    y = folded(axes, x, mask, mean, residue, rstd, scale, bias)
     return unfold(y, mask, axes, dtype)
+
+
+def folded(axes, x, mask, mean, residue, rstd, scale, bias):
+    """`standardize` in the folded shape and in the precision of the statistics."""
+    slope = affine(rstd.astype(mean.dtype), scale, None)
+    y = (fold(x, mask, axes) - mean) * slope
+    shift = None if residue is None else -residue * slope
+    if bias is not None:
+        shift = bias if shift is None else bias + shift
+    return y if shift is None else y + shift
 
 
 @standardized.defjvp
 def _standardized_jvp(axes, dtype, primals, tangents):
-    x, mask, mean, rstd, scale, bias = primals
-    dx, _, *rest = tangents
+    x, mask, mean, residue, rstd, scale, bias = primals
+    dx, _, dmean, dresidue, drstd, dscale, dbias = tangents
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
     tangent = jax.checkpoint(
         functools.partial(standardize_tangent, axes, dtype), prevent_cse=False
     )
-    dy = tangent(x, mask, mean, rstd, scale, dx, *rest)
+    dmean = dmean if residue is None else dmean + dresidue
+    dy = tangent(x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias)
     return standardized(axes, dtype, *primals), dy
 
 
 def standardize_tangent(
-    axes, dtype, x, mask, mean, rstd, scale, dx, dmean, drstd, dscale, dbias
+    axes, dtype, x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
 ):
-    """slope * dx + centered * dslope + dshift, whose transpose sums x's cotangent
-    twice, once weighted by `centered`, whatever the statistics depend on."""
+    """The tangent of `standardize`, whose transpose sums x's cotangent twice, once
+    weighted by `x - mean`, whatever the statistics depend on."""
     centered = fold(x, mask, axes) - mean
-    slope = _slope(mean, rstd, scale)
-    dslope = _slope(mean, drstd, scale)
-    if dscale is not None:
-        dslope = dslope + rstd.astype(mean.dtype) * dscale
-    dshift = -slope * dmean
-    if dbias is not None:
-        dshift = dshift + dbias
-    dslope, dshift = vary_together(x, dslope, dshift)
-    dy = slope * fold(dx, mask, axes) + centered * dslope + dshift
+    dx, rstd, drstd = (
+        v.astype(mean.dtype) for v in (fold(dx, mask, axes), rstd, drstd)
+    )
+    form = _row_tangent if axes.of_rows else _column_tangent
+    dy = form(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias)
     return unfold(dy, mask, axes, dtype)
 
 
-def _slope(mean, rstd, scale):
-    """`rstd * scale` in the dtype of `mean`, which is complex where x is."""
-    rstd = rstd.astype(mean.dtype)
-    return rstd if scale is None else rstd * scale
+def _column_tangent(x, centered, residue, rstd, scale, dx, *changes):
+    slope = affine(rstd, scale, None)
+    dslope, dshift = line_tangent(x, residue, rstd, scale, *changes)
+    return slope * dx + centered * dslope + dshift
+
+
+def line_tangent(x, residue, rstd, scale, dmean, drstd, dscale, dbias):
+    """The tangents of slope and shift, where y is slope * (x - mean) + shift.
+
+    Where parameters vary along the axes that statistics do, these are small, and their
+    transposes the only two sums of x's size.
+    """
+    slope, dslope = (affine(v, scale, None) for v in (rstd, drstd))
+    if dscale is not None:
+        dslope = dslope + rstd * dscale
+    dshift = affine(-slope * dmean, None, dbias)
+    if residue is not None:
+        dshift = dshift - residue * dslope
+    return vary_together(x, dslope, dshift)
+
+
+def _row_tangent(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
+    """Nothing in the sums along rows waits for another of them."""
+    dshift = -rstd * dmean if residue is None else -rstd * dmean - residue * drstd
+    drstd, dshift, dscale, dbias = vary_together(x, drstd, dshift, dscale, dbias)
+    dy = affine(rstd * dx + centered * drstd + dshift, scale, None)
+    if dscale is not None:
+        centered = centered if residue is None else centered - residue
+        dy = dy + centered * rstd * dscale
+    return affine(dy, None, dbias)
 
 
 def unfold(y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None) -> Array:
