@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm.dtypes import as_floating
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -18,28 +20,53 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def as_activation(name: str | None) -> str | None:
-    """`name`, if it is one of an activation; raises ValueError otherwise."""
-    if name is None or name in ACTIVATIONS:
-        return name
-    raise ValueError(
-        f"activation={name!r} is none of {sorted(ACTIVATIONS)}: use one of these, or "
-        "leave it out and call your own on the result"
-    )
+def check_following(activation: str | None, residual: Array | None, x: Array) -> None:
+    """Raises unless both can follow a norm of `x`."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={activation!r} is none of {sorted(ACTIVATIONS)}: name one of "
+            "these, or leave it out and call your own on the result"
+        )
+    if activation is not None and jnp.iscomplexobj(x):
+        raise TypeError(
+            f"activation={activation!r} takes real numbers, got {x.dtype}: leave it out"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"residual has shape {residual.shape}, but it is added to the norm of an "
+            f"input of shape {x.shape}: pass an array of that shape"
+        )
+
+
+def followed(
+    y: Array, activation: str | None, residual: ArrayLike | None, mask: Array | None
+) -> Array:
+    """`activation(y + residual)` in the dtype of `y`, and 0 where `mask` is false."""
+    residual = None if residual is None else as_floating(residual)
+    check_following(activation, residual, y)
+    if activation is None and residual is None:
+        return y
+    if residual is not None:
+        # Before the sum: a NaN masked later would still poison gradients.
+        y = y + without_masked(residual.astype(y.dtype), mask)
+    return without_masked(y if activation is None else ACTIVATIONS[activation](y), mask)
+
+
+def without_masked(v: Array, mask: Array | None) -> Array:
+    """`v`, and 0 where `mask` is false."""
+    return v if mask is None else jnp.where(mask, v, jnp.zeros((), v.dtype))
 
 
 def pack(flags: Array) -> Array:
     """Booleans as one bit each, eight along the last axis in a byte, where it divides
     into eights; else as they are."""
-    if flags.shape[-1:] == () or flags.shape[-1] % 8:
+    if not flags.shape or not flags.size or flags.shape[-1] % 8:
         return flags
-    eights = flags.reshape(*flags.shape[:-1], -1, 8).astype(jnp.uint8)
-    return jnp.sum(eights * (1 << np.arange(8, dtype=np.uint8)), -1, dtype=jnp.uint8)
+    return jnp.packbits(flags, axis=-1)
 
 
 def unpack(bits: Array) -> Array:
     """The booleans that `pack` has packed."""
     if bits.dtype == jnp.bool_:
         return bits
-    flags = bits[..., None] >> np.arange(8, dtype=np.uint8) & 1
-    return flags.astype(bool).reshape(*bits.shape[:-1], -1)
+    return jnp.unpackbits(bits, axis=-1).astype(bool)

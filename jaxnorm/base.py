@@ -44,6 +44,7 @@ class Norm(abc.ABC):
     axis_index_groups: Sequence[Sequence[int]] | None = None
     params: ClassVar[tuple[str, ...]] = ("scale", "bias")  # names a call may pass
     inputs: ClassVar[tuple[str, ...]] = ()  # names a call must pass, beside x
+    options: ClassVar[tuple[str, ...]] = ()  # names a call may pass, beside x
     center: ClassVar[bool] = True
     pools: ClassVar[bool] = True  # whether devices can share statistics
     has_stats: ClassVar[bool] = True  # whether the method keeps statistics
@@ -145,7 +146,7 @@ class Norm(abc.ABC):
             raise ValueError(
                 f"{kind} has no parameter {unknown}: it takes {list(self.params)}"
             )
-        if set(inputs) != set(self.inputs):
+        if set(inputs) - set(self.options) != set(self.inputs):
             raise TypeError(
                 f"{kind} is called with the inputs {list(self.inputs)} beside x, got "
                 f"{sorted(inputs)}: pass exactly those, by name"
@@ -177,8 +178,12 @@ class Norm(abc.ABC):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
+        **following: Any,
     ) -> tuple[Array, Moments]:
-        """`x` normalized by its `own_moments`, and these."""
+        """`x` normalized by its `own_moments`, and these.
+
+        `following` are the activation and residual of `normalize`.
+        """
         return normalize(
             x,
             params,
@@ -189,6 +194,7 @@ class Norm(abc.ABC):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
+            **following,
         )
 
     @final

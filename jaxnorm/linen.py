@@ -78,18 +78,21 @@ class BatchNorm(nn.BatchNorm):
     """Flax's BatchNorm, with exact statistics, masks and synchronization.
 
     Beyond Flax's arguments, `momentum=None` keeps the average over all batches, and
-    `unbiased=True` the unbiased variance, as PyTorch does. `use_fast_variance` and
-    `force_float32_reductions` are accepted and have no effect: there is one formula,
-    exact and of one pass, and statistics are taken and kept in at least float32.
+    `unbiased=True` the unbiased variance, as PyTorch does; `residual`, at the call, is
+    added to the result, and `activation` applied to it, in one rule.
+    `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
+    the variance is exact, and statistics are taken and kept in at least float32.
     """
 
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
+    activation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
-        return _apply(self, settings(jaxnorm.BatchNorm, self), x, flag, mask)
+        norm = settings(jaxnorm.BatchNorm, self)
+        return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
 class LayerNorm(nn.LayerNorm):
@@ -122,27 +125,34 @@ class GroupNorm(nn.GroupNorm):
     """Flax's GroupNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
-    there is one formula, exact and in at least float32.
+    there is one formula, exact and in at least float32. Beyond Flax's arguments,
+    `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
+    activation: str | None = dataclasses.field(default=None, kw_only=True)
+
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.GroupNorm, self), x, False, mask)
+        norm = settings(jaxnorm.GroupNorm, self)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
 class InstanceNorm(nn.InstanceNorm):
     """Flax's InstanceNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
-    there is one formula, exact and in at least float32.
+    there is one formula, exact and in at least float32. Beyond Flax's arguments,
+    `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
+    activation: str | None = dataclasses.field(default=None, kw_only=True)
+
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
-        return _apply(self, norm, x, False, mask)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
 def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:

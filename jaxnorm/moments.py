@@ -80,12 +80,12 @@ def moments(
         mean = x.mean(axes.reduce, keepdims=True, where=mask)
         var = (abs(x - mean) ** 2).mean(axes.reduce, keepdims=True, where=mask)
 
-    but exact whatever the mean: the squares are those of `x - pivot`, where the pivot is
-    the mean or, where that saves a pass over `x`, the mean of a sixteenth or more of
-    the elements. The squared mean that is subtracted then magnifies the rounding of the
-    sums at most 16 times (Chan, Golub and LeVeque, 1983). On a TPU the pivot of sums
-    over the batch is 0 first, and the mean only where 0 would break this bound. Where
-    nothing is valid, mean, variance and size are 0.
+    but exact whatever the mean: the squares are those of `x - pivot`, where the pivot
+    is the mean or, where that saves a pass over `x`, the mean of a sixteenth or more
+    of the elements. The squared mean that is subtracted then magnifies the rounding of
+    the sums at most 16 times (Chan, Golub and LeVeque, 1983). On a TPU the pivot of
+    sums over the batch is 0 first, and the mean only where 0 would break this bound.
+    Where nothing is valid, mean, variance and size are 0.
 
     `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError
     if it does not, and TypeError if `x` holds no numbers.
@@ -231,12 +231,12 @@ def _slab_axes(x: Array, axes: Axes) -> list[int]:
 def _mean_and_var(
     axes: Axes, center: bool, x: Array, mask: Array | None, size: Any
 ) -> tuple[Array, Array, Array]:
+    if center:
+        return _centered(axes, x, mask, size)
     x = fold(x, mask, axes)
-    if not center:
-        var = _mean(abs_square(x), axes, size)
-        zero = jnp.zeros_like(var, x.dtype)
-        return zero, var, zero
-    return _centered(axes, x, mask, size)
+    var = _mean(abs_square(x), axes, size)
+    zero = jnp.zeros_like(var, x.dtype)
+    return zero, var, zero
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -262,7 +262,7 @@ def _centered(
 def _shifted(
     axes: Axes, x: Array, mask: Array | None, size: Any, pivot: Array
 ) -> tuple[Array, Array]:
-    """The mean of `x - pivot`, and the variance, in one pass over `x`."""
+    """The mean of folded `x - pivot`, and the variance, in one pass over `x`."""
     apart = x - pivot
     if mask is not None:
         apart = jnp.where(fold_mask(mask, axes), apart, jnp.zeros((), x.dtype))
@@ -276,6 +276,7 @@ def _about_the_mean(axes, x, mask, size):
 
     For rows that a GPU holds on chip, one pass in all; else two.
     """
+    x = fold(x, mask, axes)
     mean = _rounded(_mean(x, axes, size))
     residue, var = _shifted(axes, x, mask, size, mean)
     return mean, var, residue
@@ -296,6 +297,7 @@ def row_moments(x: Array, axes: Axes, center: bool) -> Moments:
 
 def _about_a_pivot(axes, x, mask, size):
     """Both sums of `x - pivot`: one pass, where elementwise work is free."""
+    x = fold(x, mask, axes)
     pivot = _rounded(_pivot(x, axes))
     shift, var = _shifted(axes, x, mask, size, pivot)
     mean, residue = _add(pivot, shift)
@@ -308,6 +310,7 @@ def _in_two_passes(axes, x, mask, size):
     XLA:CPU writes elementwise results that two sums share to memory, but not those
     that one alone needs.
     """
+    x = fold(x, mask, axes)
     pivot = _rounded(_pivot(x, axes))
     mean, residue = _add(pivot, _mean(x - pivot, axes, size))
     var = _mean(abs_square(x - mean), axes, size) - abs_square(residue)
@@ -319,8 +322,9 @@ def _about_zero(axes, x, mask, size):
 
     A TPU takes these sums while it multiplies the matrices that give x.
     """
-    mean = _mean(x, axes, size)
-    var = _mean(abs_square(x), axes, size) - abs_square(mean)
+    wide = fold(x, mask, axes)
+    mean = _mean(wide, axes, size)
+    var = _mean(abs_square(wide), axes, size) - abs_square(mean)
     near = _everywhere(abs_square(mean) <= 16 * var)
     return lax.cond(
         near,

@@ -11,7 +11,7 @@ from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
-from jaxnorm.activation import pack, unpack
+from jaxnorm.activation import check_following, followed, pack, unpack
 from jaxnorm.axes import Axes
 from jaxnorm.devices import AxisName, Groups
 from jaxnorm.dtypes import as_floating, at_least_float32
@@ -53,17 +53,29 @@ def normalize(
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Moments]:
     """Standardizes `x` by its own moments and returns these with it. The same as
 
         m = sync(moments(x, axes, mask=mask, center=center), axis_name)
         y = standardize(x, m.mean, m.rstd(epsilon), axes, **params, mask=mask)
+        y = activation(y + residual)
 
     but for what the backward pass keeps, which is `x` in its own dtype, once, and
-    arrays of the size of the statistics and parameters. Raises what these three raise.
+    arrays of the size of the statistics and parameters; after "relu" one bit for each
+    element of y, too (a byte, where the last axis of `x` is no multiple of 8), and
+    after a residual and "relu" y itself, which the next layer keeps as well. Other
+    activations keep what they keep on their own.
+
+    `activation` is "relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid" or "tanh",
+    as in `jax.nn`; `residual` has the shape of `x`. Raises what these three raise, and
+    ValueError or TypeError for another activation or a residual of another shape.
     """
     x = as_floating(x)
+    residual = None if residual is None else as_floating(residual)
+    check_following(activation, residual, x)
     wide = at_least_float32(x.dtype)
     plan = Plan(
         axes,
@@ -73,44 +85,12 @@ def normalize(
         jnp.dtype(x.dtype if dtype is None else dtype),
     )
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
-    epsilon = jnp.asarray(epsilon, wide).real
-    return _normalize(plan, x, as_mask(mask, x.shape), epsilon, scale, bias)
-
-
-def rectify(
-    x: ArrayLike,
-    params: Mapping[str, ArrayLike | None],
-    axes: Axes,
-    residual: ArrayLike | None = None,
-    *,
-    epsilon: ArrayLike,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: DTypeLike | None = None,
-) -> tuple[Array, Moments]:
-    """`normalize`, then `+ residual`, then `relu`, as one function. The same as
-
-        y, m = normalize(x, params, axes, ...)
-        y = relu(y + residual)
-
-    but that the sum is not rounded to `dtype` in between, and that the backward pass
-    keeps one bit for each element of y, where `x` has a last axis of a multiple of 8,
-    and neither y nor `residual`.
-    """
-    x = as_floating(x)
-    wide = at_least_float32(x.dtype)
-    plan = Plan(
-        axes,
-        True,
-        devices.as_axis_name(axis_name),
-        devices.as_groups(axis_index_groups),
-        jnp.dtype(x.dtype if dtype is None else dtype),
-    )
-    scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
-    epsilon = jnp.asarray(epsilon, wide).real
     mask = as_mask(mask, x.shape)
-    return _rectify(plan, x, mask, epsilon, scale, bias, residual)
+    given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias
+    if activation == "relu":
+        return _rectify(plan, *given, residual)
+    y, m = _normalize(plan, *given)
+    return followed(y, activation, residual, mask), m
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -157,68 +137,69 @@ def _rectify_jvp(plan, primals, tangents):
     x, mask, epsilon, scale, bias, residual = primals
     dx, _, depsilon, dscale, dbias, dresidual = tangents
     own, m = _moments(plan, x, mask)
+    rstd = m.rstd(epsilon)
     y = _rectified(plan, x, mask, m, epsilon, scale, bias, residual)
-    tangent = jax.checkpoint(
-        functools.partial(_rectify_tangent, plan), prevent_cse=False
-    )
+    tangent = functools.partial(_rectify_tangent, plan)
     synced = None if plan.axis_name is None else m
-    dy, dmean, dvar = tangent(
-        x,
-        mask,
-        pack(y > 0),
-        own,
-        synced,
-        m.rstd(epsilon),
-        scale,
-        dx,
-        depsilon,
-        dscale,
-        dbias,
-        dresidual,
+    signs = pack(y > 0), bias if residual is None else y
+    changes = dx, depsilon, dscale, dbias, dresidual
+    dy, dmean, dvar = jax.checkpoint(tangent, prevent_cse=False)(
+        x, mask, signs, own, synced, rstd, scale, changes
     )
     dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
     return (y, m), (dy, dm)
 
 
-def _rectify_tangent(
-    plan,
-    x,
-    mask,
-    bits,
-    own,
-    synced,
-    rstd,
-    scale,
-    dx,
-    depsilon,
-    dscale,
-    dbias,
-    dresidual,
-):
+def _rectify_tangent(plan, x, mask, signs, own, synced, rstd, scale, changes):
     """The chain rule once more, in two parts with a barrier between their transposes.
 
     The sums take x and the cotangent before it, the rest after it: a compiler that saw
     both together would write the gated cotangent to memory to share it.
     """
-    positive = unpack(bits)
+    dx, depsilon, dscale, dbias, dresidual = changes
+    m = own if synced is None else synced
+    positive = _positive(plan, x, mask, signs, m, rstd, scale, dresidual is None)
 
     def gated(v):
         v = unfold(v, mask, plan.axes, plan.dtype)
         return jnp.where(positive, v, jnp.zeros((), v.dtype))
 
-    later = lax.optimization_barrier(x)
-    m = own if synced is None else synced
-    dmean, dvar, drstd = _moments_tangent(
-        plan, later, mask, own, synced, rstd, depsilon, dx
-    )
+    later = _apart(x)
+    given = later, mask, own, synced, rstd, depsilon, dx
+    dmean, dvar, drstd = _moments_tangent(plan, *given)
     rstd = rstd.astype(m.mean.dtype)
     dline = line_tangent(x, m.residue, rstd, scale, dmean, drstd, dscale, dbias)
     direct = affine(rstd, scale, None) * fold(dx, mask, plan.axes)
     if dresidual is not None:
         direct = direct + fold(dresidual, mask, plan.axes)
-    direct, dslope, dshift = lax.optimization_barrier((gated(direct), *dline))
+    direct, dslope, dshift = _apart((gated(direct), *dline))
     centered = fold(x, mask, plan.axes) - m.mean
     return direct + gated(centered * dslope + dshift), dmean, dvar
+
+
+def _apart(values):
+    """`values`, which a compiler for GPUs takes for others than those given."""
+    barrier = lax.optimization_barrier
+    return lax.platform_dependent(
+        values, cuda=barrier, rocm=barrier, default=lambda same: same
+    )
+
+
+def _positive(plan, x, mask, signs, m, rstd, scale, alone):
+    """Where y is positive: what the forward pass has packed.
+
+    On a TPU packing would move data between lanes: there it is what y says, which the
+    next layer keeps, or what x says again.
+    """
+    bits, other = signs
+
+    def again():
+        if not alone:
+            return other > 0
+        given = x, mask, m.mean, _residue(plan, m), rstd, scale, other
+        return folded(plan.axes, *given).reshape(x.shape) > 0
+
+    return lax.platform_dependent(tpu=again, default=lambda: unpack(bits))
 
 
 def _moments(plan, x, mask):

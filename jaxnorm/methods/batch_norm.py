@@ -6,7 +6,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
+from jaxnorm.activation import followed
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.moments import as_mask
 
 
 @method
@@ -15,12 +17,19 @@ class BatchNorm(RunningNorm):
 
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
+    activation: str | None = None
+    options = ("residual",)
 
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype)
+    def by_batch(self, x, params, stats, *, mask, dtype, residual=None):
+        following = {"activation": self.activation, "residual": residual}
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)
+
+    def evaluate(self, x, params, stats, *, mask, dtype, residual=None):
+        y = super().evaluate(x, params, stats, mask=mask, dtype=dtype)
+        return followed(y, self.activation, residual, as_mask(mask, x.shape))
 
 
 def batch_norm(
@@ -33,6 +42,8 @@ def batch_norm(
     axis: int | Sequence[int] = -1,
     momentum: float | None = 0.99,
     epsilon: float = 1e-5,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -57,6 +68,9 @@ def batch_norm(
         axis: the feature axis or axes.
         momentum: weight of the old statistics; None for the average of all batches.
         epsilon: added to the variance.
+        activation: applied to y: "relu", "leaky_relu", "elu", "gelu", "silu",
+            "sigmoid" or "tanh"; "relu" in one rule with the norm.
+        residual: array of the shape of x, added to y before the activation.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, whose devices share statistics.
@@ -85,9 +99,13 @@ def batch_norm(
         axis=axis,
         momentum=momentum,
         epsilon=epsilon,
+        activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased=unbiased,
     )
     params = {"scale": scale, "bias": bias}
-    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)
+    flag = use_running_average
+    return norm(
+        x, params, stats, use_running_average=flag, mask=mask, residual=residual
+    )

@@ -7,25 +7,32 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
-from jaxnorm.base import Stats, method
-from jaxnorm.methods.batch_norm import BatchNorm
+from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.moments import Moments, abs_square, moments
 
 
 @method
-class EvalNorm(BatchNorm):
+class EvalNorm(RunningNorm):
     """Batch norm whose evaluation blends each example's own statistics with the running
     ones, as in training each example is part of its batch.
 
     `weight` is that of the example's own.
     """
 
+    epsilon: float = 1e-5
+    axis: int | Sequence[int] = -1
     weight: float = 0.1
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.weight, int | float) and not 0 <= self.weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {self.weight}")
+
+    def axes(self, shape):
+        return axes.keep(shape, self.axis)
+
+    def by_batch(self, x, params, stats, *, mask, dtype):
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype)
 
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)

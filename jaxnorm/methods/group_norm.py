@@ -17,6 +17,8 @@ class GroupNorm(StatelessNorm):
     group_size: int | None = None
     axis: int = -1
     reduction_axes: int | Sequence[int] | None = None
+    activation: str | None = None
+    options = ("residual",)
 
     def axes(self, shape):
         return axes.groups(
@@ -26,6 +28,10 @@ class GroupNorm(StatelessNorm):
             group_size=self.group_size,
             reduction_axes=self.reduction_axes,
         )
+
+    def transform(self, x, params, *, mask, dtype, residual=None):
+        following = {"activation": self.activation, "residual": residual}
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)[0]
 
 
 def group_norm(
@@ -38,6 +44,8 @@ def group_norm(
     axis: int = -1,
     reduction_axes: int | Sequence[int] | None = None,
     epsilon: float = 1e-6,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -58,6 +66,9 @@ def group_norm(
         reduction_axes: the axes to reduce, `axis` among them; all but the first by
             default.
         epsilon: added to the variance.
+        activation: applied to y: "relu", "leaky_relu", "elu", "gelu", "silu",
+            "sigmoid" or "tanh"; "relu" in one rule with the norm.
+        residual: array of the shape of x, added to y before the activation.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
@@ -83,7 +94,9 @@ def group_norm(
         axis=axis,
         reduction_axes=reduction_axes,
         epsilon=epsilon,
+        activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
-    return norm(x, {"scale": scale, "bias": bias}, {}, mask=mask)[0]
+    params = {"scale": scale, "bias": bias}
+    return norm(x, params, {}, mask=mask, residual=residual)[0]

@@ -14,9 +14,15 @@ class InstanceNorm(StatelessNorm):
     """Normalizes each feature of each example by its statistics over space."""
 
     axis: int | Sequence[int] = -1
+    activation: str | None = None
+    options = ("residual",)
 
     def axes(self, shape):
         return axes.per_example(shape, self.axis)
+
+    def transform(self, x, params, *, mask, dtype, residual=None):
+        following = {"activation": self.activation, "residual": residual}
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)[0]
 
 
 def instance_norm(
@@ -26,6 +32,8 @@ def instance_norm(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
@@ -41,6 +49,9 @@ def instance_norm(
         scale, bias: of the shape of the features, or (batch, *features); None is 1, 0.
         axis: the feature axis or axes; not the leading one.
         epsilon: added to the variance.
+        activation: applied to y: "relu", "leaky_relu", "elu", "gelu", "silu",
+            "sigmoid" or "tanh"; "relu" in one rule with the norm.
+        residual: array of the shape of x, added to y before the activation.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
@@ -64,7 +75,9 @@ def instance_norm(
     norm = InstanceNorm(
         axis=axis,
         epsilon=epsilon,
+        activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
-    return norm(x, {"scale": scale, "bias": bias}, {}, mask=mask)[0]
+    params = {"scale": scale, "bias": bias}
+    return norm(x, params, {}, mask=mask, residual=residual)[0]

@@ -111,23 +111,32 @@ class BatchNorm(nnx.BatchNorm):
     """Flax's BatchNorm, with exact statistics, masks and synchronization.
 
     Beyond Flax's arguments, `momentum=None` keeps the average over all batches, and
-    `unbiased=True` the unbiased variance, as PyTorch does. `use_fast_variance` is
-    accepted and has no effect: there is one formula, exact and of one pass.
+    `unbiased=True` the unbiased variance, as PyTorch does; `residual`, at the call, is
+    added to the result, and `activation` applied to it, in one rule.
+    `use_fast_variance` is accepted and has no effect: the variance is exact.
     `promote_dtype` decides the dtype of the result; neither the input nor the running
     statistics are rounded to it before they are used.
     """
 
-    def __init__(self, *args, unbiased: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        unbiased: bool = False,
+        activation: str | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
+        self.activation = activation
         if self.momentum is None:
             count = settings(jaxnorm.BatchNorm, self).init_stats(self.mean.shape)
             self.count = nnx.BatchStat(count["count"])
 
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
-        return _apply(self, settings(jaxnorm.BatchNorm, self), x, flag, mask)
+        norm = settings(jaxnorm.BatchNorm, self)
+        return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
 def signature(cls: type, *own: str) -> inspect.Signature:
@@ -137,7 +146,9 @@ def signature(cls: type, *own: str) -> inspect.Signature:
     return flax.replace(parameters=[*flax.parameters.values(), *added])
 
 
-BatchNorm.__init__.__signature__ = signature(BatchNorm, "unbiased")  # pyright: ignore
+BatchNorm.__init__.__signature__ = signature(  # pyright: ignore
+    BatchNorm, "unbiased", "activation"
+)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -168,27 +179,47 @@ class GroupNorm(nnx.GroupNorm):
     """Flax's GroupNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` is accepted and has no effect: there is one formula, exact.
-    `promote_dtype` decides the dtype of the result.
+    `promote_dtype` decides the dtype of the result. Beyond Flax's arguments,
+    `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
-    def __call__(self, x, *, mask=None):
+    def __init__(self, *args, activation: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         # Flax keeps both the number of groups and their size; one says it all.
         norm = settings(jaxnorm.GroupNorm, self, group_size=None)
-        return _apply(self, norm, x, False, mask)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
+
+
+GroupNorm.__init__.__signature__ = signature(  # pyright: ignore
+    GroupNorm, "activation"
+)
 
 
 class InstanceNorm(nnx.InstanceNorm):
     """Flax's InstanceNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` is accepted and has no effect: there is one formula, exact.
-    `promote_dtype` decides the dtype of the result.
+    `promote_dtype` decides the dtype of the result. Beyond Flax's arguments,
+    `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
-    def __call__(self, x, *, mask=None):
+    def __init__(self, *args, activation: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
-        return _apply(self, norm, x, False, mask)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
+
+
+InstanceNorm.__init__.__signature__ = signature(  # pyright: ignore
+    InstanceNorm, "activation"
+)
 
 
 def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
