@@ -8,14 +8,16 @@ from timing import samples
 
 # Of the difference's length to the array's. What must not pass: another convention of
 # momentum, statistics in half precision, a missing gradient.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+# Some sum the gradients of parameters in bfloat16. It is timed, and said.
+ROUGH = 0.3
 QUARTILES = (0.25, 0.5, 0.75)
 GRADIENT = "forward and gradient"
 SHORT = 0.3  # seconds to spend on a case of few milliseconds
 
 
 def rows(case: Case, peers: list[Peer], rounds: int) -> list[dict]:
-    """A row for each library and work; for what a library lacks, one with a note."""
+    """A row for each library and work; a note is what a library lacks or does else."""
     programs, notes = checked(case, peers)
     calls = {
         (name, work): call
@@ -28,9 +30,14 @@ def rows(case: Case, peers: list[Peer], rounds: int) -> list[dict]:
     bytes_per_second = copy.bytes_moved / float(np.quantile(times.pop("copy"), 0.25))
     common = {"case": case.name, **case._asdict(), "input_bytes": case.input_bytes}
     common |= {"copy_bytes_per_second": bytes_per_second}
-    found = [common | {"library": name, "note": note} for name, note in notes.items()]
+    found = [
+        common | {"library": name, "note": note}
+        for name, note in notes.items()
+        if name not in programs
+    ]
     for (name, work), taken in times.items():
         row = common | {"library": name, "work": work, "rounds": len(taken)}
+        row |= {"note": notes[name]} if name in notes else {}
         row["milliseconds"] = [1e3 * float(np.quantile(taken, q)) for q in QUARTILES]
         if case.op in PASSES:
             least = bytes_moved(case, work) / bytes_per_second
@@ -40,7 +47,7 @@ def rows(case: Case, peers: list[Peer], rounds: int) -> list[dict]:
 
 
 def checked(case, peers) -> tuple[dict[str, Program], dict[str, str]]:
-    """The programs that do the work of jaxnorm's, and what is to be said of others.
+    """The programs that do the work of jaxnorm's, and what is to be said of any.
 
     Any error of a library is such a thing: it says what that library cannot do here,
     and the others can be compared all the same.
@@ -51,7 +58,7 @@ def checked(case, peers) -> tuple[dict[str, Program], dict[str, str]]:
     for peer in others:
         try:
             program = peer.build(case)
-            apart = difference(case, program.results(), expected)
+            note = same_work(case, program.results(), expected)
         except Unsupported as reason:
             notes[peer.name] = str(reason)
         except Exception as error:
@@ -59,15 +66,24 @@ def checked(case, peers) -> tuple[dict[str, Program], dict[str, str]]:
             notes[peer.name] = f"fails: {type(error).__name__}: {first}"
         else:
             programs[peer.name] = program
-            notes |= {peer.name: apart} if apart else {}
-    return {k: v for k, v in programs.items() if k not in notes}, notes
+            notes |= {peer.name: note} if note else {}
+    return programs, notes
 
 
-def difference(case, found, expected) -> str | None:
-    """What is not the same, if anything."""
-    for key, value in found.items():
-        apart = np.linalg.norm(value - expected[key]) / np.linalg.norm(expected[key])
-        if not apart <= TOLERANCE[case.dtype]:
-            allowed = f"{TOLERANCE[case.dtype]:.0e}"
-            return f"other results: {key} differs by {apart:.1e} (allowed: {allowed})"
-    return None
+def same_work(case, found, expected) -> str:
+    """What is to be said of the results; raises Unsupported where they are others."""
+    apart = {k: _distance(v, expected[k]) for k, v in found.items()}
+    allowed = TOLERANCE[case.dtype]
+    excess = {k: v for k, v in apart.items() if not v <= allowed}
+    if not excess:
+        return ""
+    worst = max(excess, key=lambda k: excess[k])
+    said = f"{worst} differs by {excess[worst]:.0e} (tolerance {allowed:.0e})"
+    sums = {f"gradient of {name}" for name in case.features}
+    if case.dtype != "bfloat16" or excess.keys() - sums or excess[worst] > ROUGH:
+        raise Unsupported(f"other results: {said}")
+    return f"rough: {said}"
+
+
+def _distance(value, expected) -> float:
+    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from peers import Peer, Unsupported
-from peers.jax_program import AXIS, program
+from peers.jax_program import program
 
 MANY = 10**6  # batches seen, so that the running averages are not corrected any more
 
@@ -33,13 +33,13 @@ def stateless(make, case):
     return apply
 
 
-def batch_norm(case, evaluation=False, axis_name="batch"):
+def batch_norm(case, evaluation=False):
     channels_first(case)
 
     def apply(params, stats, x):
         layer = eqx.nn.BatchNorm(
             case.channels,
-            axis_name,
+            axis_name="batch",
             eps=cases.EPSILON,
             momentum=cases.MOMENTUM,
             inference=evaluation,
@@ -84,12 +84,13 @@ PEER = Peer(
     {
         cases.BATCH: batch_norm,
         cases.EVALUATION: partial(batch_norm, evaluation=True),
-        cases.SYNCED: partial(batch_norm, axis_name=("batch", AXIS)),
+        cases.SYNCED: batch_norm,
         cases.LAYER: layer_norm,
         cases.RMS: rms_norm,
         cases.GROUP: group_norm,
         cases.INSTANCE: instance_norm,
     },
-    # JAX takes no mean over a vmapped axis and one of shard_map at once if it checks.
-    partial(program, check_vma=False),
+    # On several devices as in its documentation: one vmap over the whole batch, split
+    # over the devices by its sharding.
+    partial(program, mapped=False),
 )

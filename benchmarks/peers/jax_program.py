@@ -15,20 +15,20 @@ from peers import Problem, Program
 AXIS = "devices"
 
 
-def program(apply, problem: Problem, check_vma: bool = True) -> Program:
-    """Everything is jitted, and the gradient program returns the result, too."""
+def program(apply, problem: Problem, mapped: bool = True) -> Program:
+    """Everything is jitted, and the gradient program returns the result, too.
+
+    On several devices, the batch is split over them, and `apply` runs under
+    `jax.shard_map` if `mapped`; else XLA partitions it.
+    """
     case = problem.case
     x, dy = (jnp.asarray(v, case.dtype) for v in (problem.x, problem.dy))
     params, stats = jax.tree.map(jnp.asarray, (problem.params, problem.stats))
     if case.op == SYNCED:
         mesh = Mesh(np.array(jax.devices()[: case.devices]), (AXIS,))
-        apply = jax.shard_map(
-            apply,
-            mesh=mesh,
-            in_specs=(P(), P(), P(AXIS)),
-            out_specs=(P(AXIS), P()),
-            check_vma=check_vma,
-        )
+        if mapped:
+            specs = {"in_specs": (P(), P(), P(AXIS)), "out_specs": (P(AXIS), P())}
+            apply = jax.shard_map(apply, mesh=mesh, **specs)
         x, dy = jax.device_put((x, dy), NamedSharding(mesh, P(AXIS)))
         params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
 
