@@ -4,12 +4,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from comparison import describe
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 # Okabe and Ito's colours, which colour-blind people tell apart, and a marker each.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")
 MARKERS = "osDv^P*X<>"
-WORKS = ("forward", "forward and gradient", "train step")
 
 
 def draw(comparison, out: Path) -> dict[str, str]:
@@ -35,7 +36,7 @@ def style(comparison, library) -> dict:
 
 
 def ratios(comparison) -> Figure | None:
-    """A row for each case, a mark for each peer; right of the line jaxnorm is faster."""
+    """A row for each case, a mark for each peer."""
     return _dots(
         comparison,
         comparison.peers,
@@ -53,7 +54,7 @@ def floors(comparison) -> Figure | None:
 
     def chosen(case):
         big = case["input_bytes"] == largest[case["op"]]
-        return big and case["dtype"] == "float32"
+        return big and case["dtype"] == "float32" and "train step" not in case["works"]
 
     label = "time / least time for the passes over memory (left is better)"
     args = comparison.libraries, comparison.over_floor, chosen, label
@@ -61,53 +62,51 @@ def floors(comparison) -> Figure | None:
 
 
 def _dots(comparison, libraries, value, chosen, label) -> Figure | None:
-    from report import describe
-
-    names = [
-        name
+    """Forward passes on the left, all else on the right; a row for each case."""
+    keys = [
+        (name, work)
         for name, case in comparison.cases.items()
+        for work in case["works"]
         if not case["sweep"] and chosen(case)
     ]
-    keys = [(name, work) for name in names for work in comparison.cases[name]["works"]]
-    columns = [
-        [key for key in keys if key[1] == "forward"],
-        [key for key in keys if key[1] != "forward"],
-    ]
-    points = [
-        [
-            (i, library, v)
-            for i, key in enumerate(column)
-            for library in libraries
-            if (v := value(*key, library)) is not None
-        ]
-        for column in columns
-    ]
-    if not any(points):
-        return None
+    forward = [key for key in keys if key[1] == "forward"]
+    columns = [forward, [key for key in keys if key not in forward]]
     rows = max(map(len, columns))
+    if not rows:
+        return None
     figure = Figure(figsize=(15, 1.6 + 0.21 * rows), layout="constrained")
-    for axes, column, found in zip(figure.subplots(1, 2), columns, points, strict=True):
+    for axes, column in zip(figure.subplots(1, 2), columns, strict=True):
+        shown = [1.0]
         for library in libraries:
-            mine = [(v, i) for i, which, v in found if which == library]
-            if mine:
-                x, y = zip(*mine, strict=True)
-                options = style(comparison, library)
-                axes.scatter(x, y, s=26, alpha=0.85, linewidths=0, **options)
-        labels = []
-        for name, work in column:
-            case = comparison.cases[name]
-            labels.append(f"{case['op']}  {describe(case)}")
-        axes.axvline(1, color="black", linewidth=1)
-        axes.set_yticks(range(len(labels)), labels, fontsize=7)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.grid(axis="both", color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xscale("log")
-        _plain_ticks(axes.xaxis, [v for *_, v in found])
+            found = [(value(*key, library), i) for i, key in enumerate(column)]
+            found = [(v, i) for v, i in found if v is not None]
+            x, y = zip(*found, strict=True) if found else ((), ())
+            options = style(comparison, library) | {"alpha": 0.85, "linewidths": 0}
+            axes.scatter(x, y, s=26, **options)
+            shown += x
+        _rows(axes, [comparison.cases[name] for name, _ in column])
+        _ratio_scale(axes, shown)
         axes.set_xlabel(label, fontsize=9)
         axes.set_title(" / ".join(dict.fromkeys(work for _, work in column)))
     _legend(figure)
     return figure
+
+
+def _rows(axes, cases) -> None:
+    labels = [f"{case['op']}  {describe(case)}" for case in cases]
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylim(max(len(labels), 1) - 0.5, -0.5)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _ratio_scale(axes, shown) -> None:
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    steps = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
+    ticks = [t for t in steps if min(shown) / 1.3 <= t <= max(shown) * 1.3]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def scaling(comparison) -> Figure | None:
@@ -146,14 +145,6 @@ def along(case) -> int:
     """Where on its scaling curve a case is."""
     values = {"batch": case["shape"][0], "channels": case["shape"][-1]}
     return (values | {"devices": case["devices"]})[case["sweep"]]
-
-
-def _plain_ticks(axis, values) -> None:
-    steps = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
-    low, high = min([1, *values]), max([1, *values])
-    ticks = [t for t in steps if low / 1.3 <= t <= high * 1.3]
-    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
-    axis.set_minor_locator(__import__("matplotlib.ticker").ticker.NullLocator())
 
 
 def _legend(figure: Figure) -> None:

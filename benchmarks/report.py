@@ -10,8 +10,8 @@ from pathlib import Path
 
 import figures
 import numpy as np
+from comparison import OURS, Comparison, describe
 
-OURS = "jaxnorm"
 NAME = "against_peers"
 HEAD = """# jaxnorm beside its peers
 
@@ -58,53 +58,9 @@ def render(out: Path) -> None:
     drawn = figures.draw(comparison, out)
     text = [head(found), *summary(comparison), *tables(comparison), *facts(comparison)]
     text += imports(found["import_seconds"])
+    text += ["## Figures"] if drawn else []
     text += [f"![{title}]({file})" for file, title in drawn.items()]
     (out / f"{NAME}.md").write_text("\n\n".join(text) + "\n")
-
-
-class Comparison:
-    """The rows by case, work and library."""
-
-    def __init__(self, rows: list[dict]):
-        self.cases: dict[str, dict] = {}
-        self.times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-        self.floors: dict[tuple[str, str], float] = {}
-        self.notes: dict[str, dict[str, str]] = defaultdict(dict)
-        self.facts: dict[str, dict[str, dict]] = defaultdict(dict)
-        self.libraries = [OURS]
-        for row in rows:
-            self._add(row)
-
-    def _add(self, row: dict) -> None:
-        case, library = row["case"], row["library"]
-        self.cases.setdefault(case, row | {"works": []})
-        if library not in self.libraries:
-            self.libraries.append(library)
-        if "note" in row:
-            self.notes[case][library] = row["note"]
-        if "milliseconds" not in row:
-            return
-        key = case, row["work"]
-        self.times[key][library] = row["milliseconds"][0]
-        self.facts[case][library] = row
-        if "floor_milliseconds" in row:
-            self.floors[key] = row["floor_milliseconds"]
-        if row["work"] not in self.cases[case]["works"]:
-            self.cases[case]["works"].append(row["work"])
-
-    @property
-    def peers(self) -> list[str]:
-        return self.libraries[1:]
-
-    def ratio(self, case: str, work: str, library: str) -> float | None:
-        """Of its time to jaxnorm's; None where it has none."""
-        times = self.times[case, work]
-        return times[library] / times[OURS] if library in times else None
-
-    def over_floor(self, case: str, work: str, library: str = OURS) -> float | None:
-        key = case, work
-        has = key in self.floors and library in self.times[key]
-        return self.times[key][library] / self.floors[key] if has else None
 
 
 def head(found: dict) -> str:
@@ -132,10 +88,9 @@ def summary(comparison: Comparison) -> list[str]:
         [op, work, *(_mean_and_range(found[peer]) for peer in comparison.peers)]
         for (op, work), found in by_op.items()
     ]
-    title = (
-        "## Summary\n\nThe geometric mean over all cases (and the least and largest)."
-    )
-    return [title, table(["Norm", "Work", *comparison.peers], lines)]
+    what = "The geometric mean over all cases, and the least and the largest."
+    header = ["Norm", "Work", *comparison.peers]
+    return ["## Summary", what, table(header, lines)]
 
 
 def _mean_and_range(ratios: list[float]) -> str:
@@ -179,39 +134,33 @@ def ratio_table(comparison: Comparison, names: list[str]) -> list[str]:
     return text
 
 
-def describe(case: dict) -> str:
-    """The array of a case, in short."""
-    batch, *space, channels = case["shape"]
-    first = case["layout"] == "first"
-    shape = (batch, channels, *space) if first else case["shape"]
-    text = f"{'x'.join(map(str, shape))} {case['dtype']}"
-    text += ", channels first" if first else ""
-    return text + (f", {case['devices']} devices" if "sync" in case["op"] else "")
-
-
 def facts(comparison: Comparison) -> list[str]:
-    """Memory and compile time: the median over the cases of each norm and type."""
-    text = ["## Memory and compilation"] if comparison.facts else []
+    """Memory and compile time: the median over the shapes of each norm and type."""
+    text = []
+    header = ["Norm", "Type", *comparison.libraries]
     for fact, title in FACTS.items():
-        groups = defaultdict(lambda: defaultdict(list))
-        for name, of_libraries in comparison.facts.items():
-            case = comparison.cases[name]
-            if case["sweep"] or "train step" in case["works"]:
-                continue
-            key = case["op"], case["dtype"]
-            own = fact == "compile_seconds"
-            by = of_libraries[OURS][fact] if own else case["input_bytes"]
-            for library, row in of_libraries.items():
-                groups[key][library] += [row[fact] / by] if fact in row else []
         lines = [
             [*key, *(_median(found[library]) for library in comparison.libraries)]
-            for key, found in groups.items()
+            for key, found in of_norms(comparison, fact).items()
         ]
-        header = ["Norm", "Type", *comparison.libraries]
-        text += [f"{title}: the median over shapes.", table(header, lines)] * bool(
-            lines
-        )
-    return text
+        if lines:
+            text += [f"{title}: the median over shapes.", table(header, lines)]
+    return ["## Memory and compilation", *text] if text else []
+
+
+def of_norms(comparison: Comparison, fact: str) -> dict:
+    """Values of a fact by norm and type, then library, by what FACTS says."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for name, by_library in comparison.facts.items():
+        case = comparison.cases[name]
+        if case["sweep"] or "train step" in case["works"]:
+            continue
+        time = fact == "compile_seconds"
+        unit = by_library[OURS][fact] if time else case["input_bytes"]
+        for library, row in by_library.items():
+            if fact in row:
+                groups[case["op"], case["dtype"]][library].append(row[fact] / unit)
+    return groups
 
 
 def imports(seconds: dict[str, float]) -> list[str]:
