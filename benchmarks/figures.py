@@ -72,7 +72,7 @@ def _dots(comparison, libraries, value, chosen, label) -> Figure | None:
     forward = [key for key in keys if key[1] == "forward"]
     columns = [forward, [key for key in keys if key not in forward]]
     rows = max(map(len, columns))
-    if not rows:
+    if not (rows and libraries):
         return None
     figure = Figure(figsize=(15, 1.6 + 0.21 * rows), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2), columns, strict=True):

@@ -19,23 +19,26 @@ Written by `{command}` on {date}: {cpu}, {cores} cores, {system}; {versions}.
 
 Numbers are ratios of times, peer / jaxnorm, from one run in which all took turns in
 random order: **above 1, jaxnorm is faster**. Each time is the lower quartile of the
-rounds. "Floor" is jaxnorm's own time by the least that the passes over memory take at
-the speed of a copy on all cores, which was {speed:.1f} GB/s here (read and written;
-median of the cases): 1 is perfect, and below 1 the array was still in a cache. "-" is
-explained below each table.
+rounds, and each timed call follows an untimed one of the same program, so that caches
+and threads are as its own library leaves them. "Floor" is jaxnorm's own time by the
+least that the passes over memory take at the speed of a copy on all cores, which was
+{speed:.1f} GB/s here (read and written; median of the cases): 1 is perfect, and below 1
+the array was still in a cache.
 
-The work is the same: before it is timed, what each library computes (outputs, gradients
-of input, scale and bias, running statistics) is compared with jaxnorm's, which allows a
-relative difference of 1e-4 in float32 and 3e-2 in bfloat16 (as lengths of vectors).
-Epsilon, momentum and the kind of variance are equal, parameters are float32, and
-gradients are those for a given gradient of the result. JAX programs are jitted; PyTorch
+The work is the same. Before it is timed, what each library computes (outputs, gradients
+of input, scale and bias, running statistics) is compared with jaxnorm's, and may differ
+by 1e-4 in float32 and 3e-2 in bfloat16 (the length of the difference by that of the
+array); what is not timed is "-", with the reason below the table. Only gradients of
+parameters in bfloat16 may be rougher, which is said there, too. Epsilon and momentum are
+equal, parameters are float32, and gradients are those for a given gradient of the
+result, which is computed and kept in the same program. JAX programs are jitted; PyTorch
 is eager. jaxnorm is its pure functions, and its Linen classes in the models; a training
 step is that of each library's own model, with SGD.
 """
 SECTIONS = {
-    "Norms": lambda row: not row["sweep"] and len(row["works"]) > 1,
-    "Models": lambda row: "train step" in row["works"],
-    "Scaling": lambda row: row["sweep"],
+    "Norms": lambda case: not case["sweep"] and "train step" not in case["works"],
+    "Models": lambda case: "train step" in case["works"],
+    "Scaling": lambda case: case["sweep"],
 }
 FACTS = {
     "residual_bytes": "Kept for the backward pass, by the size of the input",

@@ -88,8 +88,8 @@ class Transformer(nn.Module):
 
 def resnet(case, norms=nn) -> Program:
     kernels, head = models.resnet_weights(case)
-    weights = {f"Conv_{i}": {"kernel": k} for i, k in enumerate(kernels)}
-    weights["Dense_0"] = {"kernel": head, "bias": jnp.zeros(models.CLASSES)}
+    convs = {f"Conv_{i}": {"kernel": k} for i, k in enumerate(kernels)}
+    weights = convs | {"Dense_0": {"kernel": head, "bias": jnp.zeros(models.CLASSES)}}
 
     def loss(logits, labels):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

@@ -25,8 +25,7 @@ def stateless(cls, case, **options):
     layer.build(case.array_shape)
 
     def apply(params, stats, x):
-        y, _ = layer.stateless_call(ordered(params), [], x)
-        return y, {}
+        return layer.stateless_call(ordered(params), [], x)[0], {}
 
     return apply
 
@@ -41,11 +40,9 @@ def batch_norm(case, evaluation=False):
     layer.build(case.array_shape)
 
     def apply(params, stats, x):
-        held = [stats["mean"], stats["var"]]
-        y, (mean, var) = layer.stateless_call(
-            ordered(params), held, x, training=not evaluation
-        )
-        return y, {"mean": mean, "var": var}
+        weights = ordered(params), [stats["mean"], stats["var"]]
+        y, held = layer.stateless_call(*weights, x, training=not evaluation)[:2]
+        return y, dict(zip(("mean", "var"), held, strict=True))
 
     return apply
 

@@ -127,6 +127,14 @@ def instance_norm(case):
     return nn.InstanceNorm2d(case.channels, cases.EPSILON, affine=True)
 
 
+def linear(kernel, bias=False):
+    layer = nn.Linear(*kernel.shape, bias=bias)
+    layer.weight = nn.Parameter(torch.from_numpy(kernel.T.copy()))
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResNet(nn.Module):
     def __init__(self, case):
         super().__init__()
@@ -142,9 +150,7 @@ class ResNet(nn.Module):
             conv.weight = nn.Parameter(torch.from_numpy(weights))
             self.convs.append(conv)
             self.norms.append(nn.BatchNorm2d(outputs, momentum=1 - cases.MOMENTUM))
-        self.head = nn.Linear(*head.shape)
-        self.head.weight = nn.Parameter(torch.from_numpy(head.T.copy()))
-        nn.init.zeros_(self.head.bias)
+        self.head = linear(head, bias=True)
 
     def forward(self, x):
         layers = iter(zip(self.convs, self.norms, strict=True))
@@ -159,10 +165,9 @@ class ResNet(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, case):
         super().__init__()
-        for name, kernel in models.transformer_weights(case).items():
-            layer = nn.Linear(*kernel.shape, bias=False)
-            layer.weight = nn.Parameter(torch.from_numpy(kernel.T.copy()))
-            setattr(self, name, layer)
+        kernels = models.transformer_weights(case)
+        self.qkv, self.out = linear(kernels["qkv"]), linear(kernels["out"])
+        self.up, self.down = linear(kernels["up"]), linear(kernels["down"])
         self.norms = nn.ModuleList(nn.LayerNorm(case.channels, 1e-6) for _ in range(2))
 
     def forward(self, x):
@@ -179,7 +184,7 @@ def resnet(case) -> Program:
     batch = as_tensor(images, case), torch.from_numpy(labels)
 
     def make():
-        return ResNet(case).to(memory_format=torch.channels_last)
+        return ResNet(case).to(memory_format=torch.channels_last)  # pyright: ignore
 
     return train(make, batch, F.cross_entropy)
 
