@@ -29,8 +29,8 @@ The work is the same. Before it is timed, what each library computes (outputs, g
 of input, scale and bias, running statistics) is compared with jaxnorm's, and may differ
 by 1e-4 in float32 and 3e-2 in bfloat16 (the length of the difference by that of the
 array); what is not timed is "-", with the reason below the table. Only gradients of
-parameters in bfloat16 may be rougher, which is said there, too. Epsilon and momentum are
-equal, parameters are float32, and gradients are those for a given gradient of the
+parameters in bfloat16 may be rougher, which is said there, too. Epsilon and momentum
+are equal, parameters are float32, and gradients are those for a given gradient of the
 result, which is computed and kept in the same program. JAX programs are jitted; PyTorch
 is eager. jaxnorm is its pure functions, and its Linen classes in the models; a training
 step is that of each library's own model, with SGD.
