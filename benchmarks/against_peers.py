@@ -1,6 +1,6 @@
 """Times jaxnorm beside flax.linen, flax.nnx, Haiku, Equinox, Keras and PyTorch.
 
-From the root of the repository, in about a quarter of an hour on two CPU cores:
+From the root of the repository, in about ten minutes on two CPU cores:
 
     pip install -e '.[bench]' && python benchmarks/against_peers.py
 
@@ -40,12 +40,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX")
     others = [file for file in peers.FILES if file != "jaxnorm"]
     parser.add_argument("--libraries", nargs="*", choices=others, default=others)
-    parser.add_argument("--rounds", type=int, help="15, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="20, or 2 with --quick")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--quick", action="store_true")
     found = parser.parse_args()
     if found.rounds is None:
-        found.rounds = 2 if found.quick else 15
+        found.rounds = 2 if found.quick else 20
     if found.rounds < 1:
         parser.error("--rounds must be at least 1")
     try:

@@ -103,10 +103,15 @@ def _rows(axes, cases) -> None:
 def _ratio_scale(axes, shown) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    steps = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
+    _log_ticks(axes.xaxis, shown)
+
+
+def _log_ticks(axis, shown) -> None:
+    """At 1, 2 and 5 times the powers of 10, in plain digits."""
+    steps = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
     ticks = [t for t in steps if min(shown) / 1.3 <= t <= max(shown) * 1.3]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_minor_locator(NullLocator())
 
 
 def scaling(comparison) -> Figure | None:
@@ -123,6 +128,7 @@ def scaling(comparison) -> Figure | None:
         found.sort()
         work = comparison.cases[found[0][1]]["works"][0]
         first = comparison.times[found[0][1], work][comparison.libraries[0]]
+        shown = [1.0]
         for library in comparison.libraries:
             times = [(n, comparison.times[k, work].get(library)) for n, k in found]
             points = [(n, t / first) for n, t in times if t is not None]
@@ -130,11 +136,13 @@ def scaling(comparison) -> Figure | None:
                 x, y = zip(*points, strict=True)
                 options = style(comparison, library)
                 axes.plot(x, y, markersize=4, linewidth=1.2, **options)
+                shown += y
         axes.set(xscale="log", yscale="log", xlabel=sweep)
         axes.set_title(f"{op}\n{work}", fontsize=9)
         ticks = [n for n, _ in found]
         axes.set_xticks(ticks, list(map(str, ticks)), fontsize=7)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        _log_ticks(axes.yaxis, shown)
         axes.grid(color="0.9", linewidth=0.6)
     subplots[0].set_ylabel("time / jaxnorm's at the first point")
     _legend(figure)

@@ -49,10 +49,19 @@ FACTS = {
 
 def write(found: dict, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in found["rows"])
+    lines = ",\n".join(json.dumps(short(row)) for row in found["rows"])
     rest = json.dumps({k: v for k, v in found.items() if k != "rows"}, indent=1)
     (out / f"{NAME}.json").write_text(f'{rest[:-2]},\n "rows": [\n{lines}\n]}}\n')
     render(out)
+
+
+def short(value):
+    """Four digits of every number that has more."""
+    if isinstance(value, dict):
+        return {k: short(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [short(v) for v in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def render(out: Path) -> None:
