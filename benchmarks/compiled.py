@@ -15,10 +15,10 @@ How bytes are counted, from the optimized HLO:
 - On a TPU what stays in on-chip memory counts nothing, and moves between that and the
   main memory count on the side of the main memory.
 
-What this leaves out: which reads the caches serve, the granularity of memory (a slice of
-rows shorter than 32 bytes moves more than it holds), padding to tiles on a TPU, reading
-an operand more than once inside one kernel, and what a matrix product or convolution
-reads again for each of its blocks. Autotuning, which needs the device, is off.
+What this leaves out: which reads the caches serve; the granularity of memory (a slice
+with rows of less than 32 bytes moves more than it holds); padding to tiles on a TPU; an
+operand that one kernel reads more than once; what products and convolutions read again
+for each of their blocks. Autotuning, which needs the device, is off.
 """
 
 import functools
@@ -287,7 +287,9 @@ class _Program:
                 if instruction is not None:
                     current[instruction.name] = instruction
         if not self.entry:
-            raise ValueError("no ENTRY computation: this is not the text of an HLO module")
+            raise ValueError(
+                "no ENTRY computation: this is not the text of an HLO module"
+            )
 
     def kernels(self, name: str) -> Iterator[Kernel]:
         """The kernels that run when this computation does."""
@@ -330,9 +332,10 @@ class _Program:
             for j in inside
             if j.op == "constant" and re.match(r"[su]\d+\[\]", j.shape)
         ]
-        if len(compares) == len(limits) == 1 and "direction=LT" in compares[0].attributes:
-            return int(limits[0])
-        return None
+        if len(compares) != 1 or len(limits) != 1:
+            return None
+        below = "direction=LT" in compares[0].attributes
+        return int(limits[0]) if below else None
 
     def _flat(self, name: str) -> Iterator[_Instruction]:
         """The instructions of a computation and of those that it calls."""
@@ -371,9 +374,8 @@ class _Program:
         for position, name in enumerate(i.operands):
             part = self._part_read(computation, i, position)
             parts[name] = min(1.0, parts.get(name, 0.0) + part)
-        return sum(
-            round(part * _bytes(computation[name].shape)) for name, part in parts.items()
-        )
+        sizes = {name: _bytes(computation[name].shape) for name in parts}
+        return sum(round(part * sizes[name]) for name, part in parts.items())
 
     def _part_read(
         self, computation: _Computation, i: _Instruction, position: int

@@ -3,14 +3,14 @@
     pip install -e '.[passes-h100]' && python benchmarks/memory_passes.py
     pip install -e '.[passes-v5e]' && python benchmarks/memory_passes.py --target v5e
 
-Neither is needed: XLA compiles the programs for a device that is only described, and the
+Neither device is needed: XLA compiles the programs for a description of it, and the
 optimized HLO says what each kernel reads and writes (`benchmarks/compiled.py`). Nothing
-runs, so no times are measured. Norms are bound by memory, so that on large arrays the
-time is about the bytes over the bandwidth; small ones are bound by launches.
+runs, so no times are measured. Norms are bound by memory: on large arrays the time is
+about the bytes over the bandwidth, on small ones it is that of the launches.
 
-Prints the table and writes it to `benchmarks/results`. With `--kernels`, prints what each
-kernel moves. `--check` compares jaxnorm with the numbers in `tests/memory_passes.json`,
-and `--record` writes these.
+Prints the table and, if it is of all cases, writes it to `benchmarks/results`; with
+`--kernels`, prints what each kernel moves. `--check` compares jaxnorm with the numbers
+in `tests/memory_passes.json`, and `--record` writes these.
 """
 
 import argparse
@@ -137,11 +137,10 @@ def markdown(target: str, chosen: list[Case], table: Table, names: list[str]) ->
         cells = table[case.key]
         shown = case.floor is not None and not (target == "v5e" and case.products)
         floor = f"{case.floor:.4g}" if shown else ""
-        ours, theirs = cells["jaxnorm"], cells["Flax"]
-        ratio = ours.value / theirs.value if theirs.value else float("nan")
+        ratio = _ratio(cells["jaxnorm"], cells["Flax"])
         shape = "x".join(map(str, case.shape))
         texts = [str(cells.get(name, "")) for name in names]
-        rows.append([case.name, shape, floor, *texts, f"{ratio:.2f}"])
+        rows.append([case.name, shape, floor, *texts, ratio])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)) + " |"
@@ -151,23 +150,44 @@ def markdown(target: str, chosen: list[Case], table: Table, names: list[str]) ->
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
+def _ratio(ours: Count | str, theirs: Count | str) -> str:
+    """As text; "" where there is nothing to divide by."""
+    if isinstance(ours, str) or isinstance(theirs, str) or not theirs.value:
+        return ""
+    return f"{ours.value / theirs.value:.2f}"
+
+
+LEGEND = """\
+Passes over memory on one {device}, as XLA compiles for it: bytes read and written by
+all kernels, over the bytes of `x` (bfloat16), and in parentheses the kernels launched.
+Not measured: times. Nothing runs.
+
+{products}
+
+`train` is the forward pass and the gradient, `split` the two as programs of their own,
+`kept` what the first of these hands over to the second, `temporaries` what XLA
+allocates beside arguments and results per layer of a `lax.scan` over {layers}. `*`:
+with a branch or a loop of which it is not known how often it runs.
+
+Compiled with {versions}.
+"""
+PRODUCTS = {
+    "h100": """\
+Matrix products and convolutions are kernels of libraries, and not counted; what they
+leave to other kernels is.""",
+    "v5e": """\
+Products are fused with what is around them, so the whole program counts: compare
+libraries, and see a floor only where there are no products. Arrays of up to some 100 MB
+may stay on the chip, which counts nothing.""",
+}
+
+
 def legend(target: str) -> str:
-    products = {
-        "h100": "Matrix products and convolutions are kernels of libraries and not "
-        "counted;\ntheir neighbours are. ",
-        "v5e": "Products are fused with their neighbours, so all of the program "
-        "counts: compare\nlibraries, and see a floor only where there are no products. ",
-    }[target]
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return (
-        f"Passes over memory on {DEVICES[target]}, as XLA compiles for it: bytes read and "
-        "written by all\nkernels, in units of the bytes of `x` (bfloat16), and in "
-        "parentheses the kernels launched.\nNot measured: times. Nothing runs.\n\n"
-        f"{products}`train` is the forward pass and the gradient,\n`split` the two as "
-        "programs of their own, `kept` what the first hands over to the second,\nand "
-        "`temporaries` what XLA allocates per layer of a `lax.scan` over "
-        f"{LAYERS}. `*`: in a branch or\nloop of which XLA does not say how often it "
-        f"runs.\n\nCompiled with {known}.\n"
+    return LEGEND.format(
+        device=DEVICES[target],
+        products=PRODUCTS[target],
+        layers=LAYERS,
+        versions=", ".join(f"{name} {v}" for name, v in versions().items()),
     )
 
 
@@ -265,18 +285,17 @@ def list_kernels(target: str, chosen: list[Case]) -> None:
             for k in ks:
                 if k not in small:
                     read, written = k.read / case.unit, k.written / case.unit
+                    mark = ", product" if k.product else ""
                     print(
                         f"  {k.times}x {read:6.2f} read {written:6.2f} written  "
-                        f"{k.name} ({k.op}{', product' if k.product else ''}) {k.origin}"
+                        f"{k.name} ({k.op}{mark}) {k.origin}"
                     )
             ops = collections.Counter(k.op for k in small)
             print(f"  and {len(small)} small ones: {dict(ops)}")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0],
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--target", choices=TARGETS, default="h100")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases by name")
     what = parser.add_mutually_exclusive_group()
