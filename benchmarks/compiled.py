@@ -395,12 +395,12 @@ class _Program:
         """Which part of a parameter a fused computation reads."""
 
         def used(name: str) -> float:
-            if any(name == result.name for result in computation.results):
+            if name == computation.root.name:
                 return 1.0
-            return min(1.0, sum(used_by(*use) for use in computation.users[name]))
+            return sum(used_by(*use) for use in computation.users[name])
 
         def used_by(i: _Instruction, at: int) -> float:
-            if i.op in _VIEWS and not i.root:
+            if i.op in _VIEWS:
                 return used(i.name)
             if i.op == "dynamic-update-slice" and not computation.updated_in_place(i):
                 return 1.0

@@ -137,6 +137,33 @@ def test_an_update_in_place_counts_as_the_slice():
     assert X[0].nbytes <= written < X[0].nbytes + 64
 
 
+def test_an_update_that_is_no_fusion_counts_as_the_slice():
+    k = only(
+        module("""
+  %p = f32[64,256]{1,0} parameter(0)
+  %u = f32[2,256]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %d = f32[64,256]{1,0} dynamic-update-slice(%p, %u, %i, %i)
+""")
+    )
+    assert (k.read, k.written) == (2048 + 4, 2048)
+
+
+@pytest.mark.parametrize(
+    "root", ["parameter(0)", "parameter(0)\n  ROOT %r = f32[64,256]{0,1} copy(%q)"]
+)
+def test_a_result_that_is_an_operand_or_its_copy_counts_whole(root):
+    line = (
+        "  ROOT " if "ROOT" not in root else "  "
+    ) + f"%q = f32[64,256]{{1,0}} {root}"
+    entry = """
+  %p = f32[64,256]{1,0} parameter(0)
+  ROOT %f = f32[64,256]{0,1} fusion(%p), kind=kLoop, calls=%fused
+"""
+    k = only(module(entry, fused(line)))
+    assert (k.read, k.written) == (X.nbytes, X.nbytes)
+
+
 def test_an_update_that_is_worked_on_further_counts_whole():
     text = module(
         """
@@ -173,7 +200,11 @@ def test_results_of_several_kinds_are_told_apart():
             "  %j = s32[] parameter(2)",
             "  %w = f32[8,128]{1,0} convert(%q)",
             "  %v = f32[1,8,128]{2,1,0} bitcast(%w)",
-            "  %d = f32[4,8,128]{2,1,0} dynamic-update-slice(%c, %v, %j, %j, %j)",
+            "  %e = f32[4,1,8,128]{3,2,1,0} bitcast(%c)",
+            "  %x = f32[1,1,8,128]{3,2,1,0} bitcast(%v)",
+            "  %y = f32[4,1,8,128]{3,2,1,0} "
+            "dynamic-update-slice(%e, %x, %j, %j, %j, %j)",
+            "  %d = f32[4,8,128]{2,1,0} bitcast(%y)",
             "  %n = bf16[8,128]{1,0} negate(%q)",
             "  %l = pred[8]{0} is-finite(%q)",
             "  ROOT %t = (f32[4,8,128], bf16[8,128], pred[8]) tuple(%d, %n, %l)",
@@ -191,6 +222,7 @@ def test_moves_between_memories_count_on_the_side_of_the_main_memory():
   %d = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} copy-done(%c)
   %s = ((bf16[64,256]{1,0:T(8,128)(2,1)}), bf16[16,256]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:16], [0:256]}
   %e = bf16[16,256]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+  %b = bf16[64,256]{1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
   %n = bf16[64,256]{1,0:T(8,128)(2,1)S(1)} negate(%d)
   %o = (bf16[64,256]{1,0:T(8,128)(2,1)}, bf16[64,256]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%n)
   ROOT %r = bf16[64,256]{1,0:T(8,128)(2,1)} copy-done(%o)
