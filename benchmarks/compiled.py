@@ -110,8 +110,6 @@ _FREE = {
     "get-tuple-element",
     "bitcast",
     "after-all",
-    "partition-id",
-    "replica-id",
     "opt-barrier",
     "optimization-barrier",
 }

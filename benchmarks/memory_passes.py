@@ -268,7 +268,8 @@ def check(target: str, chosen: list[Case]) -> int:
     print("\n".join(problems) or f"{len(found)} cases: none has grown")
     if problems:
         print(f"recorded with {entry['versions']}, compiled with {versions()};")
-        print("`python benchmarks/memory_passes.py --record` records what is intended")
+        command = f"python benchmarks/memory_passes.py --target {target} --record"
+        print(f"`{command}` records what is intended")
     return bool(problems)
 
 
