@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 DTYPE = jnp.bfloat16
-LAYERS = 4
+LAYERS = 12
 HEAD = 128
 
 

@@ -49,6 +49,15 @@ class Axes(NamedTuple):
         return self.reduce == (len(self.folded) - 1,) and not self.reduce_in_order[0]
 
     @property
+    def per_feature(self) -> "Axes":
+        """Without the reduction over features, where there is another one, too."""
+        plain, features = self.reduce_in_order
+        if not (plain and features):
+            return self
+        reduce = tuple(self.origin[a] for a in plain)
+        return _unfolded(self.shape, reduce, self.feature)
+
+    @property
     def reduce_in_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`reduce`, parted into the axes without features and those with.
 

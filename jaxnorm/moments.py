@@ -307,14 +307,36 @@ def _about_a_pivot(axes, x, mask, size):
 def _in_two_passes(axes, x, mask, size):
     """The mean, by way of a pivot so that it is exact, then the squares.
 
-    XLA:CPU writes elementwise results that two sums share to memory, but not those
-    that one alone needs.
+    XLA:CPU sums along consecutive axes fast, and writes nothing of x's size if each sum
+    takes its own difference, less an array of the kept axes alone. What is elementwise
+    would follow a sum into its kernel, at the speed of that, were it not rounded.
     """
-    x = fold(x, mask, axes)
-    pivot = _rounded(_pivot(x, axes))
-    mean, residue = _add(pivot, _mean(x - pivot, axes, size))
-    var = _mean(abs_square(x - mean), axes, size) - abs_square(residue)
-    return mean, jnp.maximum(var, 0), residue
+    part = axes.per_feature
+    x = fold(x, mask, part)
+    kept = [a for a in range(x.ndim) if a not in part.reduce]
+    size = jnp.asarray(max(part.size, 1), x.real.dtype)
+
+    def mean_of(v):
+        return v.sum(part.reduce) / size.astype(v.dtype)
+
+    def spread(v):
+        return lax.broadcast_in_dim(v, x.shape, kept)
+
+    pivot = _rounded(lax.squeeze(_pivot(x, part), part.reduce))
+    mean, residue = _add(pivot, mean_of(x - spread(pivot)))
+    # Not about the mean: x - mean is shared with what follows, and would be written.
+    near = _rounded(mean)
+    off = (mean - near) + residue
+    var = mean_of(abs_square(x - spread(near))) - abs_square(off)
+    var = _rounded(jnp.maximum(var, 0))
+    if part == axes:
+        return tuple(v.reshape(axes.stats_shape) for v in (mean, var, residue))
+    parts = (v.reshape(axes.param_shape(0)) for v in (mean, var, residue))
+    mean, var, residue = parts
+    _, along = axes.reduce_in_order
+    sets = Moments(mean, var, part.size, residue)
+    m = pool(sets, lambda v: v.sum(along, keepdims=True))
+    return m.mean, m.var, m.residue
 
 
 def _about_zero(axes, x, mask, size):
