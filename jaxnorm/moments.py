@@ -249,11 +249,12 @@ def _centered(
     """
     if mask is not None:
         return _about_the_mean(axes, x, mask, size)
+    cpu = _along_rows if axes.of_rows else _in_two_passes
     gpu = _about_the_mean if axes.of_rows else _about_a_pivot
     tpu = _about_zero if 0 in axes.reduce else _about_the_mean
     given = axes, x, mask, size
     return lax.platform_dependent(
-        cpu=functools.partial(_in_two_passes, *given),
+        cpu=functools.partial(cpu, *given),
         tpu=functools.partial(tpu, *given),
         default=functools.partial(gpu, *given),
     )
@@ -280,6 +281,13 @@ def _about_the_mean(axes, x, mask, size):
     mean = _rounded(_mean(x, axes, size))
     residue, var = _shifted(axes, x, mask, size, mean)
     return mean, var, residue
+
+
+def _along_rows(axes, x, mask, size):
+    """As `_about_the_mean`, of nothing that XLA:CPU can not take in a single kernel."""
+    x = fold(x, mask, axes)
+    mean = _mean(x, axes, size)
+    return (mean, *_shifted(axes, x, mask, size, mean)[::-1])
 
 
 def row_moments(x: Array, axes: Axes, center: bool) -> Moments:

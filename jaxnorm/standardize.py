@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
@@ -124,6 +124,10 @@ def standardized(axes, dtype, x, mask, mean, residue, rstd, scale, bias):
 
 def folded(axes, x, mask, mean, residue, rstd, scale, bias):
     """`standardize` in the folded shape and in the precision of the statistics."""
+    if axes.of_rows:
+        y = fold(x, mask, axes) - mean
+        y = y if residue is None else y - residue
+        return affine(y * rstd.astype(y.dtype), scale, bias)
     slope = affine(rstd.astype(mean.dtype), scale, None)
     y = (fold(x, mask, axes) - mean) * slope
     shift = None if residue is None else -residue * slope
@@ -181,14 +185,44 @@ def line_tangent(x, residue, rstd, scale, dmean, drstd, dscale, dbias):
 
 
 def _row_tangent(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
+    """As `line_tangent`, where parameters vary along the rows that share statistics."""
+    dmean, drstd, dscale, dbias = vary_together(x, dmean, drstd, dscale, dbias)
+    given = centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
+    one_row = all(v is None or v.size == v.shape[-1] for v in (scale, dscale, dbias))
+    cpu = _by_products if one_row else _by_sums
+    return lax.platform_dependent(
+        cpu=functools.partial(cpu, *given), default=functools.partial(_by_sums, *given)
+    )
+
+
+def _by_sums(centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
     """Nothing in the sums along rows waits for another of them."""
     dshift = -rstd * dmean if residue is None else -rstd * dmean - residue * drstd
-    drstd, dshift, dscale, dbias = vary_together(x, drstd, dshift, dscale, dbias)
     dy = affine(rstd * dx + centered * drstd + dshift, scale, None)
     if dscale is not None:
         centered = centered if residue is None else centered - residue
         dy = dy + centered * rstd * dscale
     return affine(dy, None, dbias)
+
+
+def _by_products(centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
+    """The sums as matrix products, which XLA:CPU takes at the speed of memory."""
+    rstd, dmean, drstd = (v.astype(centered.dtype) for v in (rstd, dmean, drstd))
+    y = (centered if residue is None else centered - residue) * rstd
+    scale = (
+        jnp.ones((1,) * (y.ndim - 1) + y.shape[-1:], y.dtype)
+        if scale is None
+        else scale
+    )
+    dslope, dshift = _outer(drstd / rstd, scale), _outer(-rstd * dmean, scale)
+    ones = jnp.ones_like(rstd)
+    dslope = dslope if dscale is None else dslope + _outer(ones, dscale)
+    dshift = dshift if dbias is None else dshift + _outer(ones, dbias)
+    return rstd * scale * dx + y * dslope + dshift
+
+
+def _outer(column, row):
+    return jnp.matmul(column, row.reshape(1, -1), precision=lax.Precision.HIGHEST)
 
 
 def unfold(y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None) -> Array:
