@@ -48,7 +48,9 @@ def forward(
     support.require("rows", backend, x.shape, x.dtype, dtype)
     epsilon = jnp.reshape(jnp.asarray(epsilon, SUMS), (1,))
     given = {"x": x, "scale": scale, "bias": bias, "epsilon": epsilon}
-    given = {k: v if k == "epsilon" else v[None] for k, v in given.items() if v is not None}
+    given = {
+        k: v if k == "epsilon" else v[None] for k, v in given.items() if v is not None
+    }
 
     def kernel(*arrays):
         named = dict.fromkeys(("scale", "bias")) | dict(zip(given, arrays, strict=True))
@@ -56,10 +58,10 @@ def forward(
             **named, center=center, dtype=jnp.dtype(dtype), interpret=interpret
         )
         per_row = named["x"].shape[:2]
-        return [y, *(v.reshape(per_row) for v in (mean, rstd) if v is not None)]
+        return y, *(v.reshape(per_row) for v in (mean, rstd) if v is not None)
 
     results = ("brd", "br", "br") if center else ("brd", "br")
-    y, *stats = spread.call(kernel, _signature(given, results), list(given.values()))
+    y, *stats = _spread(kernel, given, results, backend, interpret)
     mean, rstd = stats if center else (None, *stats)
     return y[0], mean if mean is None else mean[0], rstd[0]
 
@@ -92,8 +94,7 @@ def backward(
     Raises ValueError where `support.reason` has one.
     """
     support.require("rows", backend, x.shape, x.dtype, dy.dtype)
-    given = {"x": x, "dy": dy, "scale": scale, "mean": mean, "rstd": rstd}
-    given = {k: v[None] for k, v in given.items() if v is not None}
+    given = _batch_of_one(x=x, dy=dy, scale=scale, mean=mean, rstd=rstd)
 
     def kernel(*arrays):
         named = dict.fromkeys(("scale", "mean")) | dict(zip(given, arrays, strict=True))
@@ -106,10 +107,10 @@ def backward(
             with_bias=with_bias,
             interpret=interpret,
         )
-        return [dx, *(jnp.sum(v, axis=1) for v in parts if v is not None)]
+        return dx, *(jnp.sum(v, axis=1) for v in parts if v is not None)
 
     results = ("brd", *["bd"] * ((scale is not None) + with_bias))
-    dx, *sums = spread.call(kernel, _signature(given, results), list(given.values()))
+    dx, *sums = _spread(kernel, given, results, backend, interpret)
     dscale = None if scale is None else sums.pop(0)[0]
     return dx[0], dscale, sums[0][0] if with_bias else None
 
@@ -125,8 +126,15 @@ _LETTERS = {
 }
 
 
-def _signature(given: dict[str, Array], results: tuple[str, ...]) -> spread.Signature:
-    return spread.Signature(tuple(_LETTERS[k] for k in given), results, whole="d")
+def _batch_of_one(**operands: Array | None) -> dict[str, Array]:
+    """Those that are given, with a leading axis for `spread.call`."""
+    return {k: v[None] for k, v in operands.items() if v is not None}
+
+
+def _spread(kernel, given, results, backend, interpret) -> spread.Results:
+    signature = spread.Signature(tuple(_LETTERS[k] for k in given), results, whole="d")
+    alone = backend == "mosaic" and bool(interpret)
+    return spread.call(kernel, signature, list(given.values()), one_device=alone)
 
 
 def _module(backend: str) -> Any:

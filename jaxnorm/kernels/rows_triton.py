@@ -6,7 +6,6 @@ Not timed on a GPU: the sizes of the tiles are those that spill no registers.
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -94,12 +93,12 @@ def forward(x, scale, bias, epsilon, *, center, dtype, interpret):
     batch, rows, features = x.shape
     tile = block(rows, features, tiles.FORWARD_ELEMENTS)
     blocks = pl.cdiv(rows, tile.height)
-    per_row = jax.ShapeDtypeStruct((batch * rows,), SUMS)
+    per_row = tiles.result((batch * rows,), SUMS, x)
     y, mean, rstd = pl.pallas_call(
         functools.partial(_forward, block=tile, blocks=blocks),
         grid=(batch * blocks,),
         out_shape=(
-            jax.ShapeDtypeStruct((batch * rows, features), dtype),
+            tiles.result((batch * rows, features), dtype, x),
             per_row if center else None,
             per_row,
         ),
@@ -148,13 +147,13 @@ def backward(x, dy, scale, mean, rstd, *, with_bias, interpret):
     batch, rows, features = x.shape
     tile = block(rows, features, tiles.BACKWARD_ELEMENTS)
     programs = tiles.programs(batch, rows, tile.height)
-    parts = jax.ShapeDtypeStruct((batch * programs, features), SUMS)
+    parts = tiles.result((batch * programs, features), SUMS, x)
     flat = [v.reshape(-1, features) for v in (x, dy)]
     dx, *sums = pl.pallas_call(
         functools.partial(_backward, block=tile, programs=programs),
         grid=(batch * programs,),
         out_shape=(
-            jax.ShapeDtypeStruct((batch * rows, features), x.dtype),
+            tiles.result((batch * rows, features), x.dtype, x),
             None if scale is None else parts,
             parts if with_bias else None,
         ),

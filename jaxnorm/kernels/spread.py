@@ -1,15 +1,17 @@
 """How one kernel call spreads: over a vmapped axis, and over the devices of a mesh."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, reshard
 
-Results = Sequence[Array]
+Results = tuple[Array, ...]
 MeshAxes = tuple[str, ...]
 
 
@@ -27,122 +29,150 @@ class Signature(NamedTuple):
 
 def sum_over_devices(results: Results, axes: Sequence[MeshAxes]) -> Results:
     """Adds up, over the mesh axes given for each, results of parts of the data."""
-    return [lax.psum(r, a) if a else r for r, a in zip(results, axes, strict=True)]
+    return tuple(lax.psum(r, a) if a else r for r, a in zip(results, axes, strict=True))
 
 
 def call(
     kernel: Callable[..., Results],
     signature: Signature,
     operands: Sequence[Array],
+    *,
     merge: Callable[[Results, Sequence[MeshAxes]], Results] = sum_over_devices,
+    one_device: bool = False,
 ) -> Results:
     """`kernel(*operands)`, as fit for vmap, shard_map and sharded arrays under jit.
 
     An axis that is mapped joins the batch. A sharded array stays where it is: each
     device calls the kernel on its part, and what is a sum over an axis that is sharded
-    is put together by `merge(results, axes)`, with the mesh axes for each result.
+    is put together by `merge(results, axes)`, with the mesh axes for each result. With
+    `one_device` none of that: Mosaic's interpreter has effects that cannot be parted.
     """
 
     @custom_vmap
     def spread(*operands):
+        if one_device:
+            return kernel(*operands)
         return _over_devices(kernel, signature, operands, merge)
 
     @spread.def_vmap
     def _(size, mapped, *operands):
+        batch = operands[0].shape[int(mapped[0])]
         joined = [
-            _join_batch(x, size, is_mapped, letters)
+            _join_batch(x, size, batch, is_mapped, letters)
             for x, is_mapped, letters in zip(
                 operands, mapped, signature.operands, strict=True
             )
         ]
-        results = call(kernel, signature, joined, merge)
-        parted = [r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results]
-        return parted, [True] * len(parted)
+        results = call(kernel, signature, joined, merge=merge, one_device=one_device)
+        return tuple(
+            r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results
+        ), (True,) * len(results)
 
     return spread(*operands)
 
 
-def _join_batch(x: Array, size: int, mapped: bool, letters: str) -> Array:
-    """`x` whose leading, mapped axis of `size` is part of its batch."""
+def _join_batch(x: Array, size: int, batch: int, mapped: bool, letters: str) -> Array:
+    """`x` with an axis of `size`, which leads if it is `mapped`, as part of the batch.
+
+    What all of the batch shares stays as it is, unless it differs along that axis.
+    """
     if not mapped:
         if letters[0] == "B" and x.shape[0] == 1:
             return x
-        x = jax.numpy.broadcast_to(x, (size, *x.shape))
-    return x.reshape(size * x.shape[1], *x.shape[2:])
+        x = x[None]
+    x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+    return x.reshape(size * batch, *x.shape[2:])
 
 
 def _over_devices(kernel, signature, operands, merge) -> Results:
-    vma = frozenset().union(*(_varying(x) for x in operands))
-    operands = [_vary_over(x, vma) for x in operands]
-    lengths = dict(zip(signature.operands[0], operands[0].shape, strict=True))
+    """One call for each device of a mesh, if there is one."""
+    first = jax.typeof(operands[0])
+    lengths = dict(zip(signature.operands[0], first.shape, strict=True))
+    inputs = tuple(
+        # "1" is a batch of one that all examples share.
+        ("1" if k[0] == "B" and x.shape[0] != lengths["b"] else "b") + k[1:]
+        for k, x in zip(signature.operands, operands, strict=True)
+    )
+    varying = frozenset().union(*(_varying(x) for x in operands))
+    parted = _Parted(kernel, signature, merge, lengths, inputs, varying)
+    mesh = first.sharding.mesh
+    if mesh.explicit_axes:
+        each, taken, returned = parted.plan(mesh, first.sharding.spec)
+        operands = [reshard(x, s) for x, s in zip(operands, taken, strict=True)]
+        taken, returned = (tuple(s.spec for s in side) for side in (taken, returned))
+        each = jax.shard_map(
+            each, mesh=mesh, in_specs=taken, out_specs=returned, check_vma=False
+        )
+        return each(*operands)
+    whole = [k for k in (*signature.whole, "1") if any(k in s for s in inputs)]
+    partitioned = custom_partitioning(parted.each)
+    partitioned.def_partition(
+        partition=parted.partition,
+        sharding_rule=f"{_rule(inputs)} -> {_rule(signature.results)}",
+        need_replication_factors=tuple(_factor(k) for k in whole),
+    )
+    return partitioned(*(_vary_over(x, varying) for x in operands))
 
-    def factors(letters: str, shape: Sequence[int]) -> str:
-        """The letters, but "1" where a batch of one is shared by many examples."""
-        shared = letters[0] == "B" and shape[0] != lengths["b"]
-        return ("1" if shared else "b") + letters[1:]
 
-    inputs = [
-        factors(k, x.shape) for k, x in zip(signature.operands, operands, strict=True)
-    ]
+class _Parted(NamedTuple):
+    """A call, and what is known of it before any device is."""
 
-    def on_each_device(*operands):
-        return [_vary_over(r, vma) for r in kernel(*operands)]
+    kernel: Callable[..., Results]
+    signature: Signature
+    merge: Callable[[Results, Sequence[MeshAxes]], Results]
+    lengths: dict[str, int]  # of each axis of the first operand, by its letter
+    inputs: tuple[str, ...]  # the letters of the operands, "1" for a shared batch
+    varying: frozenset[str]
 
-    def partition(mesh: Mesh, parts: Any, _: Any):
-        axes = _mesh_axes(mesh, parts[0].sharding.spec, inputs[0], lengths, signature)
+    def each(self, *parts: Array) -> Results:
+        """What a device computes of its parts."""
+        return tuple(_vary_over(r, self.varying) for r in self.kernel(*parts))
+
+    def plan(self, mesh: Mesh | AbstractMesh, spec: PartitionSpec):
+        """`each` and `merge`, and how what they take and return is sharded, where the
+        first operand is sharded by `spec`."""
+        axes = _mesh_axes(mesh, spec, self.lengths, self.signature.whole)
         missing = [
             tuple(a for k in axes if k not in letters for a in axes[k])
-            for letters in signature.results
+            for letters in self.signature.results
         ]
-
-        def placed(letters: str) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*(axes.get(k) for k in letters)))
-
-        return (
-            mesh,
-            lambda *parts: list(merge(on_each_device(*parts), missing)),
-            [placed(k) for k in signature.results],
-            tuple(placed(k) for k in inputs),
+        taken, returned = (
+            tuple(NamedSharding(mesh, PartitionSpec(*map(axes.get, k))) for k in side)
+            for side in (self.inputs, self.signature.results)
         )
+        return lambda *parts: self.merge(self.each(*parts), missing), taken, returned
 
-    partitioned = custom_partitioning(on_each_device)
-    partitioned.def_partition(
-        partition=partition,
-        sharding_rule=_rule(inputs, signature.results),
-        need_replication_factors=tuple(
-            k for k in (*signature.whole, "one") if k in _rule(inputs, ()).split()
-        ),
-    )
-    return partitioned(*operands)
+    def partition(self, mesh: Mesh, parts: Any, _: Any):
+        each, taken, returned = self.plan(mesh, parts[0].sharding.spec)
+        return mesh, each, returned, taken
 
 
-def _rule(inputs: Sequence[str], results: Sequence[str]) -> str:
-    """The letters as an einsum-like rule: "b r d, one d -> b r d"."""
-    return " -> ".join(
-        ", ".join(" ".join("one" if k == "1" else k for k in letters) for letters in s)
-        for s in (inputs, results)
-    )
-
-
-def _mesh_axes(mesh, spec, letters, lengths, signature) -> dict[str, MeshAxes]:
+def _mesh_axes(mesh, spec, lengths: dict[str, int], whole: str) -> dict[str, MeshAxes]:
     """The mesh axes over which each axis of the first operand stays sharded."""
     axes = {}
-    for letter, names in zip(letters, spec, strict=False):
+    for letter, names in zip(lengths, spec, strict=False):
         names = (names,) if isinstance(names, str) else tuple(names or ())
-        devices = 1
-        for name in names:
-            devices *= mesh.shape[name]
+        devices = math.prod(mesh.shape[name] for name in names)
         # Uneven parts are padded with garbage, which would count in a sum.
-        if names and letter not in signature.whole and lengths[letter] % devices == 0:
+        if names and letter not in whole and lengths[letter] % devices == 0:
             axes[letter] = names
     return axes
 
 
+def _rule(letters: Sequence[str]) -> str:
+    """One side of an einsum-like rule: "b r d, one d"."""
+    return ", ".join(" ".join(map(_factor, k)) for k in letters)
+
+
+def _factor(letter: str) -> str:
+    return "one" if letter == "1" else letter
+
+
 def _varying(x: Array) -> frozenset[str]:
-    """The axes of a shard_map that `x` varies over, as far as JAX keeps track."""
-    return getattr(jax.typeof(x), "vma", frozenset())
+    """The mesh axes that `x` varies over, in a shard_map that keeps track of them."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
-def _vary_over(x: Array, vma: frozenset[str]) -> Array:
-    missing = tuple(vma - _varying(x))
+def _vary_over(x: Array, varying: frozenset[str]) -> Array:
+    missing = tuple(sorted(varying - _varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
