@@ -146,7 +146,7 @@ def backward(x, dy, scale, mean, rstd, *, with_bias, interpret):
     """See `rows.backward`; the sums are parted, (batch, programs, features)."""
     batch, rows, features = x.shape
     tile = block(rows, features, tiles.BACKWARD_ELEMENTS)
-    programs = tiles.programs(batch, rows, tile.height)
+    programs = tiles.programs(batch, rows, tile.height, 16 // tile.warps)
     parts = tiles.result((batch * programs, features), SUMS, x)
     flat = [v.reshape(-1, features) for v in (x, dy)]
     dx, *sums = pl.pallas_call(

@@ -27,6 +27,11 @@ class Signature(NamedTuple):
     whole: str = ""  # letters of axes that no device may hold a part of
 
 
+def one_device(backend: str, interpret: Any) -> bool:
+    """Whether a call cannot be parted: Mosaic's interpreter has effects."""
+    return backend == "mosaic" and bool(interpret)
+
+
 def sum_over_devices(results: Results, axes: Sequence[MeshAxes]) -> Results:
     """Adds up, over the mesh axes given for each, results of parts of the data."""
     return tuple(lax.psum(r, a) if a else r for r, a in zip(results, axes, strict=True))
@@ -45,7 +50,7 @@ def call(
     An axis that is mapped joins the batch. A sharded array stays where it is: each
     device calls the kernel on its part, and what is a sum over an axis that is sharded
     is put together by `merge(results, axes)`, with the mesh axes for each result. With
-    `one_device` none of that: Mosaic's interpreter has effects that cannot be parted.
+    `one_device` none of that.
     """
 
     @custom_vmap

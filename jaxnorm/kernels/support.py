@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxnorm.kernels import tiles
+
 BACKENDS = {
     "triton": ("jax.experimental.pallas.triton", ("CompilerParams", "load", "store")),
     "mosaic": (
@@ -104,4 +106,10 @@ def _unfit_rows(pattern: str, backend: str, shape: Sequence[int]) -> str | None:
 
 
 def _unfit_columns(pattern: str, backend: str, shape: Sequence[int]) -> str | None:
-    return None
+    if pattern != "columns" or backend != "mosaic":
+        return None
+    _, space, features = shape
+    rows = tiles.MOSAIC_TILE_ROWS * tiles.LANES // math.gcd(features, tiles.LANES)
+    if space % rows == 0:
+        return None
+    return f"with {features} features, space is a multiple of {rows}, got {space}"
