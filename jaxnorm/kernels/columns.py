@@ -39,9 +39,15 @@ def moments(x: Array, *, backend: str, interpret: Any = False) -> tuple[Array, A
         counts, *parts = _module(backend).moments(_fold(x), interpret=interpret)
         return _pool(counts, *(_unfold(v, x.shape[2]) for v in parts))
 
-    signature = spread.Signature(("bsc",), ("bc", "bc"))
-    alone = spread.one_device(backend, interpret)
-    return spread.call(kernel, signature, [x], merge=_merge, one_device=alone)
+    mean, var = spread.call(
+        kernel,
+        spread.Signature(("bsc",), ("bc", "bc")),
+        [x],
+        merge=_merge,
+        fits=lambda shape: not support.reason("columns", backend, shape),
+        one_device=spread.one_device(backend, interpret),
+    )
+    return mean, var
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "backend", "interpret"))
@@ -90,15 +96,17 @@ def gradient_sums(
         return tuple(jnp.sum(_unfold(v, x.shape[2]), axis=1) for v in sums)
 
     operands = ("bsc", "bsc", *["bc"] * len(vectors))
-    return spread.call(
+    sum_d, sum_dx = spread.call(
         kernel,
         spread.Signature(operands, ("bc", "bc")),
         [x, dy, *(v for v in vectors if v is not None)],
+        fits=lambda shape: not support.reason("columns", backend, shape),
         one_device=spread.one_device(backend, interpret),
     )
+    return sum_d, sum_dx
 
 
-def activation_cotangent(activation: str | None, z: Array | None, d: Array) -> Array:
+def activation_cotangent(activation: str | None, z: Any, d: Array) -> Array:
     """The cotangent of `z` for that of `activation(z)`; plain enough for any kernel."""
     if activation == "relu":
         return jnp.where(z > 0, d, jnp.zeros_like(d))

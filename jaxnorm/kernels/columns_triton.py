@@ -33,7 +33,7 @@ class Slabs(NamedTuple):
         return self.steps * self.height
 
     @property
-    def count(self) -> int:
+    def per_batch(self) -> int:
         return pl.cdiv(self.space, self.rows)
 
     @property
@@ -44,7 +44,7 @@ class Slabs(NamedTuple):
         """The batch, its slab and the features of this program."""
         program = pl.program_id(0)
         index, column = program // self.columns, program % self.columns
-        batch, slab = index // self.count, index % self.count
+        batch, slab = index // self.per_batch, index % self.per_batch
         return batch, slab, column * self.width + jnp.arange(self.width)
 
 
@@ -96,10 +96,10 @@ def _moments(x_ref, pivot_ref, offset_ref, m2_ref, *, cut):
 def _call(kernel, cut, operands, results, interpret, name):
     """`kernel` on every slab; as many results, of (batch, slabs, features)."""
     x = operands[0]
-    part = tiles.result((x.shape[0], cut.count, cut.features), SUMS, x)
+    part = tiles.result((x.shape[0], cut.per_batch, cut.features), SUMS, x)
     return pl.pallas_call(
         functools.partial(kernel, cut=cut),
-        grid=(x.shape[0] * cut.count * cut.columns,),
+        grid=(x.shape[0] * cut.per_batch * cut.columns,),
         out_shape=(part,) * results,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
@@ -113,7 +113,7 @@ def moments(x, *, interpret):
     Means are less the pivots, so that they are exact where they differ by little.
     """
     cut = slabs(*x.shape)
-    starts = jnp.arange(cut.count) * cut.rows
+    starts = jnp.arange(cut.per_batch) * cut.rows
     counts = jnp.minimum(cut.space - starts, cut.rows).astype(SUMS)
     return counts, *_call(_moments, cut, [x], 3, interpret, "columns_moments")
 

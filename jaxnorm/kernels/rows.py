@@ -57,7 +57,7 @@ def forward(
         y, mean, rstd = _module(backend).forward(
             **named, center=center, dtype=jnp.dtype(dtype), interpret=interpret
         )
-        per_row = named["x"].shape[:2]
+        per_row = arrays[0].shape[:2]
         return y, *(v.reshape(per_row) for v in (mean, rstd) if v is not None)
 
     results = ("brd", "br", "br") if center else ("brd", "br")

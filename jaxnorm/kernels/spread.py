@@ -43,6 +43,7 @@ def call(
     operands: Sequence[Array],
     *,
     merge: Callable[[Results, Sequence[MeshAxes]], Results] = sum_over_devices,
+    fits: Callable[[Sequence[int]], bool] = lambda shape: True,
     one_device: bool = False,
 ) -> Results:
     """`kernel(*operands)`, as fit for vmap, shard_map and sharded arrays under jit.
@@ -50,14 +51,15 @@ def call(
     An axis that is mapped joins the batch. A sharded array stays where it is: each
     device calls the kernel on its part, and what is a sum over an axis that is sharded
     is put together by `merge(results, axes)`, with the mesh axes for each result. With
-    `one_device` none of that.
+    `one_device` none of that. A device gets no part of the first operand whose shape
+    does not fit, but whole examples.
     """
 
     @custom_vmap
     def spread(*operands):
         if one_device:
             return kernel(*operands)
-        return _over_devices(kernel, signature, operands, merge)
+        return _over_devices(kernel, signature, operands, merge, fits)
 
     @spread.def_vmap
     def _(size, mapped, *operands):
@@ -89,7 +91,7 @@ def _join_batch(x: Array, size: int, batch: int, mapped: bool, letters: str) -> 
     return x.reshape(size * batch, *x.shape[2:])
 
 
-def _over_devices(kernel, signature, operands, merge) -> Results:
+def _over_devices(kernel, signature, operands, merge, fits) -> Results:
     """One call for each device of a mesh, if there is one."""
     first = jax.typeof(operands[0])
     lengths = dict(zip(signature.operands[0], first.shape, strict=True))
@@ -99,7 +101,7 @@ def _over_devices(kernel, signature, operands, merge) -> Results:
         for k, x in zip(signature.operands, operands, strict=True)
     )
     varying = frozenset().union(*(_varying(x) for x in operands))
-    parted = _Parted(kernel, signature, merge, lengths, inputs, varying)
+    parted = _Parted(kernel, signature, merge, fits, lengths, inputs, varying)
     mesh = first.sharding.mesh
     if mesh.explicit_axes:
         each, taken, returned = parted.plan(mesh, first.sharding.spec)
@@ -125,6 +127,7 @@ class _Parted(NamedTuple):
     kernel: Callable[..., Results]
     signature: Signature
     merge: Callable[[Results, Sequence[MeshAxes]], Results]
+    fits: Callable[[Sequence[int]], bool]
     lengths: dict[str, int]  # of each axis of the first operand, by its letter
     inputs: tuple[str, ...]  # the letters of the operands, "1" for a shared batch
     varying: frozenset[str]
@@ -137,6 +140,9 @@ class _Parted(NamedTuple):
         """`each` and `merge`, and how what they take and return is sharded, where the
         first operand is sharded by `spec`."""
         axes = _mesh_axes(mesh, spec, self.lengths, self.signature.whole)
+        parts = {k: _devices(mesh, v) for k, v in axes.items()}
+        if not self.fits([n // parts.get(k, 1) for k, n in self.lengths.items()]):
+            axes = {k: v for k, v in axes.items() if k == "b"}
         missing = [
             tuple(a for k in axes if k not in letters for a in axes[k])
             for letters in self.signature.results
@@ -157,11 +163,15 @@ def _mesh_axes(mesh, spec, lengths: dict[str, int], whole: str) -> dict[str, Mes
     axes = {}
     for letter, names in zip(lengths, spec, strict=False):
         names = (names,) if isinstance(names, str) else tuple(names or ())
-        devices = math.prod(mesh.shape[name] for name in names)
         # Uneven parts are padded with garbage, which would count in a sum.
-        if names and letter not in whole and lengths[letter] % devices == 0:
+        even = lengths[letter] % _devices(mesh, names) == 0
+        if names and even and letter not in whole:
             axes[letter] = names
     return axes
+
+
+def _devices(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
+    return math.prod(mesh.shape[name] for name in axes)
 
 
 def _rule(letters: Sequence[str]) -> str:
