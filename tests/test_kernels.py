@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnorm.kernels import columns, rows, support
 
-UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 EPSILON = 1e-5
 
 
