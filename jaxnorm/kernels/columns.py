@@ -45,7 +45,7 @@ def moments(x: Array, *, backend: str, interpret: Any = False) -> tuple[Array, A
         [x],
         merge=_merge,
         fits=lambda shape: not support.reason("columns", backend, shape),
-        one_device=spread.one_device(backend, interpret),
+        one_device=spread.needs_one_device(backend, interpret),
     )
     return mean, var
 
@@ -101,7 +101,7 @@ def gradient_sums(
         spread.Signature(operands, ("bc", "bc")),
         [x, dy, *(v for v in vectors if v is not None)],
         fits=lambda shape: not support.reason("columns", backend, shape),
-        one_device=spread.one_device(backend, interpret),
+        one_device=spread.needs_one_device(backend, interpret),
     )
     return sum_d, sum_dx
 

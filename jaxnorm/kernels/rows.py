@@ -133,7 +133,7 @@ def _batch_of_one(**operands: Array | None) -> dict[str, Array]:
 
 def _spread(kernel, given, results, backend, interpret) -> spread.Results:
     signature = spread.Signature(tuple(_LETTERS[k] for k in given), results, whole="d")
-    alone = spread.one_device(backend, interpret)
+    alone = spread.needs_one_device(backend, interpret)
     return spread.call(kernel, signature, list(given.values()), one_device=alone)
 
 

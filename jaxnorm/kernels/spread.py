@@ -27,7 +27,7 @@ class Signature(NamedTuple):
     whole: str = ""  # letters of axes that no device may hold a part of
 
 
-def one_device(backend: str, interpret: Any) -> bool:
+def needs_one_device(backend: str, interpret: Any) -> bool:
     """Whether a call cannot be parted: Mosaic's interpreter has effects."""
     return backend == "mosaic" and bool(interpret)
 
@@ -50,9 +50,9 @@ def call(
 
     An axis that is mapped joins the batch. A sharded array stays where it is: each
     device calls the kernel on its part, and what is a sum over an axis that is sharded
-    is put together by `merge(results, axes)`, with the mesh axes for each result. With
-    `one_device` none of that. A device gets no part of the first operand whose shape
-    does not fit, but whole examples.
+    is put together by `merge(results, axes)`, with the mesh axes for each result. Where
+    the shape of a part of the first operand does not fit the kernel, devices get whole
+    examples instead. With `one_device`, nothing is parted.
     """
 
     @custom_vmap
@@ -70,7 +70,8 @@ def call(
                 operands, mapped, signature.operands, strict=True
             )
         ]
-        results = call(kernel, signature, joined, merge=merge, one_device=one_device)
+        settings = {"merge": merge, "fits": fits, "one_device": one_device}
+        results = call(kernel, signature, joined, **settings)
         return tuple(
             r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results
         ), (True,) * len(results)
