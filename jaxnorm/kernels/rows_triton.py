@@ -26,7 +26,7 @@ class Block(NamedTuple):
     warps: int
 
     def at(self, batch, first):
-        """Indices and mask (None if all is inside) of the block from row `first`."""
+        """The rows from `first` of a batch, and which of them exist."""
         inner = first + jnp.arange(self.height)
         return batch * self.rows + inner, inner < self.rows
 
@@ -39,7 +39,7 @@ class Block(NamedTuple):
         return self.columns < self.features
 
 
-def block(rows: int, features: int, elements: int) -> Block:
+def _block(rows: int, features: int, elements: int) -> Block:
     """A block of about `elements`, of as many rows as that is."""
     width = pl.next_power_of_2(features)
     height = max(1, min(elements // width, pl.next_power_of_2(rows)))
@@ -47,19 +47,20 @@ def block(rows: int, features: int, elements: int) -> Block:
     return Block(rows, features, height, width, warps)
 
 
-def load_tile(ref, rows, in_rows, block):
+def _load_tile(ref, rows, in_rows, block):
+    """A block in float32, 0 outside."""
     mask = in_rows[:, None] & block.in_width[None, :]
     at = ref.at[rows[:, None], block.columns[None, :]]
     return plgpu.load(at, mask=mask, other=0).astype(SUMS)
 
 
-def store_tile(ref, rows, in_rows, block, values):
+def _store_tile(ref, rows, in_rows, block, values):
     mask = in_rows[:, None] & block.in_width[None, :]
     at = ref.at[rows[:, None], block.columns[None, :]]
     plgpu.store(at, values.astype(ref.dtype), mask=mask)
 
 
-def load_vector(ref, batch, block):
+def _load_vector(ref, batch, block):
     """A row of parameters, those of `batch` if each batch has its own."""
     at = ref.at[batch if ref.shape[0] > 1 else 0, block.columns]
     return plgpu.load(at, mask=block.in_width, other=0).astype(SUMS)[None, :]
@@ -69,7 +70,7 @@ def _forward(x_ref, scale_ref, bias_ref, epsilon_ref, *outs, block, blocks):
     y_ref, mean_ref, rstd_ref = outs
     batch, index = pl.program_id(0) // blocks, pl.program_id(0) % blocks
     rows, in_rows = block.at(batch, index * block.height)
-    x = load_tile(x_ref, rows, in_rows, block)
+    x = _load_tile(x_ref, rows, in_rows, block)
     if mean_ref is not None:
         # About the first element, so that what is constant becomes exactly zero.
         pivot = plgpu.load(x_ref.at[rows, 0], mask=in_rows, other=0).astype(SUMS)
@@ -82,16 +83,16 @@ def _forward(x_ref, scale_ref, bias_ref, epsilon_ref, *outs, block, blocks):
     plgpu.store(rstd_ref.at[rows], rstd, mask=in_rows)
     y = x * rstd[:, None]
     if scale_ref is not None:
-        y = y * load_vector(scale_ref, batch, block)
+        y = y * _load_vector(scale_ref, batch, block)
     if bias_ref is not None:
-        y = y + load_vector(bias_ref, batch, block)
-    store_tile(y_ref, rows, in_rows, block, y)
+        y = y + _load_vector(bias_ref, batch, block)
+    _store_tile(y_ref, rows, in_rows, block, y)
 
 
 def forward(x, scale, bias, epsilon, *, center, dtype, interpret):
     """See `rows.forward`; `x` is (batch, rows, features)."""
     batch, rows, features = x.shape
-    tile = block(rows, features, tiles.FORWARD_ELEMENTS)
+    tile = _block(rows, features, tiles.FORWARD_ELEMENTS)
     blocks = pl.cdiv(rows, tile.height)
     per_row = tiles.result((batch * rows,), SUMS, x)
     y, mean, rstd = pl.pallas_call(
@@ -112,14 +113,14 @@ def forward(x, scale, bias, epsilon, *, center, dtype, interpret):
 def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, programs):
     dx_ref, dscale_ref, dbias_ref = outs
     batch, index = pl.program_id(0) // programs, pl.program_id(0) % programs
-    scale = 1 if scale_ref is None else load_vector(scale_ref, batch, block)
+    scale = 1 if scale_ref is None else _load_vector(scale_ref, batch, block)
 
     def add(step, sums):
         # Neighbouring programs read neighbouring rows.
         rows, in_rows = block.at(batch, (step * programs + index) * block.height)
         load = functools.partial(plgpu.load, mask=in_rows, other=0)
-        x = load_tile(x_ref, rows, in_rows, block)
-        dy = load_tile(dy_ref, rows, in_rows, block)
+        x = _load_tile(x_ref, rows, in_rows, block)
+        dy = _load_tile(dy_ref, rows, in_rows, block)
         rstd = load(rstd_ref.at[rows])[:, None]
         if mean_ref is not None:
             x = x - load(mean_ref.at[rows])[:, None]
@@ -129,7 +130,7 @@ def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, progra
         dx = d - x_hat * along
         if mean_ref is not None:
             dx = dx - jnp.sum(d, axis=1, keepdims=True) / block.features
-        store_tile(dx_ref, rows, in_rows, block, dx * rstd)
+        _store_tile(dx_ref, rows, in_rows, block, dx * rstd)
         parts = {"scale": dy * x_hat, "bias": dy}
         return {k: v + parts[k] for k, v in sums.items()}
 
@@ -145,7 +146,7 @@ def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, progra
 def backward(x, dy, scale, mean, rstd, *, with_bias, interpret):
     """See `rows.backward`; the sums are parted, (batch, programs, features)."""
     batch, rows, features = x.shape
-    tile = block(rows, features, tiles.BACKWARD_ELEMENTS)
+    tile = _block(rows, features, tiles.BACKWARD_ELEMENTS)
     programs = tiles.programs(batch, rows, tile.height, 16 // tile.warps)
     parts = tiles.result((batch * programs, features), SUMS, x)
     flat = [v.reshape(-1, features) for v in (x, dy)]
