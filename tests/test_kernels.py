@@ -82,6 +82,11 @@ def forward(x, scale, bias, *, center=True, dtype=None, **run):
     )
 
 
+def backward(x, dy, scale, mean, rstd, *, with_bias=True, **run):
+    settings = {"center": mean is not None, "with_bias": with_bias, **run}
+    return rows.backward(x, dy, scale, mean, rstd, **settings)
+
+
 ROWS = [
     *(
         ("triton", shape)
@@ -99,7 +104,7 @@ def test_rows(name, shape, dtype):
     scale, bias = normal(shape[1], seed=3), normal(shape[1], seed=4)
     for center in (True, False):
         y, mean, rstd = forward(x, scale, bias, center=center, **run)
-        got = rows.backward(x, dy, scale, mean, rstd, with_bias=True, **run)
+        got = backward(x, dy, scale, mean, rstd, **run)
         assert (mean is None) == (not center)
         assert y.dtype == got[0].dtype == dtype
         assert rstd.dtype == got[1].dtype == got[2].dtype == jnp.float32
@@ -123,7 +128,8 @@ def test_rows_without_scale_or_bias(name, scaled, biased):
     scale = normal(128, seed=3) if scaled else None
     bias = normal(128, seed=4) if biased else None
     y, mean, rstd = forward(x, scale, bias, **run)
-    dx, dscale, dbias = rows.backward(x, dy, scale, mean, rstd, with_bias=biased, **run)
+    settings = {"with_bias": biased, **run}
+    dx, dscale, dbias = backward(x, dy, scale, mean, rstd, **settings)
     want = rows_reference(x, dy, scale, bias, True)
     assert_close(y, want[0], summed=128)
     assert_close(dx, want[3], summed=128)
@@ -163,7 +169,7 @@ def test_what_is_not_finite_stays_in_its_row():
     run = backend("triton")
     x = normal(40, 100).at[7].set(jnp.nan)
     y, mean, rstd = forward(x, None, None, **run)
-    dx, _, _ = rows.backward(x, x, None, mean, rstd, with_bias=False, **run)
+    dx, _, _ = backward(x, x, None, mean, rstd, with_bias=False, **run)
     for v in (y, dx):
         finite = np.all(np.isfinite(np.asarray(v)), axis=1)
         np.testing.assert_array_equal(finite, np.arange(40) != 7)
@@ -223,7 +229,7 @@ def rows_there_and_back(name: str) -> Callable[..., tuple[Any, ...]]:
 
     def call(x, dy, scale, bias):
         y, mean, rstd = forward(x, scale, bias, **run)
-        return y, mean, *rows.backward(x, dy, scale, mean, rstd, with_bias=True, **run)
+        return y, mean, *backward(x, dy, scale, mean, rstd, **run)
 
     return call
 
@@ -373,6 +379,56 @@ def test_rows_in_shard_map_are_of_each_device():
     assert_alike((dscale.sum(0), dbias.sum(0)), want[3:])
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_where_some_axes_of_the_mesh_are_mapped(kind):
+    run = rows_there_and_back("triton")
+    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
+    params = normal(128, seed=3), normal(128, seed=4)
+
+    def part(x, dy, scale, bias):
+        *per_row, dscale, dbias = run(x, dy, scale, bias)
+        return *per_row, jax.lax.psum(dscale, "data"), jax.lax.psum(dbias, "data")
+
+    with jax.set_mesh(mesh(kind)):
+        sharded = jax.device_put((x, dy), P("data"))
+        call = jax.shard_map(
+            part,
+            in_specs=(P("data"), P("data"), P(), P()),
+            out_specs=(P("data"), P("data"), P("data"), P(), P()),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        assert_alike(jax.jit(call)(*sharded, *params), run(x, dy, *params))
+
+
+def test_rows_older_than_the_mesh():
+    run = rows_there_and_back("triton")
+    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
+    params = normal(128, seed=3), normal(128, seed=4)
+    want = run(x, dy, *params)
+
+    @jax.jit
+    def call(x, dy):
+        x, dy = (jax.lax.with_sharding_constraint(v, P("data")) for v in (x, dy))
+        return run(x, dy, *params)
+
+    with jax.set_mesh(mesh(AxisType.Auto)):
+        assert_alike(call(x, dy), want)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_vmapped_over_a_sharded_axis(kind):
+    run = rows_there_and_back("triton")
+    x, dy = normal(8, 4, 128, seed=1), normal(8, 4, 128, seed=2)
+    params = normal(128, seed=3), normal(128, seed=4)
+    mapped = jax.jit(jax.vmap(run, (0, 0, None, None)))
+    sharded = jax.device_put((x, dy), NamedSharding(mesh(kind), P("data")))
+    with jax.set_mesh(mesh(kind)):
+        call = mapped.lower(*sharded, *params).compile()
+    assert "all-gather" not in str(call.as_text())
+    assert_alike(call(*sharded, *params), mapped(x, dy, *params))
+
+
 REASONS = [
     (
         "rows",
@@ -426,6 +482,14 @@ def test_unknown_names_raise():
 def test_a_kernel_that_does_not_fit_raises():
     with pytest.raises(ValueError, match="at most 8192"):
         forward(normal(2, 10000), None, None, **backend("triton"))
+    with pytest.raises(ValueError, match="got float64"), jax.enable_x64(True):
+        scale = jnp.ones(8, jnp.float64)
+        forward(normal(2, 8), scale, None, **backend("triton"))
+    x = normal(2, 8)
+    with pytest.raises(ValueError, match="center=True needs the mean"):
+        rows.backward(
+            x, x, None, None, x[:, 0], center=True, with_bias=False, backend="triton"
+        )
 
 
 @pytest.mark.parametrize("name", support.BACKENDS)

@@ -45,7 +45,8 @@ def forward(
 
     Raises ValueError where `support.reason` has one.
     """
-    support.require("rows", backend, x.shape, x.dtype, dtype)
+    params = [v.dtype for v in (scale, bias) if v is not None]
+    support.require("rows", backend, x.shape, x.dtype, dtype, *params)
     epsilon = jnp.reshape(jnp.asarray(epsilon, SUMS), (1,))
     given = {"x": x, "scale": scale, "bias": bias, "epsilon": epsilon}
     given = {
@@ -66,7 +67,9 @@ def forward(
     return y[0], mean if mean is None else mean[0], rstd[0]
 
 
-@functools.partial(jax.jit, static_argnames=("with_bias", "backend", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("center", "with_bias", "backend", "interpret")
+)
 def backward(
     x: Array,
     dy: Array,
@@ -74,6 +77,7 @@ def backward(
     mean: Array | None,
     rstd: Array,
     *,
+    center: bool,
     with_bias: bool,
     backend: str,
     interpret: Any = False,
@@ -84,8 +88,8 @@ def backward(
         dx = rstd * (d - mean(d) - x_hat * mean(d * x_hat))
         dscale, dbias = sum(dy * x_hat), sum(dy)
 
-    with means over the features, sums over the rows, all in float32. Where `mean` is
-    None, as `forward` returns it without `center`, `mean(d)` is left out.
+    with means over the features, sums over the rows, all in float32. Without `center`,
+    `mean(d)` is left out and `mean` not read.
 
     `dx` has the dtype of `x`; `dscale` and `dbias` are (features,) in float32, and None
     without `scale` and without `with_bias`. Of a sharded `x` they are the sums over all
@@ -94,6 +98,11 @@ def backward(
     Raises ValueError where `support.reason` has one.
     """
     support.require("rows", backend, x.shape, x.dtype, dy.dtype)
+    if center and mean is None:
+        raise ValueError(
+            "center=True needs the mean that forward has returned, got None"
+        )
+    mean = mean if center else None
     given = _batch_of_one(x=x, dy=dy, scale=scale, mean=mean, rstd=rstd)
 
     def kernel(*arrays):

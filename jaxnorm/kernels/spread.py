@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -104,14 +105,15 @@ def _over_devices(kernel, signature, operands, merge, fits) -> Results:
     varying = frozenset().union(*(_varying(x) for x in operands))
     parted = _Parted(kernel, signature, merge, fits, lengths, inputs, varying)
     mesh = first.sharding.mesh
-    if mesh.explicit_axes:
+    # In a shard_map over other axes than these, JAX has no custom_partitioning.
+    rest = mesh.auto_axes if mesh.manual_axes else ()
+    if mesh.explicit_axes or rest:
         each, taken, returned = parted.plan(mesh, first.sharding.spec)
-        operands = [reshard(x, s) for x, s in zip(operands, taken, strict=True)]
+        if mesh.explicit_axes:
+            operands = [reshard(x, s) for x, s in zip(operands, taken, strict=True)]
         taken, returned = (tuple(s.spec for s in side) for side in (taken, returned))
-        each = jax.shard_map(
-            each, mesh=mesh, in_specs=taken, out_specs=returned, check_vma=False
-        )
-        return each(*operands)
+        specs = {"in_specs": taken, "out_specs": returned, "axis_names": {*rest}}
+        return jax.shard_map(each, mesh=mesh, check_vma=False, **specs)(*operands)
     whole = [k for k in (*signature.whole, "1") if any(k in s for s in inputs)]
     partitioned = custom_partitioning(parted.each)
     partitioned.def_partition(
@@ -155,7 +157,17 @@ class _Parted(NamedTuple):
         return lambda *parts: self.merge(self.each(*parts), missing), taken, returned
 
     def partition(self, mesh: Mesh, parts: Any, _: Any):
-        each, taken, returned = self.plan(mesh, parts[0].sharding.spec)
+        """`plan`, in the order that custom_partitioning has.
+
+        Under `jax.set_mesh`, JAX does not name the axes of arrays that are older than
+        the mesh. Of these every device gets all.
+        """
+        sharding = parts[0].sharding
+        if not isinstance(sharding, NamedSharding):
+            devices = sorted(sharding.device_set, key=lambda d: d.id)
+            mesh = Mesh(np.array(devices), ("device",))
+            sharding = NamedSharding(mesh, PartitionSpec())
+        each, taken, returned = self.plan(mesh, sharding.spec)
         return mesh, each, returned, taken
 
 
