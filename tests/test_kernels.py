@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxnorm.kernels import columns, rows, spread, support
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 EPSILON = 1e-5
 
@@ -163,6 +164,25 @@ def test_rows_take_a_traced_epsilon_and_return_another_dtype(name):
     y, _, _ = traced(jnp.float32(EPSILON))
     assert y.dtype == jnp.float32
     assert_close(y, rows_reference(x, x, None, None, True)[0], summed=128)
+
+
+def test_kernels_where_jax_has_64_bits():
+    run = backend("triton")
+    with jax.enable_x64(True):
+        x, dy = normal(40, 100, seed=1), normal(40, 100, seed=2)
+        y, mean, rstd = forward(x, None, None, **run)
+        dx, _, dbias = backward(x, dy, None, mean, rstd, **run)
+        moments = columns.moments(x[None], **run)
+        slope = jnp.ones((1, 100), jnp.float32)
+        settings = {"activation": "silu", **run}
+        sums = columns.gradient_sums(
+            x[None], dy[None], moments[0], slope, slope, **settings
+        )
+    want = rows_reference(x, dy, None, None, True)
+    for v in (y, mean, rstd, dx, dbias, *moments, *sums):
+        assert v.dtype == jnp.float32
+    assert_close(y, want[0], summed=100)
+    assert_close(dx, want[3], summed=100)
 
 
 def test_what_is_not_finite_stays_in_its_row():

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxnorm.kernels import mosaic, tiles
 from jaxnorm.kernels.columns import activation_cotangent
-from jaxnorm.kernels.mosaic import SUMS
+from jaxnorm.kernels.tiles import SUMS
 
 TILE = (tiles.MOSAIC_TILE_ROWS, tiles.LANES)
 UNROLLED = 4  # tiles whose loads are under way together

@@ -14,8 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxnorm.kernels import tiles
 from jaxnorm.kernels.columns import activation_cotangent
-
-SUMS = jnp.float32  # what everything is computed and added up in
+from jaxnorm.kernels.tiles import SUMS
 
 
 class Slabs(NamedTuple):
@@ -45,7 +44,7 @@ class Slabs(NamedTuple):
         program = pl.program_id(0)
         index, column = program // self.columns, program % self.columns
         batch, slab = index // self.per_batch, index % self.per_batch
-        return batch, slab, column * self.width + jnp.arange(self.width)
+        return batch, slab, column * self.width + tiles.indices(self.width)
 
 
 def slabs(batch: int, space: int, features: int) -> Slabs:
@@ -78,7 +77,7 @@ def _moments(x_ref, pivot_ref, offset_ref, m2_ref, *, cut):
     pivot = _load_vector(x_ref, (batch, first), features, cut)
 
     def add(step, sums):
-        rows = first + step * cut.height + jnp.arange(cut.height)
+        rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
         x, inside = _load(x_ref, batch, rows, features, cut)
         x = jnp.where(inside, x - pivot, 0)
         return sums[0] + x, sums[1] + x * x
@@ -125,7 +124,7 @@ def _gradient_sums(x_ref, dy_ref, *refs, cut, activation):
     mean, *affine = (_load_vector(v, (batch,), features, cut) for v in vectors)
 
     def add(step, sums):
-        rows = first + step * cut.height + jnp.arange(cut.height)
+        rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
         x, _ = _load(x_ref, batch, rows, features, cut)
         d, _ = _load(dy_ref, batch, rows, features, cut)
         z = x * affine[0] + affine[1] if affine else None

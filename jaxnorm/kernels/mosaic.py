@@ -10,7 +10,8 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-SUMS = jnp.float32  # what everything is computed and added up in
+from jaxnorm.kernels.tiles import SUMS
+
 THREADS = 128  # of a warpgroup, which runs one program
 LOAD_BYTES = 16  # the most that a thread loads at once
 

@@ -14,8 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.kernels import spread, support
-
-SUMS = jnp.float32
+from jaxnorm.kernels.tiles import SUMS
 
 
 @functools.partial(jax.jit, static_argnames=("center", "dtype", "backend", "interpret"))
@@ -47,11 +46,8 @@ def forward(
     """
     params = [v.dtype for v in (scale, bias) if v is not None]
     support.require("rows", backend, x.shape, x.dtype, dtype, *params)
-    epsilon = jnp.reshape(jnp.asarray(epsilon, SUMS), (1,))
-    given = {"x": x, "scale": scale, "bias": bias, "epsilon": epsilon}
-    given = {
-        k: v if k == "epsilon" else v[None] for k, v in given.items() if v is not None
-    }
+    epsilon = jnp.asarray(epsilon, SUMS)
+    given = _batch_of_one(x=x, scale=scale, bias=bias, epsilon=epsilon)
 
     def kernel(*arrays):
         named = dict.fromkeys(("scale", "bias")) | dict(zip(given, arrays, strict=True))

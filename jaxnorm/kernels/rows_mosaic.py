@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxnorm.kernels import mosaic, tiles
-from jaxnorm.kernels.mosaic import SUMS
+from jaxnorm.kernels.tiles import SUMS
 
 
 def forward(x, scale, bias, epsilon, *, center, dtype, interpret):

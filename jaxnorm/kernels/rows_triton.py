@@ -12,8 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxnorm.kernels import tiles
-
-SUMS = jnp.float32  # what everything is computed and added up in
+from jaxnorm.kernels.tiles import SUMS
 
 
 class Block(NamedTuple):
@@ -27,22 +26,22 @@ class Block(NamedTuple):
 
     def at(self, batch, first):
         """The rows from `first` of a batch, and which of them exist."""
-        inner = first + jnp.arange(self.height)
+        inner = first + tiles.indices(self.height)
         return batch * self.rows + inner, inner < self.rows
 
     @property
     def columns(self):
-        return jnp.arange(self.width)
+        return tiles.indices(self.width)
 
     @property
     def in_width(self):
         return self.columns < self.features
 
 
-def _block(rows: int, features: int, elements: int) -> Block:
-    """A block of about `elements`, of as many rows as that is."""
+def _block(rows: int, features: int) -> Block:
+    """A block of about `ROW_ELEMENTS`, of as many rows as that is."""
     width = pl.next_power_of_2(features)
-    height = max(1, min(elements // width, pl.next_power_of_2(rows)))
+    height = max(1, min(tiles.ROW_ELEMENTS // width, pl.next_power_of_2(rows)))
     warps = max(4, min(16, height * width // tiles.ELEMENTS_PER_WARP))
     return Block(rows, features, height, width, warps)
 
@@ -92,7 +91,7 @@ def _forward(x_ref, scale_ref, bias_ref, epsilon_ref, *outs, block, blocks):
 def forward(x, scale, bias, epsilon, *, center, dtype, interpret):
     """See `rows.forward`; `x` is (batch, rows, features)."""
     batch, rows, features = x.shape
-    tile = _block(rows, features, tiles.FORWARD_ELEMENTS)
+    tile = _block(rows, features)
     blocks = pl.cdiv(rows, tile.height)
     per_row = tiles.result((batch * rows,), SUMS, x)
     y, mean, rstd = pl.pallas_call(
@@ -117,7 +116,8 @@ def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, progra
 
     def add(step, sums):
         # Neighbouring programs read neighbouring rows.
-        rows, in_rows = block.at(batch, (step * programs + index) * block.height)
+        first = (jnp.int32(step) * programs + index) * block.height
+        rows, in_rows = block.at(batch, first)
         load = functools.partial(plgpu.load, mask=in_rows, other=0)
         x = _load_tile(x_ref, rows, in_rows, block)
         dy = _load_tile(dy_ref, rows, in_rows, block)
@@ -146,7 +146,7 @@ def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, progra
 def backward(x, dy, scale, mean, rstd, *, with_bias, interpret):
     """See `rows.backward`; the sums are parted, (batch, programs, features)."""
     batch, rows, features = x.shape
-    tile = _block(rows, features, tiles.BACKWARD_ELEMENTS)
+    tile = _block(rows, features)
     programs = tiles.programs(batch, rows, tile.height, 16 // tile.warps)
     parts = tiles.result((batch * programs, features), SUMS, x)
     flat = [v.reshape(-1, features) for v in (x, dy)]

@@ -68,7 +68,7 @@ def unavailable(backend: str) -> str | None:
     name, needed = BACKENDS[backend]
     try:
         module = importlib.import_module(name)
-    except Exception as error:
+    except Exception as error:  # whatever a version that does not fit raises
         return (
             f"jax {jax.__version__} cannot import {name} "
             f"({type(error).__name__}: {error})"

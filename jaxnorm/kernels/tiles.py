@@ -3,18 +3,19 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+SUMS = jnp.float32  # what kernels compute and add up in
 MULTIPROCESSORS = 132  # of an H100; on another GPU the last wave is not full
-ELEMENTS_PER_WARP = 512  # 16 for each thread
-FORWARD_ELEMENTS = 4096
-BACKWARD_ELEMENTS = 4096
-LEAST_ROWS = 31  # per program, so that partial sums cost at most 8/31 of a pass
+ROW_ELEMENTS = 4096  # of a block of rows
+ELEMENTS_PER_WARP = 512  # of these: 16 for each thread
+LEAST_ROWS = 31  # per program: partial sums cost at most 8/31 of a pass over bfloat16
 LANES = 128  # as wide as a tile of columns gets
 COLUMN_ELEMENTS = 4096  # of such a tile: 32 for each thread
 MOSAIC_TILE_ROWS = 8
-LEAST_SLAB = 128  # rows, so that partial sums cost at most 1/16 of a pass
+LEAST_SLAB = 128  # rows: partial sums cost at most 1/10 of a pass over bfloat16
 
 
 def programs(batch: int, rows: int, height: int, per_multiprocessor: int) -> int:
@@ -44,6 +45,11 @@ def slabs(batch: int, columns: int, space: int) -> int:
     that leaves `LEAST_SLAB` rows to each of them."""
     wanted = -(-4 * MULTIPROCESSORS // (batch * columns))
     return max(1, min(wanted, space // LEAST_SLAB))
+
+
+def indices(count: int) -> Array:
+    """0, 1, ... in 32 bits, also where JAX has 64."""
+    return jnp.arange(count, dtype=jnp.int32)
 
 
 def result(shape: tuple[int, ...], dtype: DTypeLike, like: Array):
