@@ -44,12 +44,14 @@ def followed(
     """`activation(y + residual)` in the dtype of `y`, and 0 where `mask` is false."""
     residual = None if residual is None else as_floating(residual)
     check_following(activation, residual, y)
-    if activation is None and residual is None:
-        return y
     if residual is not None:
         # Before the sum: a NaN masked later would still poison gradients.
         y = y + without_masked(residual.astype(y.dtype), mask)
-    return without_masked(y if activation is None else ACTIVATIONS[activation](y), mask)
+    if activation is None:
+        return y
+    # The sum is kept for the backward pass, and what else it needs computed again.
+    y = jax.checkpoint(ACTIVATIONS[activation], prevent_cse=False)(y)
+    return without_masked(y, mask)
 
 
 def without_masked(v: Array, mask: Array | None) -> Array:

@@ -178,11 +178,11 @@ class Norm(abc.ABC):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **following: Any,
+        **options: Any,
     ) -> tuple[Array, Moments]:
         """`x` normalized by its `own_moments`, and these.
 
-        `following` are the activation and residual of `normalize`.
+        `options` are the activation, residual and implementation of `normalize`.
         """
         return normalize(
             x,
@@ -194,7 +194,7 @@ class Norm(abc.ABC):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             dtype=dtype,
-            **following,
+            **options,
         )
 
     @final
@@ -288,6 +288,7 @@ class RowNorm(StatelessNorm):
     reduction_axes: int | Sequence[int] = -1
     feature_axes: int | Sequence[int] = -1
     zero_centered_scale: bool = False
+    implementation: str | None = None
 
     @final
     def axes(self, shape):
@@ -307,7 +308,8 @@ class RowNorm(StatelessNorm):
             scale = jnp.asarray(scale)
             wide = promote(at_least_float32(x.dtype), scale.dtype)
             params = {**params, "scale": scale.astype(wide) + 1}
-        return super().transform(x, params, mask=mask, dtype=dtype)
+        how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
+        return self.by_own_moments(x, params, **how)[0]
 
 
 @method

@@ -86,6 +86,7 @@ class BatchNorm(nn.BatchNorm):
 
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     activation: str | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
@@ -102,6 +103,8 @@ class LayerNorm(nn.LayerNorm):
     there is one formula, exact and in at least float32.
     """
 
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
+
     @nn.compact
     def __call__(self, x, *, mask=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
@@ -114,6 +117,8 @@ class RMSNorm(nn.RMSNorm):
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
     the mean square is taken in at least float32.
     """
+
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, *, mask=None):
@@ -130,6 +135,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     activation: str | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, *, mask=None, residual=None):
@@ -147,6 +153,7 @@ class InstanceNorm(nn.InstanceNorm):
     """
 
     activation: str | None = dataclasses.field(default=None, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, *, mask=None, residual=None):

@@ -55,6 +55,7 @@ def normalize(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     activation: str | None = None,
     residual: ArrayLike | None = None,
+    implementation: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Moments]:
     """Standardizes `x` by its own moments and returns these with it. The same as
@@ -66,12 +67,18 @@ def normalize(
     but for what the backward pass keeps, which is `x` in its own dtype, once, and
     arrays of the size of the statistics and parameters; after "relu" one bit for each
     element of y, too (a byte, where the last axis of `x` is no multiple of 8), and
-    after a residual and "relu" y itself, which the next layer keeps as well. Other
-    activations keep what they keep on their own.
+    after a residual and "relu" y itself, which the next layer keeps as well; another
+    activation keeps what it is applied to.
 
     `activation` is "relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid" or "tanh",
-    as in `jax.nn`; `residual` has the shape of `x`. Raises what these three raise, and
-    ValueError or TypeError for another activation or a residual of another shape.
+    as in `jax.nn`; `residual` has the shape of `x`.
+
+    `implementation` is "xla", which is the default everywhere, or "triton" or "mosaic"
+    for the kernels for GPUs of `jaxnorm.kernels`, which give the same to rounding, but
+    no forward mode and no second derivatives.
+
+    Raises what these three raise, and ValueError or TypeError for another activation,
+    a residual of another shape, and kernels that do not fit.
     """
     x = as_floating(x)
     residual = None if residual is None else as_floating(residual)
@@ -86,11 +93,52 @@ def normalize(
     )
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
     mask = as_mask(mask, x.shape)
+    if implementation not in (None, "xla"):
+        following = activation, residual, implementation
+        return _by_kernels(plan, x, mask, epsilon, scale, bias, *following)
     given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias
     if activation == "relu":
         return _rectify(plan, *given, residual)
     y, m = _normalize(plan, *given)
     return followed(y, activation, residual, mask), m
+
+
+def _by_kernels(
+    plan, x, mask, epsilon, scale, bias, activation, residual, implementation
+):
+    """The same by kernels; raises ValueError if they do not fit."""
+    from jaxnorm import kernels  # not needed by most, and not loaded for these
+
+    if implementation not in kernels.BACKENDS:
+        raise ValueError(
+            f"implementation={implementation!r} is none of None, 'xla' and "
+            f"{list(kernels.BACKENDS)}"
+        )
+    unfit = {
+        "a mask": mask is not None,
+        "axis_name": plan.axis_name is not None,
+        "a residual": residual is not None,
+        "an epsilon that is traced": isinstance(epsilon, jax.core.Tracer),
+    }
+    problem = next(
+        (f"they do not take {k}" for k, given in unfit.items() if given), None
+    )
+    settings = plan.axes, x, plan.dtype, plan.center, activation, (scale, bias)
+    problem = problem or kernels.reason(implementation, *settings)
+    if problem:
+        raise ValueError(
+            f"implementation={implementation!r} does not fit: {problem}. Leave it out "
+            "to have XLA's"
+        )
+    how = kernels.Plan(
+        implementation,
+        float(epsilon),
+        plan.dtype,
+        center=plan.center,
+        activation=activation,
+    )
+    y = kernels.normalized(how, plan.axes, x, scale, bias)
+    return y, moments(x, plan.axes, center=plan.center)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

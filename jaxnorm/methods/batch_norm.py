@@ -18,14 +18,19 @@ class BatchNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
     activation: str | None = None
+    implementation: str | None = None
     options = ("residual",)
 
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
     def by_batch(self, x, params, stats, *, mask, dtype, residual=None):
-        following = {"activation": self.activation, "residual": residual}
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)
+        options = {
+            "activation": self.activation,
+            "residual": residual,
+            "implementation": self.implementation,
+        }
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **options)
 
     def evaluate(self, x, params, stats, *, mask, dtype, residual=None):
         y = super().evaluate(x, params, stats, mask=mask, dtype=dtype)
@@ -47,6 +52,7 @@ def batch_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
     unbiased: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Normalizes each feature of `x` by its mean and variance over all other axes.
@@ -75,6 +81,7 @@ def batch_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: None is "xla"; there are no kernels for these sums.
         unbiased: keep `var * n / (n - 1)` in stats, as PyTorch does.
 
     Returns:
@@ -102,6 +109,7 @@ def batch_norm(
         activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        implementation=implementation,
         unbiased=unbiased,
     )
     params = {"scale": scale, "bias": bias}

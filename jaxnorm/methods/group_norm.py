@@ -18,6 +18,7 @@ class GroupNorm(StatelessNorm):
     axis: int = -1
     reduction_axes: int | Sequence[int] | None = None
     activation: str | None = None
+    implementation: str | None = None
     options = ("residual",)
 
     def axes(self, shape):
@@ -30,8 +31,12 @@ class GroupNorm(StatelessNorm):
         )
 
     def transform(self, x, params, *, mask, dtype, residual=None):
-        following = {"activation": self.activation, "residual": residual}
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)[0]
+        options = {
+            "activation": self.activation,
+            "residual": residual,
+            "implementation": self.implementation,
+        }
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **options)[0]
 
 
 def group_norm(
@@ -49,6 +54,7 @@ def group_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """Normalizes each example of `x` over space and within each group of features.
 
@@ -73,6 +79,8 @@ def group_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask,
+            axis_name or residual, and have no forward mode); None is "xla".
 
     Returns:
         y, of the shape and dtype of x; moments are taken in at least float32.
@@ -97,6 +105,7 @@ def group_norm(
         activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        implementation=implementation,
     )
     params = {"scale": scale, "bias": bias}
     return norm(x, params, {}, mask=mask, residual=residual)[0]

@@ -15,14 +15,19 @@ class InstanceNorm(StatelessNorm):
 
     axis: int | Sequence[int] = -1
     activation: str | None = None
+    implementation: str | None = None
     options = ("residual",)
 
     def axes(self, shape):
         return axes.per_example(shape, self.axis)
 
     def transform(self, x, params, *, mask, dtype, residual=None):
-        following = {"activation": self.activation, "residual": residual}
-        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **following)[0]
+        options = {
+            "activation": self.activation,
+            "residual": residual,
+            "implementation": self.implementation,
+        }
+        return self.by_own_moments(x, params, mask=mask, dtype=dtype, **options)[0]
 
 
 def instance_norm(
@@ -37,6 +42,7 @@ def instance_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """Normalizes each feature of each example of `x` over the remaining axes.
 
@@ -56,6 +62,8 @@ def instance_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask,
+            axis_name or residual, and have no forward mode); None is "xla".
 
     Returns:
         y, of the shape and dtype of x; moments are taken in at least float32.
@@ -78,6 +86,7 @@ def instance_norm(
         activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        implementation=implementation,
     )
     params = {"scale": scale, "bias": bias}
     return norm(x, params, {}, mask=mask, residual=residual)[0]

@@ -27,6 +27,7 @@ def rms_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """Divides `x` by its root mean square over `reduction_axes`; no mean is subtracted.
 
@@ -44,6 +45,8 @@ def rms_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask
+            or axis_name, and have no forward mode); None is "xla".
 
     Returns:
         y, of the shape and dtype of x; the mean square is taken in at least float32.
@@ -66,5 +69,6 @@ def rms_norm(
         zero_centered_scale=zero_centered_scale,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
+        implementation=implementation,
     )
     return norm(x, {"scale": scale}, {}, mask=mask)[0]

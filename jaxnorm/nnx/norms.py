@@ -123,11 +123,13 @@ class BatchNorm(nnx.BatchNorm):
         *args,
         unbiased: bool = False,
         activation: str | None = None,
+        implementation: str | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.unbiased = unbiased
         self.activation = activation
+        self.implementation = implementation
         if self.momentum is None:
             count = settings(jaxnorm.BatchNorm, self).init_stats(self.mean.shape)
             self.count = nnx.BatchStat(count["count"])
@@ -139,24 +141,16 @@ class BatchNorm(nnx.BatchNorm):
         return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
-def signature(cls: type, *own: str) -> inspect.Signature:
-    """Flax's signature of the constructor of `cls`, with the arguments named `own`."""
-    flax = inspect.signature(cls.__mro__[1].__init__)
-    added = [inspect.signature(cls.__init__).parameters[name] for name in own]
-    return flax.replace(parameters=[*flax.parameters.values(), *added])
-
-
-BatchNorm.__init__.__signature__ = signature(  # pyright: ignore
-    BatchNorm, "unbiased", "activation"
-)
-
-
 class LayerNorm(nnx.LayerNorm):
     """Flax's LayerNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` is accepted and has no effect: there is one formula, exact.
     `promote_dtype` decides the dtype of the result.
     """
+
+    def __init__(self, *args, implementation: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.implementation = implementation
 
     def __call__(self, x, *, mask=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
@@ -169,6 +163,10 @@ class RMSNorm(nnx.RMSNorm):
     `use_fast_variance` is accepted and has no effect. `promote_dtype` decides the dtype
     of the result.
     """
+
+    def __init__(self, *args, implementation: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.implementation = implementation
 
     def __call__(self, x, mask=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
@@ -183,20 +181,22 @@ class GroupNorm(nnx.GroupNorm):
     `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
-    def __init__(self, *args, activation: str | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        activation: str | None = None,
+        implementation: str | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.activation = activation
+        self.implementation = implementation
 
     def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         # Flax keeps both the number of groups and their size; one says it all.
         norm = settings(jaxnorm.GroupNorm, self, group_size=None)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
-
-
-GroupNorm.__init__.__signature__ = signature(  # pyright: ignore
-    GroupNorm, "activation"
-)
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -207,9 +207,16 @@ class InstanceNorm(nnx.InstanceNorm):
     `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
-    def __init__(self, *args, activation: str | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        activation: str | None = None,
+        implementation: str | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.activation = activation
+        self.implementation = implementation
 
     def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
@@ -217,9 +224,17 @@ class InstanceNorm(nnx.InstanceNorm):
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
-InstanceNorm.__init__.__signature__ = signature(  # pyright: ignore
-    InstanceNorm, "activation"
-)
+def signature(cls: type) -> inspect.Signature:
+    """Flax's signature of the constructor of `cls`, with what that adds by keyword."""
+    flax = inspect.signature(cls.__mro__[1].__init__)
+    own = inspect.signature(cls.__init__).parameters.values()
+    new = [p for p in own if p.name not in flax.parameters]
+    added = [p for p in new if p.kind is p.KEYWORD_ONLY]
+    return flax.replace(parameters=[*flax.parameters.values(), *added])
+
+
+for _named in (BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm):
+    _named.__init__.__signature__ = signature(_named)  # pyright: ignore
 
 
 def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
