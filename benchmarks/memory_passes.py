@@ -114,7 +114,7 @@ def measure(target: str, chosen: list[Case], columns: list[Library]) -> Table:
         except (NotImplementedError, ValueError) as e:
             if library.implementation is None:
                 raise
-            cell = f"none: {type(e).__name__}"
+            cell = "no kernel"
             tqdm.write(f"{case.key}, {library.name}: {e}", file=sys.stderr)
         table[case.key][library.name] = cell
     return table

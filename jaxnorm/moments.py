@@ -287,7 +287,8 @@ def _along_rows(axes, x, mask, size):
     """As `_about_the_mean`, of nothing that XLA:CPU can not take in a single kernel."""
     x = fold(x, mask, axes)
     mean = _mean(x, axes, size)
-    return (mean, *_shifted(axes, x, mask, size, mean)[::-1])
+    residue, var = _shifted(axes, x, mask, size, mean)
+    return mean, var, residue
 
 
 def row_moments(x: Array, axes: Axes, center: bool) -> Moments:

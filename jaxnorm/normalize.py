@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike, DTypeLike
 
@@ -118,7 +119,7 @@ def _by_kernels(
         "a mask": mask is not None,
         "axis_name": plan.axis_name is not None,
         "a residual": residual is not None,
-        "an epsilon that is traced": isinstance(epsilon, jax.core.Tracer),
+        "an epsilon that is traced": isinstance(epsilon, Tracer),
     }
     problem = next(
         (f"they do not take {k}" for k, given in unfit.items() if given), None

@@ -44,12 +44,9 @@ def standardize(
     scale = as_param("scale", scale, axes, mean.dtype)
     bias = as_param("bias", bias, axes, mean.dtype)
     # A plain 0 is known while tracing, and costs nothing.
-    residue = (
-        None
-        if isinstance(residue, float) and residue == 0
-        else jnp.asarray(residue, mean.dtype)
-    )
-    return standardized(axes, dtype, x, mask, mean, residue, rstd, scale, bias)
+    none = isinstance(residue, float) and residue == 0
+    rest = None if none else jnp.asarray(residue, mean.dtype)
+    return standardized(axes, dtype, x, mask, mean, rest, rstd, scale, bias)
 
 
 def pointwise(

@@ -53,7 +53,7 @@ def composed(row, activation, p, *, mask=None, flag=False):
         y, stats = row.norm(x, params, p.stats, mask=mask, use_running_average=flag)
         y = y if residual is None else y + residual.astype(y.dtype)
         y = ACTIVATIONS[activation](y)
-        return (y if mask is None else jnp.where(mask, y, 0)), stats
+        return jnp.where(True if mask is None else mask, y, 0), stats
 
     return f
 
@@ -93,7 +93,7 @@ def test_relu_is_the_composition_with_all_derivatives(
     mask = p.mask if masked else None
     x, rng = p.x, np.random.default_rng(3)
     if masked:
-        x = np.where(mask, x, np.nan).astype(x.dtype)
+        x = np.where(p.mask, x, np.nan).astype(x.dtype)
     direction = jax.tree.map(
         lambda v: rng.normal(size=v.shape).astype(v.dtype), (p.x, p.params, residual)
     )

@@ -59,13 +59,14 @@ def normalized(
 ) -> Array:
     """`x` normalized over `axes` by kernels that `reason` has nothing against."""
     pattern = _pattern(axes)
-    scale, bias = (None if v is None else v.reshape(-1) for v in (scale, bias))
+    scale = None if scale is None else scale.reshape(-1)
+    bias = None if bias is None else bias.reshape(-1)
     folded = x.reshape(_canonical(pattern, axes.shape))
     if pattern == "rows":
-        return _rows(plan, folded, scale, bias).reshape(x.shape)
+        return jnp.reshape(_rows(plan, folded, scale, bias), x.shape)
     groups = axes.folded[-2] if len(axes.folded) > len(axes.shape) else x.shape[-1]
     plan = plan._replace(num_groups=groups)
-    return _columns(plan, folded, scale, bias).reshape(x.shape)
+    return jnp.reshape(_columns(plan, folded, scale, bias), x.shape)
 
 
 def _pattern(axes: Axes) -> str | None:
