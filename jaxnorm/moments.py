@@ -284,7 +284,7 @@ def _about_the_mean(axes, x, mask, size):
 
 
 def _along_rows(axes, x, mask, size):
-    """As `_about_the_mean`, of nothing that XLA:CPU can not take in a single kernel."""
+    """As `_about_the_mean`, of nothing that XLA:CPU cannot take in one kernel."""
     x = fold(x, mask, axes)
     mean = _mean(x, axes, size)
     residue, var = _shifted(axes, x, mask, size, mean)
@@ -340,11 +340,10 @@ def _in_two_passes(axes, x, mask, size):
     var = _rounded(jnp.maximum(var, 0))
     if part == axes:
         return tuple(v.reshape(axes.stats_shape) for v in (mean, var, residue))
-    parts = (v.reshape(axes.param_shape(0)) for v in (mean, var, residue))
-    mean, var, residue = parts
+    mean, var, residue = (v.reshape(axes.param_shape(0)) for v in (mean, var, residue))
     _, along = axes.reduce_in_order
-    sets = Moments(mean, var, part.size, residue)
-    m = pool(sets, lambda v: v.sum(along, keepdims=True))
+    features = Moments(mean, var, part.size, residue)
+    m = pool(features, lambda v: v.sum(along, keepdims=True))
     return m.mean, m.var, m.residue
 
 

@@ -145,9 +145,8 @@ def _by_kernels(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(plan, x, mask, epsilon, scale, bias):
     _, m = _moments(plan, x, mask)
-    return unfold(
-        _line(plan, x, mask, m, epsilon, scale, bias), mask, plan.axes, plan.dtype
-    ), m
+    y = _line(plan, x, mask, m, epsilon, scale, bias)
+    return unfold(y, mask, plan.axes, plan.dtype), m
 
 
 @_normalize.defjvp
@@ -155,9 +154,8 @@ def _normalize_jvp(plan, primals, tangents):
     x, mask, epsilon, scale, bias = primals
     dx, _, depsilon, dscale, dbias = tangents
     own, m = _moments(plan, x, mask)
-    y = unfold(
-        _line(plan, x, mask, m, epsilon, scale, bias), mask, plan.axes, plan.dtype
-    )
+    y = _line(plan, x, mask, m, epsilon, scale, bias)
+    y = unfold(y, mask, plan.axes, plan.dtype)
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
     tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
     synced = None if plan.axis_name is None else m
@@ -258,6 +256,7 @@ def _moments(plan, x, mask):
 
 
 def _line(plan, x, mask, m, epsilon, scale, bias):
+    """What normalizing gives, in the folded shape and before it is rounded."""
     given = x, mask, m.mean, _residue(plan, m), m.rstd(epsilon), scale, bias
     return folded(plan.axes, *given)
 
@@ -268,6 +267,7 @@ def _residue(plan, m):
 
 
 def _moments_tangent(plan, x, mask, own, synced, rstd, depsilon, dx):
+    """The tangents of the pooled mean and variance, and of the deviation's inverse."""
     given = x, mask, own.mean, own.residue, own.size, dx
     dmean, dvar = moments_tangent(plan.axes, plan.center, *given)
     if synced is not None:
