@@ -279,7 +279,11 @@ def list_kernels(target: str, chosen: list[Case]) -> None:
         for library in libraries(target):
             if case.quantity != "passes" or not library.offers(case.kind):
                 continue
-            ks = moved(target, case, library)
+            try:
+                ks = moved(target, case, library)
+            except ValueError as e:
+                print(f"\n{case.key}, {library.name}: {e}")
+                continue
             small = [k for k in ks if k.bytes < 0.01 * case.unit]
             total = sum(k.bytes for k in ks) / case.unit
             print(f"\n{case.key}, {library.name}: {total:.2f} passes")

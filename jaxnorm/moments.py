@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
@@ -83,9 +82,8 @@ def moments(
     but exact whatever the mean: the squares are those of `x - pivot`, where the pivot
     is the mean or, where that saves a pass over `x`, the mean of a sixteenth or more
     of the elements. The squared mean that is subtracted then magnifies the rounding of
-    the sums at most 16 times (Chan, Golub and LeVeque, 1983). On a TPU the pivot of
-    sums over the batch is 0 first, and the mean only where 0 would break this bound.
-    Where nothing is valid, mean, variance and size are 0.
+    the sums at most 16 times (Chan, Golub and LeVeque, 1983). Where nothing is valid,
+    mean, variance and size are 0.
 
     `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError
     if it does not, and TypeError if `x` holds no numbers.
@@ -157,6 +155,14 @@ def _add(pivot: Array, shift: Array) -> tuple[Array, Array]:
     return total, (pivot - total) + main + (shift - main)
 
 
+def _settled(pivot: Array, shift: Array) -> tuple[Array, Array]:
+    """As `_add`, and 0 for a rest that is below the rounding of the shift: it is noise,
+    and would keep what is constant from becoming 0."""
+    total, rest = _add(pivot, shift)
+    noise = 64 * jnp.finfo(rest.dtype).eps * jnp.abs(shift)
+    return total, jnp.where(jnp.abs(rest) > noise, rest, jnp.zeros_like(rest))
+
+
 def _rounded(x: Array) -> Array:
     """`x` with one bit less than it has.
 
@@ -196,6 +202,20 @@ def _mean(x: Array, axes: Axes, size: Any) -> Array:
     return _over(x, jnp.maximum(jnp.asarray(size), 1))
 
 
+def _first(x: Array, axes: Axes) -> Array:
+    """One element of each statistic, so that what is constant has it as its mean.
+
+    The mean of some where a slice would move data between devices, 0 of nothing.
+    """
+    if not axes.size:
+        return jnp.zeros(axes.stats_shape, x.dtype)
+    for a in _slab_axes(x, axes):
+        x = lax.slice_in_dim(x, 0, 1, axis=a)
+    if x.shape == axes.stats_shape:
+        return x
+    return _rounded(x.mean(axes.reduce, keepdims=True))
+
+
 def _pivot(x: Array, axes: Axes) -> Array:
     """The mean of at least a sixteenth of the elements of each statistic.
 
@@ -204,7 +224,7 @@ def _pivot(x: Array, axes: Axes) -> Array:
     """
     along = _slab_axes(x, axes)
     if not along or not axes.size:
-        return _mean(x, axes, axes.size)
+        return _rounded(_mean(x, axes, axes.size))
     slab, enough = x, -(-axes.size // 16)
     for a in along:
         # As few along this axis as leave enough, if the axes to come are kept whole.
@@ -212,19 +232,24 @@ def _pivot(x: Array, axes: Axes) -> Array:
         # The last axis is contiguous in memory, where steps would cost what all cost.
         step = 1 if a == x.ndim - 1 else x.shape[a] // count
         slab = lax.slice_in_dim(slab, 0, (count - 1) * step + 1, step, a)
-    return slab.mean(axes.reduce, keepdims=True)
+    return _rounded(slab.mean(axes.reduce, keepdims=True))
 
 
 def _slab_axes(x: Array, axes: Axes) -> list[int]:
     """The reduced axes to take a part of, space before the batch.
 
-    None whose sharding (known in a mesh of explicit axes) would make a slice move data
-    between devices.
+    None of those where a slice would move data between devices.
     """
-    spec = tuple(getattr(jax.typeof(x).sharding, "spec", ()))
-    sharded = {a for a, name in enumerate(spec) if name is not None}
+    sharded = sharded_axes(x)
     usable = [a for a in axes.reduce if x.shape[a] > 1 and a not in sharded]
     return sorted(usable, key=lambda a: a == 0)
+
+
+def sharded_axes(x: Array) -> set[int]:
+    """The axes of `x` that are spread over devices, as known in a mesh of explicit
+    axes."""
+    spec = tuple(getattr(jax.typeof(x).sharding, "spec", ()))
+    return {a for a, name in enumerate(spec) if name is not None}
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -249,14 +274,15 @@ def _centered(
     """
     if mask is not None:
         return _about_the_mean(axes, x, mask, size)
-    cpu = _along_rows if axes.of_rows else _in_two_passes
+    cpu = _in_two_passes if axes.per_feature == axes else _feature_by_feature
+    cpu = _along_rows if axes.of_rows else cpu
     gpu = _about_the_mean if axes.of_rows else _about_a_pivot
-    tpu = _about_zero if 0 in axes.reduce else _about_the_mean
     given = axes, x, mask, size
     return lax.platform_dependent(
         cpu=functools.partial(cpu, *given),
-        tpu=functools.partial(tpu, *given),
-        default=functools.partial(gpu, *given),
+        cuda=functools.partial(gpu, *given),
+        rocm=functools.partial(gpu, *given),
+        default=functools.partial(_about_the_mean, *given),
     )
 
 
@@ -280,6 +306,8 @@ def _about_the_mean(axes, x, mask, size):
     x = fold(x, mask, axes)
     mean = _rounded(_mean(x, axes, size))
     residue, var = _shifted(axes, x, mask, size, mean)
+    if not axes.of_rows:  # where it would part the kernel
+        mean, residue = _settled(mean, residue)
     return mean, var, residue
 
 
@@ -299,7 +327,7 @@ def row_moments(x: Array, axes: Axes, center: bool) -> Moments:
     if not center:
         return moments(x, axes, center=False)
     x = fold(x, None, axes)
-    pivot = _rounded(_pivot(x, axes))
+    pivot = _pivot(x, axes)
     shift, var = _shifted(axes, x, None, axes.size, pivot)
     return Moments(pivot, var, axes.size, shift)
 
@@ -307,72 +335,53 @@ def row_moments(x: Array, axes: Axes, center: bool) -> Moments:
 def _about_a_pivot(axes, x, mask, size):
     """Both sums of `x - pivot`: one pass, where elementwise work is free."""
     x = fold(x, mask, axes)
-    pivot = _rounded(_pivot(x, axes))
+    pivot = _pivot(x, axes)
     shift, var = _shifted(axes, x, mask, size, pivot)
-    mean, residue = _add(pivot, shift)
+    mean, residue = _settled(pivot, shift)
     return mean, var, residue
 
 
 def _in_two_passes(axes, x, mask, size):
     """The mean, by way of a pivot so that it is exact, then the squares.
 
-    XLA:CPU sums along consecutive axes fast, and writes nothing of x's size if each sum
-    takes its own difference, less an array of the kept axes alone. What is elementwise
-    would follow a sum into its kernel, at the speed of that, were it not rounded.
+    XLA:CPU sums fast, and writes nothing of x's size if each sum takes a difference of
+    its own, less an array of the kept axes alone. What is elementwise would follow a
+    sum into its kernel, at the speed of that, were it not rounded.
     """
-    part = axes.per_feature
-    x = fold(x, mask, part)
-    kept = [a for a in range(x.ndim) if a not in part.reduce]
-    size = jnp.asarray(max(part.size, 1), x.real.dtype)
+    x = fold(x, mask, axes)
+    kept = [a for a in range(x.ndim) if a not in axes.reduce]
+    size = jnp.asarray(max(axes.size, 1), x.real.dtype)
 
     def mean_of(v):
-        return v.sum(part.reduce) / size.astype(v.dtype)
+        return v.sum(axes.reduce) / size.astype(v.dtype)
 
     def spread(v):
         return lax.broadcast_in_dim(v, x.shape, kept)
 
-    pivot = _rounded(lax.squeeze(_pivot(x, part), part.reduce))
+    pivot = lax.squeeze(_first(x, axes), axes.reduce)
     mean, residue = _add(pivot, mean_of(x - spread(pivot)))
     # Not about the mean: x - mean is shared with what follows, and would be written.
     near = _rounded(mean)
     off = (mean - near) + residue
     var = mean_of(abs_square(x - spread(near))) - abs_square(off)
     var = _rounded(jnp.maximum(var, 0))
-    if part == axes:
-        return tuple(v.reshape(axes.stats_shape) for v in (mean, var, residue))
-    mean, var, residue = (v.reshape(axes.param_shape(0)) for v in (mean, var, residue))
-    _, along = axes.reduce_in_order
-    features = Moments(mean, var, part.size, residue)
-    m = pool(features, lambda v: v.sum(along, keepdims=True))
-    return m.mean, m.var, m.residue
+    mean, var, residue = (v.reshape(axes.stats_shape) for v in (mean, var, residue))
+    return mean, var, residue
 
 
-def _about_zero(axes, x, mask, size):
-    """`E[x^2] - E[x]^2` where that is exact, which is known once it is taken.
-
-    A TPU takes these sums while it multiplies the matrices that give x.
-    """
-    wide = fold(x, mask, axes)
-    mean = _mean(wide, axes, size)
-    var = _mean(abs_square(wide), axes, size) - abs_square(mean)
-    near = _everywhere(abs_square(mean) <= 16 * var)
-    return lax.cond(
-        near,
-        lambda: (mean, jnp.maximum(var, 0), jnp.zeros_like(mean)),
-        lambda: _about_the_mean(axes, x, mask, size),
-    )
-
-
-@custom_vmap
-def _everywhere(flags: Array) -> Array:
-    return jnp.all(flags)
-
-
-@_everywhere.def_vmap
-def _everywhere_in_the_batch(_, __, flags):
-    # One answer for all of a vmap keeps the condition a condition, not a selection
-    # that computes both sides.
-    return _everywhere(flags), False
+def _feature_by_feature(axes, x, mask, size):
+    """The moments of each feature, pooled: XLA:CPU sums along both slowly."""
+    part = axes.per_feature
+    plain, features = axes.reduce_in_order
+    shape = axes._replace(reduce=plain).stats_shape
+    each = _in_two_passes(part, x, mask, part.size)
+    mean, var, residue = (v.reshape(shape) for v in each)
+    whole = _rounded(mean.mean(features, keepdims=True))
+    apart = (mean - whole) + residue
+    shift = apart.mean(features, keepdims=True)
+    var = (var + abs_square(apart)).mean(features, keepdims=True) - abs_square(shift)
+    mean, residue = _settled(whole, shift)
+    return mean, jnp.maximum(var, 0), residue
 
 
 @_mean_and_var.defjvp

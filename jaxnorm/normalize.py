@@ -188,6 +188,7 @@ def _rectify_jvp(plan, primals, tangents):
     y = _rectified(plan, x, mask, m, epsilon, scale, bias, residual)
     tangent = functools.partial(_rectify_tangent, plan)
     synced = None if plan.axis_name is None else m
+    # The second is for TPUs: what the sign of y follows from, with the least to keep.
     signs = pack(y > 0), bias if residual is None else y
     changes = dx, depsilon, dscale, dbias, dresidual
     dy, dmean, dvar = jax.checkpoint(tangent, prevent_cse=False)(
@@ -205,7 +206,7 @@ def _rectify_tangent(plan, x, mask, signs, own, synced, rstd, scale, changes):
     """
     dx, depsilon, dscale, dbias, dresidual = changes
     m = own if synced is None else synced
-    positive = _positive(plan, x, mask, signs, m, rstd, scale, dresidual is None)
+    positive = _positive(plan, x, mask, signs, m, rstd, scale, dresidual is not None)
 
     def gated(v):
         v = unfold(v, mask, plan.axes, plan.dtype)
@@ -232,18 +233,18 @@ def _apart(values):
     )
 
 
-def _positive(plan, x, mask, signs, m, rstd, scale, alone):
+def _positive(plan, x, mask, signs, m, rstd, scale, has_residual):
     """Where y is positive: what the forward pass has packed.
 
     On a TPU packing would move data between lanes: there it is what y says, which the
     next layer keeps, or what x says again.
     """
-    bits, other = signs
+    bits, y_or_bias = signs
 
     def again():
-        if not alone:
-            return other > 0
-        given = x, mask, m.mean, _residue(plan, m), rstd, scale, other
+        if has_residual:
+            return y_or_bias > 0
+        given = x, mask, m.mean, _residue(plan, m), rstd, scale, y_or_bias
         return folded(plan.axes, *given).reshape(x.shape) > 0
 
     return lax.platform_dependent(tpu=again, default=lambda: unpack(bits))
