@@ -388,17 +388,24 @@ def _feature_by_feature(axes, x, mask, size):
 def _mean_and_var_jvp(axes, center, primals, tangents):
     x, mask, size = primals
     mean, var, residue = _mean_and_var(axes, center, *primals)
+
+    def tangent(x, mask, mean, residue, size, dx):
+        dx = fold(dx, mask, axes)
+        return moments_tangent(axes, center, x, mask, mean, residue, size, dx)
+
     # Recomputed, not kept: only x in its own dtype and the mean stay for the backward.
-    tangent = jax.checkpoint(
-        functools.partial(moments_tangent, axes, center), prevent_cse=False
+    dmean, dvar = jax.checkpoint(tangent, prevent_cse=False)(
+        x, mask, mean, residue, size, tangents[0]
     )
-    dmean, dvar = tangent(x, mask, mean, residue, size, tangents[0])
     return (mean, var, residue), (dmean, dvar, jnp.zeros_like(residue))
 
 
 def moments_tangent(axes, center, x, mask, mean, residue, size, dx):
-    """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx."""
-    dx = fold(dx, mask, axes)
+    """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx.
+
+    `dx` is folded already, and so wide: its transpose adds up all that x's cotangent
+    consists of before it is rounded, once, to the dtype of x.
+    """
     dmean = _mean(dx, axes, size) if center else jnp.zeros_like(mean)
     centered = fold(x, mask, axes) - mean
     half = _mean((centered.conj() * dx).real, axes, size)

@@ -205,6 +205,7 @@ def _rectify_tangent(plan, x, mask, signs, own, synced, rstd, scale, changes):
     both together would write the gated cotangent to memory to share it.
     """
     dx, depsilon, dscale, dbias, dresidual = changes
+    dx = fold(dx, mask, plan.axes)
     m = own if synced is None else synced
     positive = _positive(plan, x, mask, signs, m, rstd, scale, dresidual is not None)
 
@@ -217,7 +218,7 @@ def _rectify_tangent(plan, x, mask, signs, own, synced, rstd, scale, changes):
     dmean, dvar, drstd = _moments_tangent(plan, *given)
     rstd = rstd.astype(m.mean.dtype)
     dline = line_tangent(x, m.residue, rstd, scale, dmean, drstd, dscale, dbias)
-    direct = affine(rstd, scale, None) * fold(dx, mask, plan.axes)
+    direct = affine(rstd, scale, None) * dx
     if dresidual is not None:
         direct = direct + fold(dresidual, mask, plan.axes)
     direct, dslope, dshift = _apart((gated(direct), *dline))
@@ -283,6 +284,7 @@ def _tangent(
     plan, x, mask, own, synced, epsilon, rstd, scale, dx, depsilon, dscale, dbias
 ):
     """The chain rule over the parts; its transpose sums x's cotangent twice."""
+    dx = fold(dx, mask, plan.axes)
     if plan.axes.of_rows and mask is None and synced is None:
         x, own, rstd = _rows_again(plan, x, own, rstd, epsilon)
     m = own if synced is None else synced
