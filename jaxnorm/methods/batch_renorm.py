@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import standardize
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
@@ -47,6 +48,7 @@ class BatchRenorm(RunningNorm):
         stats = super().init_stats(feature_shape, dtype)
         return stats | ({"step": jnp.zeros((), jnp.int32)} if self._scheduled else {})
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

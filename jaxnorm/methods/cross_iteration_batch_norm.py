@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
-from jaxnorm.dtypes import at_least_float32
+from jaxnorm.dtypes import at_least_float32, one_rounding
 from jaxnorm.moments import Moments, pool
 from jaxnorm.running import all_finite, replaced
 
@@ -55,6 +55,7 @@ class CrossIterationBatchNorm(RunningNorm):
         batches = {"batches": jnp.zeros((), jnp.int32)}
         return super().init_stats(feature_shape, dtype) | past | batches
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         past = self._past(stats, x.shape)
         kernel = self._checked(inputs["kernel"], x.shape)

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, windows
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.dtypes import at_least_float32
+from jaxnorm.dtypes import at_least_float32, one_rounding
 from jaxnorm.moments import as_mask
 from jaxnorm.standardize import affine, as_number, as_param, pointwise
 
@@ -39,6 +39,7 @@ class DivisiveNorm(StatelessNorm):
             "sigma": jnp.full((), self.initial_sigma, dtype)
         }
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         along = where.reduce

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, abs_square, moments
 
 
@@ -34,6 +35,7 @@ class EvalNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype):
         return self.by_own_moments(x, params, mask=mask, dtype=dtype)
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         kept = running.read(stats, where, x.dtype)

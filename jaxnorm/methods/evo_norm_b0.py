@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import moments
 from jaxnorm.standardize import affine, as_param, pointwise
 
@@ -32,10 +33,12 @@ class EvoNormB0(RunningNorm):
             "slope": jnp.ones(feature_shape, dtype)
         }
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         m = self.own_moments(x, mask)
         return self._divided(x, m.var, params, mask, dtype), m
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         m = running.read(stats, self.axes(x.shape), x.dtype, kept=self.kept)
         return self._divided(x, m.var, params, mask, dtype)

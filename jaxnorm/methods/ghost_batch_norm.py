@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.normalize import normalize
 
@@ -32,6 +33,7 @@ class GhostBatchNorm(RunningNorm):
         if self.size < 1:
             raise ValueError(f"size must be at least 1 example, got {self.size}")
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         positions = self.axes((1, *x.shape[1:])).size
         if self.size * positions == 1:

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import as_param, pointwise
 
 
@@ -26,6 +27,7 @@ class GlobalResponseNorm(StatelessNorm):
         """Zeros: at first the input passes unchanged."""
         return {k: jnp.zeros(feature_shape, dtype) for k in self.params}
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

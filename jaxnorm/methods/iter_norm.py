@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, devices, running
 from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import vary_together
-from jaxnorm.dtypes import at_least_float32
+from jaxnorm.dtypes import at_least_float32, one_rounding
 from jaxnorm.moments import aligned, as_mask, fold
 from jaxnorm.standardize import affine, as_param, pointwise
 
@@ -51,6 +51,7 @@ class IterNorm(StatefulNorm):
         whitening = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (count, size, size))
         return {"mean": jnp.zeros(feature_shape, dtype), "whitening": whitening}
 
+    @one_rounding
     def train(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         mask = self._checked(x, stats, mask)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import as_mask, fold, fold_mask
 
 
@@ -25,6 +26,7 @@ class L1BatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import as_mask, fold, fold_mask, moments
 
 
@@ -24,6 +25,7 @@ class RangeBatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         own = moments(x, where, mask=mask)

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -37,12 +38,14 @@ class SwitchableNorm(RunningNorm):
         ones = {k: jnp.ones(3, dtype) for k in ("mean_weight", "var_weight")}
         return super().init_params(feature_shape, dtype) | ones
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         instance, layer = self._of_examples(x, mask)
         batch = pool(instance, lambda v: v.sum(0, keepdims=True))
         batch = self.sync(batch)
         return self._mixed(x, params, instance, layer, batch, mask, dtype), batch
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         kept = running.read(stats, self.axes(x.shape), x.dtype)
         return self._mixed(x, params, *self._of_examples(x, mask), kept, mask, dtype)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -40,6 +41,7 @@ class VirtualBatchNorm(StatelessNorm):
         self.axes(shape)  # which raises if there is no batch
         return super().lone_values((min(self.size, shape[0]), *shape[1:]), flag)
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         if self.size > x.shape[0]:
             raise ValueError(
