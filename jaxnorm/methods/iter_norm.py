@@ -55,9 +55,8 @@ class IterNorm(StatefulNorm):
     def train(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         mask = self._checked(x, stats, mask)
-        name, groups = self.axis_name, self.axis_index_groups
         m = self.own_moments(x, mask)
-        total = devices.group_sum(self._products(x, m.mean, mask), name, groups)
+        total = devices.group_sum(self._products(x, m.mean, mask), self.peers())
         size = jnp.max(jnp.asarray(m.size))  # the same for all features
         matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
         y = self._whitened(x, params, m.mean, matrix, mask, dtype)

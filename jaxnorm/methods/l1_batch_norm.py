@@ -30,9 +30,7 @@ class L1BatchNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)
-        total = devices.group_sum(
-            _absolute(x, mask, m, where), self.axis_name, self.axis_index_groups
-        )
+        total = devices.group_sum(_absolute(x, mask, m, where), self.peers())
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)

@@ -63,9 +63,9 @@ class OnlineNorm(StatefulNorm):
         each = moments(x, where, mask=mask)
         old, new = self._stream(each, running.read(stats, where, x.dtype))
         y = self._normalized(x, params, old, mask, dtype)
-        name, groups = self.axis_name, self.axis_index_groups
-        count = devices.group_sum(jnp.ones((), new[0].dtype), name, groups)
-        new = [devices.group_sum(v, name, groups) / count for v in new]
+        peers = self.peers()
+        count = devices.group_sum(jnp.ones((), new[0].dtype), peers)
+        new = [devices.group_sum(v, peers) / count for v in new]
         new = {"mean": new[0], "var": new[1]}
         return y, running.replaced(stats, new, running.all_finite(*new.values()))
 

@@ -43,7 +43,7 @@ class RangeBatchNorm(RunningNorm):
         both = _negated_least_and_largest(x, as_mask(mask, x.shape), where)
         some = jnp.broadcast_to(jnp.asarray(size) > 0, both.shape[1:])
         each = jnp.concatenate([both, some[None].astype(both.dtype)])
-        each = devices.gather(each, self.axis_name, self.axis_index_groups)
+        each = devices.gather(each, self.peers())
         valid = each[:, 2:] > 0
         most = jnp.where(valid, each[:, :2], -jnp.inf).max(0)
         most = jnp.where(valid.any(0), most, 0)
