@@ -58,17 +58,18 @@ class BatchRenorm(RunningNorm):
         )
         rstd, old_rstd = m.rstd(self.epsilon), old.rstd(self.epsilon)
         r = lax.stop_gradient(jnp.clip(old_rstd / rstd, 1 / rmax, rmax))
-        apart = (m.mean - old.mean) * old_rstd.astype(m.mean.dtype)
-        d = lax.stop_gradient(jnp.clip(apart, -dmax, dmax))
-        # (x - mean) * rstd * r + d, as a mean and a deviation.
+        apart = (m.mean - old.mean) + m.residue
+        d = lax.stop_gradient(jnp.clip(apart * old_rstd, -dmax, dmax))
+        # (x - mean) * rstd * r + d, with d as a part of the mean.
         rstd = rstd * r
         y = standardize(
             x,
-            m.mean - d / rstd,
+            m.mean,
             rstd,
             where,
             scale=params.get("scale"),
             bias=params.get("bias"),
+            residue=m.residue - d / rstd,
             mask=mask,
             dtype=dtype,
         )

@@ -105,7 +105,7 @@ class DomainBatchNorm(RunningNorm):
                 for k, v in params.items()
                 if v is not None
             }
-        own = Moments(_chosen(m.mean, domain), _chosen(m.var, domain), 1)
+        own = Moments(*(_chosen(v, domain) for v in m.broadcast_to(m.var.shape)))
         y = self.by_given(x, params, own, mask=mask, dtype=dtype)
         # At the end only, so that no gradient of what exists meets a NaN.
         missing = (domain < 0) | (domain >= self.num_domains)

@@ -42,11 +42,12 @@ class EvalNorm(RunningNorm):
         own = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
         # An example of which nothing is valid has no statistics to blend in.
         weight = self.weight * (jnp.asarray(own.size) > 0).astype(own.var.dtype)
-        apart = own.mean - kept.mean
-        mean = kept.mean + weight * apart
+        apart = (own.mean - kept.mean) + own.residue
         between = weight * (1 - weight) * abs_square(apart)
         var = (1 - weight) * kept.var + weight * own.var + between
-        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
+        # Not added to the mean kept, which would round it.
+        m = Moments(kept.mean, var, 1, weight * apart)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)
 
 
 def eval_norm(

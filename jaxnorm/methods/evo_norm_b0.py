@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.dtypes import one_rounding
-from jaxnorm.moments import moments
+from jaxnorm.moments import moments, overflow_as_nan
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -52,7 +52,9 @@ class EvoNormB0(RunningNorm):
             line = (x if slope is None else slope * x) + example
             return affine(x / jnp.maximum(batch, line), scale, bias)
 
-        deviations = [jnp.sqrt(v + self.epsilon) for v in (var, own.var)]
+        deviations = [
+            jnp.sqrt(overflow_as_nan(v + self.epsilon)) for v in (var, own.var)
+        ]
         return pointwise(divide, x, where, *deviations, *params, mask=mask, dtype=dtype)
 
 

@@ -63,16 +63,20 @@ class GhostBatchNorm(RunningNorm):
         last = pool(
             Moments(*(v[cut:] for v in each)), lambda v: v.sum(0, keepdims=True)
         )
-        mean, var = (
+        mean, var, residue = (
             jnp.concatenate(
                 [
                     jnp.repeat(a[:, 0], self.size, 0),
                     jnp.repeat(b, x.shape[0] - cut, 0),
                 ]
             )
-            for a, b in ((equal.mean, last.mean), (equal.var, last.var))
+            for a, b in (
+                (equal.mean, last.mean),
+                (equal.var, last.var),
+                (equal.residue, last.residue),
+            )
         )
-        m = Moments(mean, var, 1)
+        m = Moments(mean, var, 1, residue)
         y = self.by_given(x, params, m, mask=mask, dtype=dtype)
         return y, each
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
 from jaxnorm.dtypes import one_rounding
+from jaxnorm.moments import overflow_as_nan
 from jaxnorm.standardize import as_param, pointwise
 
 
@@ -36,7 +37,7 @@ class GlobalResponseNorm(StatelessNorm):
         valid = (size > 0).astype(size.dtype)
         count = jnp.maximum(valid.sum(where.feature, keepdims=True), 1)
         mean = length.sum(where.feature, keepdims=True) / count
-        relative = length / (mean + self.epsilon)
+        relative = length / (overflow_as_nan(mean) + self.epsilon)
         scale, bias = (
             as_param(k, params.get(k), where, m.var.dtype) for k in self.params
         )
