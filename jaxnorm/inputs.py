@@ -393,8 +393,8 @@ def _as_dtype(dtype: DTypeLike) -> jnp.dtype:
         )
     if known == jnp.float64 and _longest() < known.itemsize:
         raise TypeError(
-            "dtype=float64 needs jax_enable_x64: set it, or pass float32, which the "
-            "moments add a residue to"
+            f"dtype={known} needs jax_enable_x64, without which JAX has no numbers of "
+            "64 bits: set it, or pass float32"
         )
     return known
 
@@ -424,6 +424,11 @@ def _as_data(x: Any) -> _Data:
 
 def _as_array(x: Any) -> Array | np.ndarray:
     """`x` as an array of numbers, of NumPy if none of it is one of JAX."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            "the data must be one array of real numbers, got a masked array of NumPy: "
+            "pass x.data, and mask=~np.ma.getmaskarray(x)"
+        )
     try:
         of_jax = any(isinstance(v, jax.Array) for v in jax.tree.leaves(x))
         array = jnp.asarray(x) if of_jax else np.asarray(x)
@@ -432,8 +437,10 @@ def _as_array(x: Any) -> Array | np.ndarray:
     if array is None or not (
         array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)
     ):
-        got = type(x).__name__ if array is None else f"{x!r} of dtype {array.dtype}"
-        raise TypeError(f"the data must be one array of real numbers, got {got}")
+        kind = "" if array is None else f", which has dtype {array.dtype}"
+        raise TypeError(
+            f"the data must be one array of real numbers, got {type(x).__name__}{kind}"
+        )
     return array
 
 
@@ -491,18 +498,24 @@ def _arrays(mean, var, residue, spacing, high, low) -> dict[str, Array]:
     }
 
 
-def _split(data: _Data, axes: Axes, mask: Array | None) -> Iterator[tuple]:
+def _split(
+    data: _Data, axes: Axes, mask: Array | None
+) -> Iterator[tuple[_Data, Array | None]]:
     """Data and mask, in two parts along the longest of the axes that are reduced."""
     along = max(axes.reduce, key=lambda a: axes.shape[a])
     middle = axes.shape[along] // 2
     mask = None if mask is None else aligned(mask, axes.shape)
-    whole_mask = mask is None or mask.shape[along] == 1
-    for start, stop in ((0, middle), (middle, axes.shape[along])):
-        part = functools.partial(
-            lax.slice_in_dim, start_index=start, limit_index=stop, axis=along
+
+    def part(v, start, stop):
+        whole = v.shape[along] == 1
+        return v if whole else lax.slice_in_dim(v, start, stop, axis=along)
+
+    for cut in ((0, middle), (middle, axes.shape[along])):
+        low = None if data.low is None else part(data.low, *cut)
+        yield (
+            _Data(part(data.high, *cut), low),
+            None if mask is None else part(mask, *cut),
         )
-        data_part = _Data(*(None if v is None else part(v) for v in data))
-        yield data_part, mask if whole_mask else part(mask)
 
 
 def _reciprocal(deviation: Array) -> Array:
