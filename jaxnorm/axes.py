@@ -80,6 +80,11 @@ def canonicalize(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Sh
         raise TypeError(
             f"{name} must be an integer or a sequence of integers, got {axis!r}"
         ) from None
+    if given and not ndim:
+        raise ValueError(
+            f"{name}={axis} is out of range for a scalar, which has no axes: pass an "
+            "array with at least one axis"
+        )
     for a in given:
         if not -ndim <= a < ndim:
             raise ValueError(

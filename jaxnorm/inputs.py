@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
 from jaxnorm.axes import Axes, Shape, keep
 from jaxnorm.dtypes import as_floating, at_least_float32, promote, widened
-from jaxnorm.moments import Moments, moments, pool
+from jaxnorm.moments import Moments, aligned, as_mask, moments, moved, union
 from jaxnorm.standardize import standardize
 
-MAX_SIZE = 2**31 - 1  # sizes are int32
+MAX_SIZE = 2**31 - 1  # moments are taken of at most so many elements at once
 
 
 @jax.tree_util.register_dataclass
@@ -31,21 +33,28 @@ class Standardize:
     but of all data seen so far: in one array (`fit`), in batches (`init` and `update`)
     or in parts (`merge`). However the data is split, masked or spread over devices, the
     moments are those of the whole, pooled by the numbers of elements (Chan, Golub and
-    LeVeque, 1983). A frozen pytree of four arrays: a carry of `lax.scan`, an entry of a
-    checkpoint, a constant of a model.
+    LeVeque, 1983). A frozen pytree of six arrays of the features' shape: a carry of
+    `lax.scan`, to be donated or not, an entry of a checkpoint, a constant of a model.
 
-    A feature is constant if its deviation is at most `finfo(dtype).eps * abs(mean)`,
-    the spacing of the numbers it consists of: 0 but for rounding. `apply` maps it to 0,
-    also values never seen in it, and `invert` gives back the constant. A feature of
-    which nothing has been seen is left as it is by both. NaN and infinity in the data
-    make the moments of their feature NaN: mask them, as with `mask=~jnp.isnan(x)`.
+    Data that float32 has too few digits for is read as the sum of two numbers in
+    float32, 48 bits in all: integers of 32 bits and more, and without
+    `jax_enable_x64` also float64 and integers of 64 bits, as NumPy arrays or lists.
+    What is passed to a function under `jax.jit` is rounded to float32 before.
+
+    A feature is constant if its deviation is at most the spacing of the numbers it
+    consists of: 0 but for rounding. `apply` maps it to 0, also values never seen in it,
+    and `invert` gives back the constant. A feature of which nothing has been seen is
+    left as it is by both. NaN and infinity in the data make the moments of their
+    feature NaN: mask them, as with `mask=~jnp.isnan(x)`.
 
     Attributes:
         mean, var: of each feature, the variance biased; at least float32, and 0 where
             nothing has been seen.
-        size: number of elements seen of each feature, in int32. Past 2**31 - 1 all
-            moments of the feature become NaN.
         residue: what rounding to its dtype has cut off the mean.
+        spacing: of the numbers that the feature consists of: `eps * abs(mean)`, with
+            the eps of float32 or float64, or 2**-46 for the sum of two in float32.
+        size_high, size_low: number of elements seen of each feature,
+            `size_high * 2**32 + size_low`, both in uint32.
         axis: the feature axis, or axes; all others are reduced. Negative ones also fit
             arrays of another rank, such as one example. Static under `jax.jit`.
 
@@ -64,8 +73,10 @@ class Standardize:
 
     mean: Array
     var: Array
-    size: Array
     residue: Array
+    spacing: Array
+    size_high: Array
+    size_low: Array
     axis: int | tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -78,7 +89,7 @@ class Standardize:
     ) -> Self:
         """The moments of no data, to `update` with batches.
 
-            mean, var, size, residue = 0, 0, 0, 0
+            mean, var, size = 0, 0, 0
 
         Args:
             feature_shape: number of features, or the shape of several feature axes.
@@ -88,6 +99,10 @@ class Standardize:
         Returns:
             A Standardize that leaves everything as it is.
 
+        Raises:
+            ValueError, TypeError: for a shape, an axis or a dtype that is none, a dtype
+                that is not real, and float64 without `jax_enable_x64`.
+
         >>> import jax.numpy as jnp, jaxnorm
         >>> inputs = jaxnorm.Standardize.init(2)
         >>> for batch in (jnp.array([[1.0, 5.0]]), jnp.array([[2.0, 7.0], [3.0, 9.0]])):
@@ -95,9 +110,20 @@ class Standardize:
         >>> print(inputs.mean, inputs.size)
         [2. 7.] [3 3]
         """
-        zeros = jnp.zeros(feature_shape, at_least_float32(dtype))
-        size = jnp.zeros(feature_shape, jnp.int32)
-        return cls(mean=zeros, var=zeros, size=size, residue=zeros, axis=_static(axis))
+        shape, static = _as_shape(feature_shape), _static(axis)
+        wide = at_least_float32(_as_dtype(dtype))
+        # Each an array of its own, so that all can be donated.
+        mean, var, residue, spacing = (jnp.zeros(shape, wide) for _ in range(4))
+        high, low = (jnp.zeros(shape, jnp.uint32) for _ in range(2))
+        return cls(
+            mean=mean,
+            var=var,
+            residue=residue,
+            spacing=spacing,
+            size_high=high,
+            size_low=low,
+            axis=static,
+        )
 
     @classmethod
     def fit(
@@ -114,7 +140,7 @@ class Standardize:
             mean, var = x.mean(others, where=mask), x.var(others, where=mask)
 
         Args:
-            x: array of real numbers; integers are read as float32.
+            x: array of real numbers, or nested lists of them.
             axis: the feature axis, or axes; () for one mean and variance of all of x.
             mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
                 nothing, and may be NaN.
@@ -126,8 +152,7 @@ class Standardize:
 
         Raises:
             ValueError, TypeError: while tracing, for shapes, dtypes or axes that do not
-                fit, an `axis_name` that is not bound, and more than 2**31 - 1 elements
-                of a feature at once.
+                fit, and an `axis_name` that is not bound.
 
         >>> import jax.numpy as jnp, jaxnorm
         >>> x = jnp.array([[1.0, jnp.nan], [3.0, 5.0]])
@@ -135,15 +160,17 @@ class Standardize:
         >>> print(inputs.mean, inputs.size)
         [2. 5.] [2 1]
         """
-        x = _as_data(x)
-        axes = keep(x.shape, _static(axis))
-        _check_size(axes, axis_name)
-        m = devices.sync(moments(x, axes, mask=mask), axis_name)
-        mean, var, size, residue = (
-            jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)
-            for v in (m.mean, m.var, jnp.asarray(m.size, jnp.int32), m.residue)
-        )
-        return cls(mean=mean, var=var, size=size, residue=residue, axis=_static(axis))
+        return cls._fit(_as_data(x), _static(axis), mask, axis_name)
+
+    @classmethod
+    def _fit(cls, data: "_Data", axis: Any, mask: Any, axis_name: Any) -> Self:
+        axes = keep(data.high.shape, axis)
+        total = axes.size * devices.group_size(devices.as_axis_name(axis_name), None)
+        if isinstance(total, int) and total > MAX_SIZE:  # a symbolic one is not known
+            parts = _split(data, axes, as_mask(mask, axes.shape))
+            one, other = (cls._fit(v, axis, m, axis_name) for v, m in parts)
+            return one.merge(other)
+        return cls(**_fitted(data, axes, mask, axis_name), axis=axis)
 
     def update(
         self,
@@ -167,11 +194,9 @@ class Standardize:
             ValueError, TypeError: while tracing, as `fit` does, and for features of
                 another shape than those of self.
         """
-        x = _as_data(x)
-        self._axes(x.shape)
-        return self.merge(
-            type(self).fit(x, axis=self.axis, mask=mask, axis_name=axis_name)
-        )
+        data = _as_data(x)
+        self._axes(data.high.shape)
+        return self.merge(self._fit(data, self.axis, mask, axis_name))
 
     def merge(self, other: "Standardize") -> Self:
         """The moments of the union of two disjoint parts of the data.
@@ -205,79 +230,107 @@ class Standardize:
                 f"{self.mean.shape} and {other.mean.shape}: fit both parts with the "
                 "same feature axis, to the same features"
             )
-        return dataclasses.replace(self, **_union(self, other)._asdict())
+        return dataclasses.replace(self, **_union(self, other))
 
-    def apply(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
+    def apply(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Array:
         """Standardizes each feature of `x`.
 
             y = (x - mean) / deviation, and 0 for constant features
 
         Args:
-            x: array with these features on `axis`, of any other shape; integers are
-                read as float32.
+            x: array with these features on `axis`, of any other shape.
             mask: boolean, or 0 and 1, broadcasting to x; what it excludes, NaN or not,
                 comes out as 0, which is the mean of the feature.
+            dtype: of y; by default that of x, float32 for integers and for what is read
+                as two numbers. Computed in at least float32, and rounded once.
 
         Returns:
-            y, of the shape and dtype of x; the moments get no gradient.
+            y, of the shape of x; the moments get no gradient.
 
         Raises:
             ValueError, TypeError: while tracing, for shapes or dtypes that do not fit.
         """
-        x = _as_data(x)
-        axes, mean, deviation, residue = self._read(x)
+        data = _as_data(x)
+        dtype = data.high.dtype if dtype is None else _as_dtype(dtype)
+        axes, *values = self._read(data.high, dtype)
+        mean, deviation, residue = (v.reshape(axes.param_shape()) for v in values)
         rstd = _reciprocal(deviation)
-        return standardize(
-            widened(x, mean.dtype),
-            mean.reshape(axes.param_shape()),
-            rstd.reshape(axes.param_shape()),
-            axes,
-            bias=-residue * rstd,
-            mask=mask,
-            dtype=x.dtype,
-        )
+        if data.low is None:
+            y = widened(data.high, mean.dtype)
+        else:
+            y = data.high.astype(mean.dtype) - mean
+            y = y + (data.low.astype(mean.dtype) - residue)
+            mean, residue = jnp.zeros_like(mean), 0.0
+        return standardize(y, mean, rstd, axes, residue=residue, mask=mask, dtype=dtype)
 
-    def invert(self, y: ArrayLike) -> Array:
+    def invert(self, y: ArrayLike, *, dtype: DTypeLike | None = None) -> Array:
         """The `x` that `apply` maps to `y`; of constant features, the constant.
 
             x = y * deviation + mean
 
         Args:
-            y: array with these features on `axis`, of any other shape; integers are
-                read as float32.
+            y: array with these features on `axis`, of any other shape.
+            dtype: of x; by default the wider of those of y and the moments, so at least
+                float32: half precision has too few digits for data far from 0. Computed
+                in at least float32, and rounded once.
 
         Returns:
-            x, of the shape and dtype of y; the moments get no gradient.
+            x, of the shape of y; the moments get no gradient.
 
         Raises:
             ValueError, TypeError: while tracing, for shapes or dtypes that do not fit.
+
+        >>> import jax.numpy as jnp, jaxnorm
+        >>> inputs = jaxnorm.Standardize.fit(jnp.array([[999900.0], [1000100.0]]))
+        >>> print(inputs.invert(jnp.ones(1, jnp.bfloat16)) == 1000100)
+        [ True]
         """
-        y = _as_data(y)
-        axes, mean, deviation, _ = self._read(y)
-        return standardize(
-            widened(y, mean.dtype),
-            jnp.zeros(axes.param_shape(), mean.dtype),
-            deviation.reshape(axes.param_shape()),
-            axes,
-            bias=mean,
-            dtype=y.dtype,
-        )
+        data = _as_data(y)
+        y = data.high if data.low is None else data.high + data.low
+        if dtype is None:
+            dtype = promote(y.dtype, self.mean.dtype)
+        axes, *values = self._read(y, _as_dtype(dtype))
+        mean, deviation, residue = (v.reshape(axes.param_shape()) for v in values)
+        x = (y.astype(mean.dtype) * deviation + residue) + mean
+        return x.astype(dtype)
+
+    @property
+    def size(self) -> Array | np.ndarray:
+        """The number of elements seen of each feature.
+
+        As int64 of NumPy and exact; while tracing in the dtype of the moments, which is
+        rounded from 2**24 on in float32.
+        """
+        if isinstance(self.size_low, Tracer):
+            return self._weight(self.var.dtype)
+        high, low = (np.asarray(v, np.int64) for v in (self.size_high, self.size_low))
+        return high * 2**32 + low
 
     @property
     def deviation(self) -> Array:
         """`sqrt(var)`: 0 for constant features, 1 where nothing has been seen."""
         deviation = jnp.sqrt(self.var)
-        spacing = jnp.finfo(self.mean.dtype).eps * abs(self.mean)
-        deviation = jnp.where(deviation <= spacing, 0, deviation)
-        return jnp.where(self.size == 0, 1, deviation)
+        deviation = jnp.where(deviation <= self.spacing, 0, deviation)
+        return jnp.where((self.size_high | self.size_low) == 0, 1, deviation)
 
-    def _read(self, x: Array) -> tuple[Axes, Array, Array, Array]:
-        """Axes of `x`, and mean, deviation and residue in a dtype that holds both."""
+    def _weight(self, dtype: DTypeLike) -> Array:
+        """The size, rounded to a floating point number."""
+        high, low = (v.astype(dtype) for v in (self.size_high, self.size_low))
+        return high * 2.0**32 + low
+
+    def _read(self, x: Array, dtype: DTypeLike) -> tuple[Axes, Array, Array, Array]:
+        """Axes of `x`, and mean, deviation and residue in a dtype that holds all."""
         # Moments of data are no parameters, also where a model holds them.
         stats = lax.stop_gradient(self)
-        dtype = promote(x.dtype, stats.mean.dtype)
+        wide = promote(x.dtype, dtype, stats.mean.dtype)
         values = (stats.mean, stats.deviation, stats.residue)
-        mean, deviation, residue = (v.astype(dtype) for v in values)
+        mean, deviation, residue = (v.astype(wide) for v in values)
         return self._axes(x.shape), mean, deviation, residue
 
     def _axes(self, shape: Shape) -> Axes:
@@ -293,36 +346,175 @@ class Standardize:
         return axes
 
 
+class _Data(NamedTuple):
+    """An array, or the sum of two where float32 has too few digits for one."""
+
+    high: Array
+    low: Array | None = None
+
+
 def _static(axis: int | Sequence[int]) -> int | tuple[int, ...]:
     """`axis` as a hashable value."""
-    return tuple(axis) if isinstance(axis, Sequence) else axis
+    try:
+        if isinstance(axis, Sequence):
+            return tuple(operator.index(a) for a in axis)
+        return operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis must be an integer or a sequence of integers, got {axis!r}"
+        ) from None
 
 
-def _as_data(x: Any) -> Array:
-    """`x` as an array of real floating point numbers."""
+def _as_shape(feature_shape: int | Sequence[int]) -> Shape:
+    """`feature_shape` as a tuple; raises TypeError or ValueError if it is no shape."""
+    try:
+        several = isinstance(feature_shape, Sequence)
+        sizes = feature_shape if several else (feature_shape,)
+        shape = tuple(operator.index(n) for n in sizes)
+    except TypeError:
+        raise TypeError(
+            "feature_shape must be an integer or a sequence of integers, got "
+            f"{feature_shape!r}"
+        ) from None
+    if any(n < 0 for n in shape):
+        raise ValueError(f"feature_shape must not be negative, got {feature_shape}")
+    return shape
+
+
+def _as_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """`dtype`; raises TypeError unless it is one of real floating point in use."""
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise TypeError(
+            f"dtype must be one of real floating point, such as float32, got {dtype!r}"
+        )
+    if known == jnp.float64 and _longest() < known.itemsize:
+        raise TypeError(
+            f"dtype={known} needs jax_enable_x64, without which JAX has no numbers of "
+            "64 bits: set it, or pass float32"
+        )
+    return known
+
+
+def _as_data(x: Any) -> _Data:
+    """`x` as an array of real floating point numbers, or as the sum of two."""
+    if isinstance(x, _Data):
+        return x
     if isinstance(x, Iterator):
         raise TypeError(
             f"the data must be one array, got an iterator, {type(x).__name__}: start "
             "from Standardize.init(num_features) and call update with each batch"
         )
-    if isinstance(x, np.ndarray) and x.dtype in (np.int64, np.uint64):
-        x = x.astype(np.float32)  # JAX would keep their low 32 bits only
-    x = as_floating(x)
-    if jnp.iscomplexobj(x):
+    x = _as_array(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"Standardize takes real data, got {x.dtype}: make the real and imaginary "
             "parts features of their own, jnp.stack([x.real, x.imag], -1)"
         )
-    return x
+    if isinstance(x, np.ndarray) and x.itemsize > _longest():
+        return _halves_of_floats(x.astype(np.float64))
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.itemsize < 4:
+        return _Data(as_floating(x))
+    return _halves_of_integers(x) if x.itemsize == 4 else _Data(x.astype(jnp.float64))
 
 
-def _check_size(axes: Axes, axis_name: str | Sequence[str] | None) -> None:
-    count = devices.group_size(devices.as_axis_name(axis_name), None)
-    if axes.size * count > MAX_SIZE:
-        raise ValueError(
-            f"an input of shape {axes.shape} on each of {count} devices has "
-            f"{axes.size * count} elements per feature, but sizes are int32: fit at "
-            f"most {MAX_SIZE} in all, such as every second position"
+def _as_array(x: Any) -> Array | np.ndarray:
+    """`x` as an array of numbers, of NumPy if none of it is one of JAX."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            "the data must be one array of real numbers, got a masked array of NumPy: "
+            "pass x.data, and mask=~np.ma.getmaskarray(x)"
+        )
+    try:
+        of_jax = any(isinstance(v, jax.Array) for v in jax.tree.leaves(x))
+        array = jnp.asarray(x) if of_jax else np.asarray(x)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or not (
+        array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)
+    ):
+        kind = "" if array is None else f", which has dtype {array.dtype}"
+        raise TypeError(
+            f"the data must be one array of real numbers, got {type(x).__name__}{kind}"
+        )
+    return array
+
+
+def _longest() -> int:
+    """The number of bytes of the widest numbers that JAX keeps."""
+    return jax.dtypes.canonicalize_dtype(np.float64).itemsize
+
+
+def _halves_of_floats(x: np.ndarray) -> _Data:
+    """Numbers in float64 as their rounding to float32, and what that cut off."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        high = x.astype(np.float32)
+        low = np.where(np.isfinite(high), x - high, 0).astype(np.float32)
+    return _Data(jnp.asarray(high), jnp.asarray(low))
+
+
+def _halves_of_integers(x: Array) -> _Data:
+    """Integers of 32 bits, as `_halves_of_floats`, of two exact halves of the bits."""
+    high = 2.0**16 * (x >> 16).astype(jnp.float32)
+    low = (x & 0xFFFF).astype(jnp.float32)
+    both = high + low
+    return _Data(both, low - (both - high))
+
+
+def _fitted(
+    data: _Data, axes: Axes, mask: Any, axis_name: str | Sequence[str] | None
+) -> dict[str, Array]:
+    """The arrays of a Standardize of no more elements than can be taken at once."""
+
+    def whole(x):
+        return devices.sync(moments(x, axes, mask=mask), axis_name)
+
+    m = whole(data.high)
+    eps = jnp.finfo(m.mean.dtype).eps
+    if data.low is not None:
+        pivot = lax.stop_gradient(m.mean)
+        m = moved(whole((data.high - pivot) + data.low), pivot)
+        eps = eps**2
+    size = jnp.asarray(m.size, jnp.int32)
+    mean, var, residue, size = (
+        jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)
+        for v in (m.mean, m.var, m.residue, size)
+    )
+    return _arrays(mean, var, residue, eps * abs(mean), jnp.zeros_like(size), size)
+
+
+def _arrays(mean, var, residue, spacing, high, low) -> dict[str, Array]:
+    return {
+        "mean": mean,
+        "var": var,
+        "residue": residue,
+        "spacing": spacing,
+        "size_high": high.astype(jnp.uint32),
+        "size_low": low.astype(jnp.uint32),
+    }
+
+
+def _split(
+    data: _Data, axes: Axes, mask: Array | None
+) -> Iterator[tuple[_Data, Array | None]]:
+    """Data and mask, in two parts along the longest of the axes that are reduced."""
+    along = max(axes.reduce, key=lambda a: axes.shape[a])
+    middle = axes.shape[along] // 2
+    mask = None if mask is None else aligned(mask, axes.shape)
+
+    def part(v, start, stop):
+        whole = v.shape[along] == 1
+        return v if whole else lax.slice_in_dim(v, start, stop, axis=along)
+
+    for cut in ((0, middle), (middle, axes.shape[along])):
+        low = None if data.low is None else part(data.low, *cut)
+        yield (
+            _Data(part(data.high, *cut), low),
+            None if mask is None else part(mask, *cut),
         )
 
 
@@ -332,15 +524,13 @@ def _reciprocal(deviation: Array) -> Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def _union(a: Standardize, b: Standardize) -> Moments:
-    """The pooled moments; compiled once, also where nothing around it is."""
+def _union(a: Standardize, b: Standardize) -> dict[str, Array]:
+    """The pooled arrays; compiled once, also where nothing around it is."""
     dtype = promote(a.mean.dtype, b.mean.dtype)
-    mean, var, residue = (
-        jnp.stack([v.astype(dtype) for v in pair])
-        for pair in ((a.mean, b.mean), (a.var, b.var), (a.residue, b.residue))
-    )
-    both = Moments(mean, var, jnp.stack([a.size, b.size]), residue)
-    m = Moments(*(v[0] for v in pool(both, lambda v: v.sum(0, keepdims=True))))
-    # Sums of two sizes past 2**31 - 1 are negative; NaN stays NaN from there on.
-    lost = jnp.where(m.size < 0, jnp.nan, 0).astype(dtype)
-    return m._replace(mean=m.mean + lost, var=m.var + lost)
+    both = ((v.mean, v.var, v._weight(dtype), v.residue) for v in (a, b))
+    m = union(*(Moments(*(u.astype(dtype) for u in values)) for values in both))
+    spacing = jnp.maximum(*(v.spacing.astype(dtype) for v in (a, b)))
+    low = a.size_low + b.size_low
+    carry = (low < a.size_low).astype(low.dtype)
+    high = a.size_high + b.size_high + carry
+    return _arrays(m.mean, m.var, m.residue, spacing, high, low)

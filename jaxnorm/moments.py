@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
@@ -50,20 +51,44 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """`mask` as booleans; raises if it does not broadcast to `shape`."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
-    if not (mask.dtype == jnp.bool_ or jnp.isrealobj(mask)):
-        raise TypeError(f"mask must be boolean, or 0 and 1, got dtype {mask.dtype}")
+    given = _of_zeros_and_ones(mask)
     try:
-        fits = np.broadcast_shapes(mask.shape, shape) == shape
+        fits = np.broadcast_shapes(given.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"mask of shape {mask.shape} does not broadcast to the input of shape "
+            f"mask of shape {given.shape} does not broadcast to the input of shape "
             f"{shape}: each of its axes must be 1 or that of the input, from the last "
             "on; add axes of 1 at its end to mask whole examples"
         )
-    return mask.astype(bool)
+    return jnp.asarray(given.astype(bool))
+
+
+def _of_zeros_and_ones(mask: Any) -> Array | np.ndarray:
+    """`mask` as an array; raises if it is none, or is known to hold weights."""
+    traced = any(isinstance(v, jax.Array) for v in jax.tree.leaves(mask))
+    try:
+        array = jnp.asarray(mask) if traced else np.asarray(mask)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or not (
+        array.dtype == jnp.bool_
+        or jnp.issubdtype(array.dtype, jnp.integer)
+        or jnp.issubdtype(array.dtype, jnp.floating)
+    ):
+        got = type(mask).__name__ if array is None else f"dtype {array.dtype}"
+        raise TypeError(f"mask must be boolean, or 0 and 1, got {got}")
+    known = array.dtype != jnp.bool_ and not isinstance(array, Tracer)
+    if known and getattr(array, "is_fully_addressable", True):
+        values = np.asarray(array)
+        other = values[(values != 0) & (values != 1)]
+        if other.size:
+            raise ValueError(
+                f"mask must be boolean, or 0 and 1, got {other[0]} in one of dtype "
+                f"{array.dtype}: weights are no mask; `mask > 0` is one of what has any"
+            )
+    return array
 
 
 def fold(x: Array, mask: Array | None, axes: Axes) -> Array:
@@ -127,6 +152,32 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     var = var + (_over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift))
     mean, residue = two_sum(rough, shift)
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
+
+
+def union(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint sets, whose sizes are floating point.
+
+    As `pool` of the two, without a limit to the sizes; and without a pivot, so that the
+    variance is right also where it is below the rounding of the means.
+    """
+    less = a.size < b.size
+    near = Moments(*(jnp.where(less, w, v) for v, w in zip(a, b, strict=True)))
+    far = Moments(*(jnp.where(less, v, w) for v, w in zip(a, b, strict=True)))
+    size = a.size + b.size
+    weight = far.size / jnp.maximum(size, 1)
+    apart = (far.mean - near.mean) + (far.residue - near.residue)
+    apart = jnp.where(weight > 0, apart, jnp.zeros_like(apart))
+    mean, residue = _add(near.mean, near.residue + weight * apart)
+    spread = (1 - weight) * jnp.square(apart)
+    return Moments(
+        mean, near.var + weight * (far.var - near.var + spread), size, residue
+    )
+
+
+def moved(m: Moments, pivot: Array) -> Moments:
+    """Those of `x`, where `m` are those of `x - pivot`."""
+    mean, residue = _add(pivot, m.mean + m.residue)
+    return m._replace(mean=mean, residue=residue)
 
 
 def _stack(parts: Iterable[Array], dtype: DTypeLike) -> Array:

@@ -93,14 +93,16 @@ def update_stats(
     if unbiased:
         size = jnp.maximum(size, 2).astype(var.dtype)
         var = var * (size / (size - 1))
-    keep, new = momentum, dict(old)
-    if keep is None:
+    new = dict(old)
+    if momentum is None:
         count = old["count"]
-        keep = count.astype(var.dtype) / (count + 1).astype(var.dtype)
+        rate = 1 / (count + 1).astype(var.dtype)
         new["count"] = jnp.where(counted, count + 1, count)
+    else:
+        rate = 1 - momentum
     values = {"mean": mean, "var": var}
     for name, value in ((k, values[k]) for k in kept):
-        moved = blend(old[name], value, keep)
+        moved = _toward(value, old[name], rate, chance=_chance(mean, var))
         new[name] = jnp.where(counted, moved, old[name])
     if "step" in old:  # the number of batches so far, of the layer as a whole
         step = old["step"]
@@ -204,8 +206,47 @@ def _per_feature(m: Moments, axes: Axes) -> tuple[Array, Array, Array]:
 
 
 def blend(old: Array, new: Array, keep: ArrayLike) -> Array:
-    """`keep * old + (1 - keep) * new`, in the dtype of `old`."""
+    """`keep * old + (1 - keep) * new`, in the dtype of `old`; see `_toward`."""
+    return _toward(new, old, 1 - keep, chance=_chance(new))
+
+
+def _toward(new: Array, old: Array, rate: ArrayLike, *, chance: Array) -> Array:
+    """`old + rate * (new - old)`, in the dtype of `old`.
+
+    Rounded to the nearest number, unless that is `old`: an average of many would stand
+    still wherever `rate * (new - old)` is less than half the spacing of its numbers. It
+    then moves by the whole spacing as often as makes up for the steps that are lost:
+    where `chance`, a number from 0 to 1, is less than the step is of the spacing.
+    """
     dtype = at_least_float32(promote(old.dtype, new.dtype))
-    keep = jnp.asarray(keep, dtype)
-    moved = keep * old.astype(dtype) + (1 - keep) * new.astype(dtype)
-    return moved.astype(old.dtype)
+    start, end = old.astype(dtype), new.astype(dtype)
+    if jnp.iscomplexobj(start):
+        parts = ((end.real, start.real), (end.imag, start.imag))
+        moved = lax.complex(*(_toward(*p, rate, chance=chance) for p in parts))
+        return moved.astype(old.dtype)
+    rate = jnp.asarray(rate, dtype)
+    step = rate * (end - start)
+    # From the nearer end: no difference of two large numbers is left of a small one.
+    moved = jnp.where(rate > 0.5, end - (1 - rate) * (end - start), start + step)
+    beside = jnp.nextafter(start, end)
+    lost = (moved == start) & (chance.astype(dtype) * abs(beside - start) < abs(step))
+    return jnp.where(lost, beside, moved).astype(old.dtype)
+
+
+def _chance(*values: Array) -> Array:
+    """A number from 0 to 1 made of the last bits of `values`, which are noise.
+
+    One for each element, the same on every device and in every run, and uniform over
+    batches of which no two are alike.
+    """
+    mixed = jnp.zeros((), jnp.uint32)
+    for v in values:
+        parts = (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
+        for part in parts:
+            part = lax.bitcast_convert_type(part.astype(jnp.float32), jnp.uint32)
+            # The finalizer of MurmurHash3 (Appleby, 2011).
+            mixed = mixed ^ part
+            mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+            mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+            mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).astype(jnp.float32) * 2.0**-24

@@ -1,5 +1,6 @@
 """Standardized inputs: moments of the whole however it is split, there and back."""
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from norms import assert_close
 
-from jaxnorm import Standardize
+from jaxnorm import Standardize, inputs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -94,6 +95,19 @@ def test_any_split_gives_the_moments_of_the_whole(sizes):
         assert_moments(stats, x, mask)
 
 
+def test_more_than_can_be_taken_at_once_is_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_SIZE", 5)
+    x, mask = data(4, 3, 4, **FAR), np.random.default_rng(1).random((4, 3, 1)) > 0.4
+    rows = np.broadcast_to(mask, x.shape).reshape(-1, 4)
+    stats = Standardize.fit(np.where(mask, x, np.nan), mask=mask)
+    assert_moments(stats, x.reshape(-1, 4), rows)
+    assert_moments(
+        Standardize.init(4).update(x, mask=mask[0]),
+        x.reshape(-1, 4),
+        np.tile(mask[0], (4, 1)),
+    )
+
+
 def test_ten_thousand_batches_in_a_scan():
     x = data(10_000, 2, 4, **FAR)
 
@@ -105,20 +119,37 @@ def test_ten_thousand_batches_in_a_scan():
     assert_moments(run(x), x.reshape(-1, 4))
 
 
-def test_sizes_are_exact_past_2_to_the_24():
-    stats = Standardize(
-        mean=jnp.zeros(2),
-        var=jnp.ones(2),
-        size=jnp.array([2**24, 2**31 - 4], jnp.int32),
-        residue=jnp.zeros(2),
-        axis=-1,
+def of_sizes(*sizes: int) -> Standardize:
+    """Standard moments, as if of so many elements."""
+    size = np.array(sizes, np.uint64)
+    words = [jnp.asarray(v.astype(np.uint32)) for v in (size >> 32, size & 0xFFFFFFFF)]
+    start = Standardize.init(len(sizes))
+    return dataclasses.replace(
+        start, var=jnp.ones(len(sizes)), size_high=words[0], size_low=words[1]
     )
-    more = stats.update(data(3, 2))
-    np.testing.assert_array_equal(more.size, [2**24 + 3, 2**31 - 1])
-    assert np.isfinite(more.var).all()
-    lost = more.update(data(1, 2)).update(data(1, 2))
-    for value in (lost.mean, lost.var, lost.apply(data(2))):
-        np.testing.assert_array_equal(np.isnan(value), [False, True])
+
+
+def test_sizes_are_exact_without_a_limit():
+    sizes = [5, 2**24, 2**31 - 4, 2**32 - 2, 2**40 + 2**32 - 3, 2**61]
+    x = data(3, 6)
+    stats = of_sizes(*sizes)
+    step = jax.jit(lambda s, x: s.update(x), donate_argnums=0)
+    for more in (3, 6, 9):
+        stats = step(stats, x)
+        assert stats.size.dtype == np.int64
+        np.testing.assert_array_equal(stats.size, [n + more for n in sizes])
+    rounded = np.asarray(jax.jit(lambda s: s.size)(stats))
+    assert_close(rounded / np.array(sizes), stats.size / np.array(sizes))
+    twice = stats.merge(stats)
+    np.testing.assert_array_equal(twice.size, 2 * stats.size)
+    for s in (stats, twice):
+        seen = np.concatenate([x.astype(np.float64)] * 3)
+        weight = 9 / (np.array(sizes, np.float64) + 9)
+        mean = weight * seen.mean(0)
+        spread = weight * (seen**2).mean(0) + (1 - weight) - mean**2
+        assert_close(s.mean, mean)
+        assert_close(s.var, spread)
+        assert np.isfinite(s.apply(x)).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
@@ -129,12 +160,30 @@ def test_half_precision(dtype):
     assert stats.mean.dtype == stats.var.dtype == np.float32
     assert_moments(stats, exact)
     y = stats.apply(x)
-    assert y.dtype == dtype and stats.invert(y).dtype == dtype
-    assert_close(y, (exact - exact.mean(0)) / exact.std(0), dtype=dtype)
+    assert y.dtype == dtype and stats.invert(y).dtype == np.float32
+    expected = (exact - exact.mean(0)) / exact.std(0)
+    assert_close(y, expected, dtype=dtype)
+    wide = stats.apply(x, dtype=np.float32)
+    assert wide.dtype == np.float32
+    assert_close(wide, expected, size=4)
+    back = stats.invert(wide, dtype=dtype)
+    assert back.dtype == dtype
+    assert_close(back, exact, dtype=dtype, size=10)
+
+
+def test_an_inverse_is_rounded_once():
+    x = data(50, 3, offset=1e6, deviation=100)
+    stats = Standardize.fit(x)
+    y = jnp.asarray(stats.apply(x), jnp.bfloat16)
+    exact = x.astype(np.float64)
+    exact = exact.mean(0) + exact.std(0) * np.asarray(y, np.float64)
+    assert_close(stats.invert(y) / 1e6, exact / 1e6)
+    half = np.asarray(stats.invert(y, dtype=jnp.bfloat16), np.float64)
+    np.testing.assert_array_less(abs(half / exact - 1), 2.0**-9 * 1.01)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64, bool])
-def test_integers_are_read_as_float32(dtype):
+def test_integers(dtype):
     top = {"b1": 2.0, "u1": 255.0, "i4": 2.0**23}.get(np.dtype(dtype).str[1:], 2.0**40)
     x = (np.random.default_rng(0).random((6, 5, 3)) * top).astype(int).astype(dtype)
     stats, exact = Standardize.fit(x), x.astype(np.float64)
@@ -142,6 +191,59 @@ def test_integers_are_read_as_float32(dtype):
     y = stats.apply(x)
     assert y.dtype == np.float32
     assert_close(y, (exact - exact.mean((0, 1))) / exact.std((0, 1)))
+
+
+WIDE: dict[str, Any] = {
+    "float64": lambda x: x,
+    "lists": lambda x: x.tolist(),
+    "int64": lambda x: x.astype(np.int64),
+    "uint64": lambda x: x.astype(np.uint64),
+    "int32": lambda x: (-x).astype(np.int32),
+    "uint32": lambda x: (2 * x).astype(np.uint32),
+    "int32 on a device": lambda x: jnp.asarray(x, jnp.int32),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_what_float32_has_too_few_digits_for(kind):
+    """Numbers whose spacing in float32 is 128, and whose deviation is 10."""
+    rng = np.random.default_rng(0)
+    x = WIDE[kind](1.7e9 + 10 * rng.normal(size=(40, 3)))
+    exact = np.asarray(x, np.float64)
+    mask = rng.random(exact.shape) > 0.3
+    scaled = (exact - exact.mean(0)) / exact.std(0)
+    whole = Standardize.fit(x)
+    parts = Standardize.init(3).update(x[:15]).merge(Standardize.fit(x[15:]))
+    for stats in (whole, parts):
+        assert stats.mean.dtype == np.float32
+        assert_moments(stats, exact)
+        y = stats.apply(x)
+        assert y.dtype == np.float32
+        assert_close(y, scaled)
+        assert_close(stats.invert(y) / 1e9, exact / 1e9)
+        np.testing.assert_array_equal(stats.apply(x, mask=mask)[~mask], 0)
+    assert_moments(Standardize.fit(x, mask=mask), exact, mask)
+    # Also where the data is a constant of a compiled function.
+    compiled = jax.jit(lambda: Standardize.fit(x).apply(x))()
+    assert_close(compiled, scaled)
+
+
+def test_missing_values_of_wide_data():
+    x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
+    mask = np.random.default_rng(1).random(x.shape) > 0.3
+    for junk in (np.nan, np.inf, 1e300):
+        assert_moments(Standardize.fit(np.where(mask, x, junk), mask=mask), x, mask)
+
+
+def test_constants_of_wide_data():
+    x = np.broadcast_to([0.1, 1.7e9 + 0.1, -1e15, 0], (6, 4))
+    stats = Standardize.init(4).update(x).update(x)
+    np.testing.assert_array_equal(stats.deviation, np.zeros(4))
+    np.testing.assert_array_equal(stats.apply(x + 1), np.zeros((6, 4)))
+    np.testing.assert_array_equal(stats.invert(np.ones(4)), x[0].astype(np.float32))
+    # What is rounding in float32 is none in float64.
+    noise = np.where(np.arange(64) % 2, EPS, -EPS)[:, None] * np.array([1, 1 / 4])
+    assert_close(abs(Standardize.fit(1.5 + noise).apply(1.5 + noise)), 1)
 
 
 def test_float64_stays_float64():
@@ -160,7 +262,15 @@ def test_float64_stays_float64():
         assert narrow.merge(stats).var.dtype == np.float64
         assert narrow.apply(x).dtype == np.float64
         for call in (stats.apply, stats.invert):
-            assert call(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+            assert call(jnp.ones(3), dtype=np.float64).dtype == np.float64
+        assert stats.apply(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
+        assert stats.invert(jnp.ones(3, jnp.bfloat16)).dtype == np.float64
+        # The moments hold more digits than their dtype has.
+        narrow = Standardize.fit(data(40, 3, offset=1e6, deviation=100))
+        exact = data(40, 3, offset=1e6, deviation=100).astype(np.float64)
+        y = (exact - exact.mean(0)) / exact.std(0)
+        back = narrow.invert(y, dtype=np.float64)
+        np.testing.assert_allclose(back, exact, rtol=0, atol=1e-4)
 
 
 def test_what_rounding_cut_off_the_mean_is_subtracted():
@@ -275,9 +385,7 @@ def test_moments_get_no_gradient_and_inputs_do():
     stats = Standardize.fit(x)
 
     def loss(mean, var, x):
-        moved = Standardize(
-            mean=mean, var=var, size=stats.size, residue=stats.residue, axis=-1
-        )
+        moved = dataclasses.replace(stats, mean=mean, var=var)
         return (moved.apply(x) + moved.invert(x)).sum()
 
     dmean, dvar, dx = jax.grad(loss, (0, 1, 2))(stats.mean, stats.var, x)
@@ -288,10 +396,38 @@ def test_moments_get_no_gradient_and_inputs_do():
     assert_close(dx, np.broadcast_to(slope, x.shape))
 
 
+def pointers(*trees):
+    return [v.unsafe_buffer_pointer() for v in jax.tree.leaves(trees)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (1, 3), (4, 3)])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_no_array_shares_a_buffer_with_another(shape, dtype):
+    x = jnp.ones(shape, dtype)
+    start = Standardize.init(3)
+
+    def made():
+        yield (start,)
+        fitted = Standardize.fit(x)
+        yield fitted, x
+        yield jax.jit(Standardize.fit)(x), x
+        for update in (Standardize.update, jax.jit(Standardize.update)):
+            yield update(start, x), start, x
+        for merge in (Standardize.merge, jax.jit(Standardize.merge)):
+            yield merge(fitted, start), fitted, start
+        yield (jax.jit(lambda: Standardize.init(3))(),)
+
+    for trees in made():
+        assert len(set(pointers(*trees))) == len(pointers(*trees))
+    update = jax.jit(Standardize.update, donate_argnums=0)
+    stats = update(update(start, x), x)
+    np.testing.assert_array_equal(stats.size, 2 * Standardize.fit(x).size)
+
+
 def test_a_checkpoint_of_flax_or_any_other_holds_its_leaves():
     stats = Standardize.fit(data(6, 3), axis=-1)
     leaves, structure = jax.tree.flatten(stats)
-    assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 4
+    assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 6
     loaded = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
     again = jax.tree.unflatten(structure, loaded)
     np.testing.assert_array_equal(again.apply(data(2, 3)), stats.apply(data(2, 3)))
@@ -423,14 +559,67 @@ SEEN = Standardize.init(3)
             "axis_name='data' is not bound here",
         ),
         (
-            lambda: jax.eval_shape(
-                Standardize.fit, jax.ShapeDtypeStruct((2**21, 2**10, 3), np.uint8)
-            ),
+            lambda: Standardize.fit(3.0),
             ValueError,
-            "has 2147483648 elements per feature, but sizes are int32",
+            "axis=-1 is out of range for a scalar, which has no axes: pass an array",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones(3), axis=cast(Any, None)),
+            TypeError,
+            "axis must be an integer or a sequence of integers, got None",
+        ),
+        (
+            lambda: Standardize.fit(np.ma.masked_less(np.ones((3, 2)), 0)),
+            TypeError,
+            "got a masked array of NumPy: pass x.data, and mask=",
+        ),
+        (
+            lambda: Standardize.fit(jnp.ones((3, 2)), mask=np.full((3, 2), 0.5)),
+            ValueError,
+            "mask must be boolean, or 0 and 1, got 0.5 .*: weights are no mask",
+        ),
+        (
+            lambda: SEEN.apply(jnp.ones(3), dtype=np.int32),
+            TypeError,
+            "dtype must be one of real floating point, such as float32, got .*int32",
+        ),
+        (
+            lambda: SEEN.invert(jnp.ones(3), dtype=np.float64),
+            TypeError,
+            "dtype=float64 needs jax_enable_x64.*: set it, or pass float32",
         ),
     ],
 )
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, np.int32, "half a float", None])
+def test_dtypes_that_moments_cannot_have(dtype):
+    with pytest.raises(TypeError, match="dtype must be one of real floating point"):
+        Standardize.init(3, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [(None, TypeError), ("ab", TypeError), (1.5, TypeError)]
+    + [((2, -1), ValueError), (-1, ValueError)],
+)
+def test_shapes_that_features_cannot_have(shape, kind):
+    with pytest.raises(kind, match="feature_shape must "):
+        Standardize.init(shape)
+    with pytest.raises(TypeError, match="axis must be an integer or a sequence"):
+        Standardize.init(3, axis=cast(Any, "b"))
+
+
+@pytest.mark.parametrize(
+    "x", [None, "ab", b"ab", {}, [[1, 2], [3]], [None], np.array(["a"]), object()]
+)
+def test_what_is_no_data(x):
+    message = "the data must be one array of real numbers, got"
+    for call in (Standardize.fit, SEEN.update, SEEN.apply, SEEN.invert):
+        with pytest.raises(TypeError, match=message):
+            call(x)
+    with pytest.raises(TypeError, match="merge takes another Standardize"):
+        SEEN.merge(x)

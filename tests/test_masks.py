@@ -1,6 +1,7 @@
 """Masks: every way to broadcast, the same as removal, and NaN underneath."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,20 @@ def test_bad_masks(name, mask, error, message):
         message = r"mask of shape \(5,\) does not broadcast"
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda x: row.norm(x, p.params, p.stats, mask=mask), p.x)
+
+
+@every_norm
+def test_weights_are_no_mask(name):
+    row = NORMS[name]
+    p = problem(row)
+    weights = np.full((1,) * len(row.shape), 0.5, np.float32)
+    for mask in (weights, jnp.asarray(weights), 4 * weights, np.int32(-1), np.nan):
+        with pytest.raises(ValueError, match="mask must be .* weights are no mask"):
+            jax.eval_shape(
+                lambda x, mask=mask: row.norm(x, p.params, p.stats, mask=mask), p.x
+            )
+    with pytest.raises(TypeError, match="mask must be boolean, or 0 and 1, got"):
+        row.norm(p.x, p.params, p.stats, mask=cast(Any, "rows"))
 
 
 def test_bad_masks_of_the_parts():

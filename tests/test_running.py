@@ -11,6 +11,9 @@ from norms import MOMENTS as NORMS
 from norms import RUNNING, assert_close, changed, problem
 
 import jaxnorm
+from jaxnorm import axes as axes_of
+from jaxnorm import running
+from jaxnorm.moments import Moments
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 every_running = pytest.mark.parametrize("name", RUNNING)
@@ -44,6 +47,70 @@ def test_values_step_by_step(name, momentum, unbiased):
         assert stats.keys() == ref.keys()
         for k, v in stats.items():
             np.testing.assert_allclose(v, ref[k], rtol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def moved_by_all(momentum, stats, means, variances):
+    """The statistics after batches of these moments."""
+    axes = axes_of.keep((2, means.shape[1]), -1)
+
+    def step(stats, each):
+        mean, var = (v[None] for v in each)
+        m = Moments(mean, var, 2)
+        return running.update_stats(stats, m, axes, momentum=momentum), None
+
+    return jax.lax.scan(step, stats, (means, variances))[0]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999, None])
+@pytest.mark.parametrize("size", [4, 256, 10**6])
+def test_running_means_do_not_stand_still(momentum, size):
+    """Means far from 0, of batches of this size and of deviation 1, where most steps
+    are below the spacing of the numbers."""
+    rng = np.random.default_rng(0)
+    far = 1e4 * rng.uniform(0.7, 1.3, 64)
+    noise = rng.normal(size=(10_000, 64)) / np.sqrt(size)
+    means = (far + noise).astype(np.float32)
+    variances = (1 + rng.normal(size=means.shape) * 0.5 / np.sqrt(size)) ** 2
+    stats = jaxnorm.init_stats(64, momentum=momentum)
+    stats |= {"mean": jnp.asarray(far + rng.normal(size=64), jnp.float32)}
+    new = moved_by_all(momentum, stats, means, variances.astype(np.float32))
+    exact, flax = np.asarray(stats["mean"], np.float64), np.asarray(stats["mean"])
+    for i, mean in enumerate(means):
+        keep = i / (i + 1) if momentum is None else momentum
+        exact = keep * exact + (1 - keep) * mean.astype(np.float64)
+        flax = np.float32(keep) * flax + np.float32(1 - keep) * mean
+    apart = np.sqrt(np.mean((np.asarray(new["mean"], np.float64) - exact) ** 2))
+    assert apart < max(0.5 * np.sqrt(np.mean((flax - exact) ** 2)), 1e-3)
+    # Of each step lost or taken whole, half the spacing, as a random walk.
+    spacing = 2.0**-10
+    noise = (
+        spacing / 2 * np.sqrt(len(means) if momentum is None else 1 / (1 - momentum))
+    )
+    assert apart < noise + spacing
+
+
+def test_a_batch_that_is_repeated_is_neared_to_half_a_step():
+    far = 1e4 + np.linspace(-1, 1, 64, dtype=np.float32)
+    means = np.broadcast_to(far, (5000, 64))
+    stats = jaxnorm.init_stats(64) | {"mean": jnp.full(64, 1e4, jnp.float32)}
+    new = moved_by_all(0.999, stats, means, np.ones_like(means))
+    assert abs(new["mean"] - far).max() <= 0.5 * 2.0**-10 / (1 - 0.999)
+
+
+def test_the_average_of_all_batches_is_of_very_many():
+    """The share of one batch is right far beyond what 1 - keep would resolve."""
+    stats = {"mean": jnp.zeros(1), "var": jnp.ones(1), "count": jnp.array([10**7])}
+    new = moved_by_all(None, stats, np.ones((1, 1), np.float32), np.ones((1, 1)))
+    np.testing.assert_allclose(new["mean"], 1 / (10**7 + 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_the_ends_of_a_blend_are_exact(dtype):
+    old, new = (jnp.array(v, dtype) for v in ([1e30, 1, 0], [1, 1e4 + 1 / 3, 5e-30]))
+    for keep, end in ((0, new), (1, old), (0.0, new), (jnp.array(1.0), old)):
+        np.testing.assert_array_equal(running.blend(old, new, keep), end)
+    np.testing.assert_array_equal(running.blend(old[1:2], 3 * old[1:2], 0.25), 2.5)
 
 
 @pytest.mark.parametrize("name", ["batch", "ghost"])
