@@ -167,7 +167,7 @@ def union(a: Moments, b: Moments) -> Moments:
     weight = far.size / jnp.maximum(size, 1)
     apart = (far.mean - near.mean) + (far.residue - near.residue)
     apart = jnp.where(weight > 0, apart, jnp.zeros_like(apart))
-    mean, residue = _add(near.mean, near.residue + weight * apart)
+    mean, residue = two_sum(near.mean, near.residue + weight * apart)
     spread = (1 - weight) * jnp.square(apart)
     return Moments(
         mean, near.var + weight * (far.var - near.var + spread), size, residue
@@ -176,7 +176,7 @@ def union(a: Moments, b: Moments) -> Moments:
 
 def moved(m: Moments, pivot: Array) -> Moments:
     """Those of `x`, where `m` are those of `x - pivot`."""
-    mean, residue = _add(pivot, m.mean + m.residue)
+    mean, residue = two_sum(pivot, m.mean + m.residue)
     return m._replace(mean=mean, residue=residue)
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -13,6 +14,9 @@ from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.moments import Moments, pool
 
 Stats = dict[str, Array]
+
+# Of small arrays, and so most of the cost where each operation is traced or called.
+_compiled_once = functools.partial(jax.jit, inline=True)
 
 # What the statistics of a layer may hold beside those that its method keeps; they say
 # how these are used and updated. Of the first two the presence counts, not the value.
@@ -210,6 +214,7 @@ def blend(old: Array, new: Array, keep: ArrayLike) -> Array:
     return _toward(new, old, 1 - keep, chance=_chance(new))
 
 
+@_compiled_once
 def _toward(new: Array, old: Array, rate: ArrayLike, *, chance: Array) -> Array:
     """`old + rate * (new - old)`, in the dtype of `old`.
 
@@ -233,6 +238,7 @@ def _toward(new: Array, old: Array, rate: ArrayLike, *, chance: Array) -> Array:
     return jnp.where(lost, beside, moved).astype(old.dtype)
 
 
+@_compiled_once
 def _chance(*values: Array) -> Array:
     """A number from 0 to 1 made of the last bits of `values`, which are noise.
 
