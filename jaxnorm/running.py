@@ -67,8 +67,9 @@ def read(
 ) -> Moments:
     """The running statistics as moments to standardize an input of `dtype` with."""
     check(stats, axes, kept)
-    var = jnp.asarray(stats["var"])
-    mean = jnp.asarray(stats["mean"]) if "mean" in kept else jnp.zeros_like(var)
+    arrays = as_arrays({k: stats[k] for k in kept})
+    var = arrays["var"]
+    mean = arrays["mean"] if "mean" in kept else jnp.zeros_like(var)
     mean = mean.astype(promote(dtype, mean.dtype, jnp.float32))
     var = var.astype(mean.real.dtype)
     shape = axes.param_shape()
