@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import as_bool, check_function, check_instance
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import as_floating, at_least_float32
 
@@ -91,6 +92,13 @@ def _of_zeros_and_ones(mask: Any) -> Array | np.ndarray:
     return array
 
 
+def check_axes(axes: Axes, shape: tuple[int, ...]) -> None:
+    """Raises unless `axes` are those of an array of `shape`."""
+    check_instance("axes", axes, Axes, "jaxnorm.axes.keep")
+    if axes.shape != shape:
+        raise ValueError(f"axes are for an array of shape {axes.shape}, got {shape}")
+
+
 def fold(x: Array, mask: Array | None, axes: Axes) -> Array:
     """`x` in its folded shape, in at least float32, with masked elements read as 0."""
     if mask is not None:
@@ -121,8 +129,8 @@ def moments(
     if it does not, and TypeError if `x` holds no numbers.
     """
     x = as_floating(x)
-    if x.shape != axes.shape:
-        raise ValueError(f"axes are for an array of shape {axes.shape}, got {x.shape}")
+    check_axes(axes, x.shape)
+    center = as_bool("center", center)
     mask = as_mask(mask, x.shape)
     size = axes.size if mask is None else _count(mask, axes)
     mean, var, residue = _mean_and_var(axes, center, x, mask, size)
@@ -137,6 +145,8 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     leading axis. Sets of size 0 count for nothing. The variance does not suffer from
     means far from 0 (Chan, Golub and LeVeque, 1983).
     """
+    check_instance("m", m, Moments, "jaxnorm.moments")
+    check_function("total", total)
     dtype = m.mean.dtype
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     parts = [size.astype(v.dtype) * v for v in (m.mean, m.var)]
