@@ -125,7 +125,8 @@ class BatchNorm(nnx.BatchNorm):
     added to the result, and `activation` applied to it, in one rule.
     `use_fast_variance` is accepted and has no effect: the variance is exact.
     `promote_dtype` decides the dtype of the result; neither the input nor the running
-    statistics are rounded to it before they are used.
+    statistics are rounded to it before they are used. The running mean of complex
+    inputs is complex, from the first training step on, or from the start if `dtype` is.
     """
 
     __signature__ = ConstructorSignature()
@@ -347,6 +348,9 @@ class GroupNorm(nnx.GroupNorm):
         activation: str | None = None,
         implementation: str | None = None,
     ):
+        # Flax divides by these before it looks at them.
+        norm = jaxnorm.GroupNorm(num_groups=num_groups, group_size=group_size)
+        norm.axes((1, num_features))
         super().__init__(
             num_features,
             num_groups,
