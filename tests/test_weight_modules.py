@@ -399,8 +399,9 @@ def test_nnx_is_linen_in_half_precision(name, half):
         for key in ("kernel", "bias"):
             value = params["layer_instance"][key]
             getattr(model.layer_instance, key).set_value(value)
-        for path, v in nnx.to_flat_state(nnx.state(model, nnx.BatchStat)):
-            v.set_value(stats[f"layer_instance/kernel/{path[-1][-1]}"])
+        if name == "SpectralNorm":
+            for path, v in model.batch_stats.items():
+                v.set_value(stats[f"layer_instance/kernel/{path[-1]}"])
         for dtype in (None, half):
             model.dtype = dtype
             run = functools.partial(layer.clone(dtype=dtype).apply, variables)
