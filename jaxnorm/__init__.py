@@ -1,5 +1,7 @@
 """Normalization for JAX: pure functions over arrays and plain pytrees of statistics."""
 
+import typing
+
 from jaxnorm.accumulate import accumulate as accumulate
 from jaxnorm.accumulate import commit as commit
 from jaxnorm.accumulate import discard as discard
@@ -135,3 +137,132 @@ from jaxnorm.standardize import standardize as standardize
 from jaxnorm.weights.spectral_norm import spectral_norm as spectral_norm
 from jaxnorm.weights.weight_norm import weight_norm as weight_norm
 from jaxnorm.weights.weight_standardize import weight_standardize as weight_standardize
+
+__all__ = [
+    "Axes",
+    "BatchNorm",
+    "BatchRenorm",
+    "CrossIterationBatchNorm",
+    "DivisiveNorm",
+    "DomainBatchNorm",
+    "DynamicTanh",
+    "EvalNorm",
+    "EvoNormB0",
+    "EvoNormS0",
+    "FilterResponseNorm",
+    "Finding",
+    "GhostBatchNorm",
+    "GlobalResponseNorm",
+    "GroupNorm",
+    "Health",
+    "InstanceNorm",
+    "IterNorm",
+    "L1BatchNorm",
+    "LayerHealth",
+    "LayerNorm",
+    "LocalResponseNorm",
+    "Moments",
+    "MovingAverageBatchNorm",
+    "Norm",
+    "OnlineNorm",
+    "Pair",
+    "PositionalNorm",
+    "PowerNorm",
+    "RMSNorm",
+    "RangeBatchNorm",
+    "RecurrentBatchNorm",
+    "RunningInstanceNorm",
+    "RunningNorm",
+    "ScaleNorm",
+    "Standardize",
+    "StatefulNorm",
+    "StatelessNorm",
+    "SwitchableNorm",
+    "VirtualBatchNorm",
+    "accumulate",
+    "affine_form",
+    "batch_norm",
+    "batch_renorm",
+    "blend_stats",
+    "commit",
+    "control_labels",
+    "convert",
+    "cross_iteration_batch_norm",
+    "decay_mask",
+    "discard",
+    "divisive_norm",
+    "domain_batch_norm",
+    "dynamic_tanh",
+    "ema",
+    "eval_norm",
+    "evo_norm_b0",
+    "evo_norm_s0",
+    "filter_response_norm",
+    "find_pairs",
+    "fold",
+    "fold_input",
+    "fold_output",
+    "freeze",
+    "from_checkpoint",
+    "frozen",
+    "frozen_labels",
+    "ghost_batch_norm",
+    "global_response_norm",
+    "group_norm",
+    "health",
+    "init_stats",
+    "instance_norm",
+    "iter_norm",
+    "join_norms",
+    "l1_batch_norm",
+    "layer_norm",
+    "layers",
+    "local_response_norm",
+    "merge_stats",
+    "method",
+    "moments",
+    "moving_average_batch_norm",
+    "norm_settings",
+    "normalize",
+    "online_norm",
+    "pool",
+    "positional_norm",
+    "power_norm",
+    "quantization_aware_layer",
+    "range_batch_norm",
+    "recalibrate",
+    "recurrent_batch_norm",
+    "reset_stats",
+    "rms_norm",
+    "running_instance_norm",
+    "scale_norm",
+    "spectral_norm",
+    "split_norms",
+    "standardize",
+    "swap_stats",
+    "switchable_norm",
+    "sync",
+    "to_checkpoint",
+    "unfreeze",
+    "update_stats",
+    "virtual_batch_norm",
+    "weight_norm",
+    "weight_standardize",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if typing.TYPE_CHECKING:
+    __version__: str
+else:  # a type checker would take any name for one that this function knows
+
+    def __getattr__(name: str) -> str:
+        """The version that is installed; it is stated in pyproject.toml alone."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib.metadata
+
+        return importlib.metadata.version(__name__)

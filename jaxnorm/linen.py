@@ -13,26 +13,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
+from jaxnorm.arguments import as_array
 from jaxnorm.base import as_flag
 from jaxnorm.modules import (
+    check,
     has_spectrum,
     refuse,
     run,
     scale_shape,
     settings,
     spectral_normed,
+    stats_dtype,
     warn,
     weight_normed,
     weight_standardized,
 )
 from jaxnorm.running import HELD, MARKS
 
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
+]
 
-class Norm(nn.Module):
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Checked:
+    """A module that raises for an argument of a wrong kind when it is made."""
+
+    def __post_init__(self):
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        check(given, nn.Module)
+        parts = given.get("variable_filter")
+        if isinstance(parts, str):
+            raise TypeError(
+                f"variable_filter must be a set of parts of names, got {parts!r}, a "
+                f"set of letters: pass {{{parts!r}}}"
+            )
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Norm(_Checked, nn.Module):
     """Applies `norm`, with its parameters in `params`, its statistics in `batch_stats`.
 
     A norm with running statistics needs `use_running_average`, at construction or at
@@ -74,7 +109,7 @@ class Norm(nn.Module):
         return _apply(self, self.norm, x, flag, mask, refuse, inputs)
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(_Checked, nn.BatchNorm):
     """Flax's BatchNorm, with exact statistics, masks and synchronization.
 
     Beyond Flax's arguments, `momentum=None` keeps the average over all batches, and
@@ -84,6 +119,7 @@ class BatchNorm(nn.BatchNorm):
     the variance is exact, and statistics are taken and kept in at least float32.
     """
 
+    momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     activation: str | None = dataclasses.field(default=None, kw_only=True)
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
@@ -96,7 +132,7 @@ class BatchNorm(nn.BatchNorm):
         return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(_Checked, nn.LayerNorm):
     """Flax's LayerNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
@@ -111,7 +147,7 @@ class LayerNorm(nn.LayerNorm):
         return _apply(self, settings(jaxnorm.LayerNorm, self), x, False, mask)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(_Checked, nn.RMSNorm):
     """Flax's RMSNorm, with exact masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
@@ -126,7 +162,7 @@ class RMSNorm(nn.RMSNorm):
         return _apply(self, settings(jaxnorm.RMSNorm, self), x, False, mask)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(_Checked, nn.GroupNorm):
     """Flax's GroupNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
@@ -144,7 +180,7 @@ class GroupNorm(nn.GroupNorm):
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
-class InstanceNorm(nn.InstanceNorm):
+class InstanceNorm(_Checked, nn.InstanceNorm):
     """Flax's InstanceNorm, with exact statistics, masks and synchronization.
 
     `use_fast_variance` and `force_float32_reductions` are accepted and have no effect:
@@ -178,12 +214,11 @@ def _apply(
     inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Array:
     """Applies `norm` to `x` with the variables of `module`, created on first use."""
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     shape = norm.axes(x.shape).feature_shape
-    stats_dtype = x.dtype if jnp.iscomplexobj(x) else jnp.float32
+    initial = norm.init_stats(shape, stats_dtype(x.dtype, module.dtype))
     held = {
-        k: module.variable("batch_stats", k, lambda v=v: v)
-        for k, v in norm.init_stats(shape, stats_dtype).items()
+        k: module.variable("batch_stats", k, lambda v=v: v) for k, v in initial.items()
     }
     marks = [k for k in MARKS if module.has_variable("batch_stats", k)]
     held |= {k: module.variable("batch_stats", k) for k in marks}
@@ -211,6 +246,13 @@ def _apply(
 
 
 def _param(module: Any, name: str, default: Array) -> Array:
+    if module.has_variable("params", name):
+        value = as_array(name, meta.unbox(module.get_variable("params", name)))
+        if value.shape != default.shape:
+            raise ValueError(
+                f"the parameter {name} has shape {value.shape}, but the features of "
+                f"this input are {default.shape}: initialize with an input of its shape"
+            )
     given = getattr(module, f"{name}_init", None)
     init = given or (lambda key, shape, dtype: default)
     return module.param(name, init, default.shape, module.param_dtype)
@@ -220,7 +262,7 @@ def _ignore(problem: str) -> None:
     """While initializing, a single example is as good as many."""
 
 
-class WeightNorm(nn.WeightNorm):
+class WeightNorm(_Checked, nn.WeightNorm):
     """Flax's WeightNorm, which leaves the kernels of the layer as they are.
 
     Flax's stores them normalized when it initializes. Layers with statistics of their
@@ -235,7 +277,7 @@ class WeightNorm(nn.WeightNorm):
         return _call_layer(self, transform, args, kwargs)
 
 
-class WeightStandardization(nn.Module):
+class WeightStandardization(_Checked, nn.Module):
     """Calls a layer with its kernels standardized (`jaxnorm.weight_standardize`).
 
     The kernels are stored as they are. Each has a trainable gain, named `scale`, as in
@@ -280,7 +322,7 @@ class WeightStandardization(nn.Module):
         return _call_layer(self, transform, args, kwargs)
 
 
-class SpectralNorm(nn.SpectralNorm):
+class SpectralNorm(_Checked, nn.SpectralNorm):
     """Flax's SpectralNorm, which leaves the kernels of the layer as they are.
 
     Flax's stores them normalized when it initializes, and whenever all collections are

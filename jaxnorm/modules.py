@@ -5,17 +5,76 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm.base import Norm
+from jaxnorm.arguments import (
+    as_bool,
+    as_dtype,
+    as_feature_shape,
+    as_integer,
+    check_function,
+    check_instance,
+    check_mapping,
+    optional,
+    shown,
+)
+from jaxnorm.base import Norm, as_flag
 from jaxnorm.dtypes import as_floating, promote, widened
 from jaxnorm.running import RUNNING
 from jaxnorm.weights.arguments import features
 from jaxnorm.weights.spectral_norm import spectral_norm
 from jaxnorm.weights.weight_norm import weight_norm
 from jaxnorm.weights.weight_standardize import weight_standardize
+
+
+def _check_norm(name: str, value: Any) -> None:
+    check_instance(name, value, Norm, "jaxnorm.BatchNorm()")
+
+
+def _check_metadata(name: str, value: Any) -> None:
+    check_mapping(name, value, 'dict(out_sharding=("model",))')
+
+
+# What the arguments of constructors must be. What a settings value holds as well is
+# checked there.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "norm": _check_norm,
+    "num_features": as_feature_shape,
+    "use_running_average": optional(lambda name, value: as_flag(value, name)),
+    "dtype": optional(as_dtype),
+    "param_dtype": as_dtype,
+    "use_scale": as_bool,
+    "use_bias": as_bool,
+    "scale_init": optional(check_function),
+    "bias_init": optional(check_function),
+    "scale_metadata": _check_metadata,
+    "bias_metadata": _check_metadata,
+    "promote_dtype": check_function,
+    "n_steps": as_integer,
+    "error_on_non_matrix": as_bool,
+    "update_stats": as_bool,
+    "scaled": as_bool,
+}
+
+
+def check(arguments: Mapping[str, Any], module: type) -> None:
+    """Raises TypeError or ValueError for an argument of a constructor that is wrong.
+
+    `module` is the class that all modules of the API have in common.
+    """
+    for name in arguments.keys() & _CHECKS.keys():
+        _CHECKS[name](name, arguments[name])
+    if "num_features" in arguments and "norm" not in arguments:
+        as_integer("num_features", arguments["num_features"])  # one axis, as in Flax
+    layer = arguments.get("layer_instance")
+    if "layer_instance" in arguments and not isinstance(layer, module):
+        raise TypeError(
+            f"layer_instance must be a layer, made of a subclass of {module.__module__}"
+            f".Module, got {shown(layer)}"
+        )
 
 
 def settings(kind: type[Norm], module: Any, **others: Any) -> Norm:
@@ -49,7 +108,8 @@ def run(
     """Applies `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
     given = jnp.asarray(x).dtype
     x = as_floating(x)
-    dtypes = (given, *(p.dtype for p in params.values()))
+    means = (v for v in stats.values() if jnp.iscomplexobj(v))
+    dtypes = (given, *(v.dtype for v in (*params.values(), *means)))
     dtype = promote(*dtypes) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         dtype = promote(dtype, jnp.float32)
@@ -58,9 +118,35 @@ def run(
     if problem:
         on_lone_values(problem)
     x = widened(x, dtype)
+    if flag is not True:
+        stats = _with_room(norm, stats, x)
     return norm.apply(
         x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
     )
+
+
+def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
+    """What statistics begin in: Flax's float32, or complex if one of `dtypes` is."""
+    wide = promote(*(jnp.float32 if d is None else d for d in dtypes))
+    return wide if jnp.issubdtype(wide, jnp.complexfloating) else jnp.dtype("float32")
+
+
+def _with_room(norm: Norm, stats: Mapping[str, Array], x: Array) -> dict[str, Array]:
+    """`stats` whose means are complex if `x` is, so that they can follow it.
+
+    As Flax's become in Linen at the first step: a layer is made, or a checkpoint
+    written, before the layer is known to read complex numbers.
+    """
+    if not jnp.iscomplexobj(x):
+        return dict(stats)
+    features = norm.axes(x.shape).feature_shape
+    like = jax.eval_shape(lambda: norm.init_stats(features, x.dtype))
+    means = {k for k, v in like.items() if jnp.iscomplexobj(v)}
+    means |= {"batch_mean", "batch_residue"}
+    return {
+        k: v.astype(promote(v.dtype, jnp.complex64)) if k in means else v
+        for k, v in stats.items()
+    }
 
 
 def scale_shape(module: Any, kernel: Array) -> tuple[int, ...]:

@@ -223,6 +223,18 @@ def test_signatures_extend_flax(name):
         assert_extends(flax_class.set_view, our_class.set_view)
 
 
+@pytest.mark.parametrize("name", jaxnorm.nnx.__all__)
+def test_constructors_name_their_arguments(name):
+    """Each of them, to type checkers, which read the source, and to `help`."""
+    kind = getattr(jaxnorm.nnx, name)
+    if inspect.isclass(kind):
+        own = inspect.signature(kind.__init__).parameters
+        assert "__init__" in vars(kind)
+        for p in own.values():
+            assert p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        assert list(inspect.signature(kind).parameters) == list(own)[1:]
+
+
 def test_own_arguments_are_in_the_signature():
     """Where `help` and editors find them."""
     parameters = inspect.signature(jaxnorm.nnx.BatchNorm.__init__).parameters
@@ -245,10 +257,13 @@ def test_signature_of_the_generic_module():
         "use_bias": True,
         "scale_init": None,
         "bias_init": None,
+        "promote_dtype": promote_dtype,
+        "rngs": None,
+        "scale_metadata": {},
+        "bias_metadata": {},
     }
-    found = {k: p.default for k, p in parameters.items() if k != "rngs"}
-    assert found == expected
-    assert list(parameters) == [*expected, "rngs"]
+    assert {k: p.default for k, p in parameters.items()} == expected
+    assert list(parameters) == list(expected)
     for name in list(parameters)[3:]:
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
 
@@ -459,10 +474,17 @@ def test_sharding_metadata(name):
 
 def test_sharding_metadata_of_the_generic_module():
     ones = nnx.with_partitioning(nnx.initializers.ones_init(), ("model",))
+    metadata = {
+        "scale_metadata": {"out_sharding": ("model",), "tag": "scale"},
+        "bias_metadata": {"out_sharding": (None,), "tag": "bias"},
+    }
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     with jax.set_mesh(mesh):
-        found = described(generic("BatchNorm", scale_init=ones))
-        assert found == described(theirs("BatchNorm", scale_init=ones))
+        for kwargs in ({"scale_init": ones}, metadata):
+            found = generic("BatchNorm", **kwargs)
+            assert described(found) == described(theirs("BatchNorm", **kwargs))
+            scale = nnx.state(found)["scale"][...]
+            assert scale.sharding.spec == P("model")
 
 
 @names

@@ -1,5 +1,8 @@
 """What the package shows: names, docstrings, the README, and no Flax unless asked."""
 
+import dataclasses
+import importlib
+import importlib.metadata
 import inspect
 import pathlib
 import re
@@ -36,6 +39,28 @@ def test_public_names_are_documented(name):
     assert text and len(text) > 30
 
 
+@pytest.mark.parametrize("name", ["jaxnorm", "jaxnorm.linen", "jaxnorm.nnx"])
+def test_modules_show_what_is_public(name):
+    """All of it, and no module or helper of their own; in order."""
+    module = importlib.import_module(name)
+    imported = {
+        k
+        for k, v in vars(module).items()
+        if not k.startswith("_")
+        and (inspect.isclass(v) or inspect.isfunction(v))
+        and (hasattr(module, "__path__") or v.__module__ == name)
+    }
+    assert dir(module) == module.__all__ == sorted(imported)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_field_of_a_settings_value_is_described(name):
+    text = inspect.getdoc(METHODS[name]) or ""
+    assert "\n\nAttributes:\n" in text
+    described = re.findall(r"^    (\w+): \S", text.split("Attributes:\n")[1], re.M)
+    assert described == [f.name for f in dataclasses.fields(METHODS[name])]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_a_function_a_row_and_a_reference(name):
     module = sys.modules[METHODS[name].__module__]
@@ -62,6 +87,7 @@ def test_every_method_trains_in_the_example():
 
 def test_the_version_is_one():
     text = (ROOT / "CHANGELOG.md").read_text()
-    import importlib.metadata
-
-    assert f"## {importlib.metadata.version('jaxnorm')}" in text
+    assert jaxnorm.__version__ == importlib.metadata.version("jaxnorm")
+    assert f"## {jaxnorm.__version__}" in text
+    with pytest.raises(AttributeError, match="no attribute 'version'"):
+        jaxnorm.version  # type: ignore  # noqa: B018

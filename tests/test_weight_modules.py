@@ -386,6 +386,31 @@ def test_nnx_is_linen(name, kind):
     assert_identical(params, {p: before[p] for p in params})
 
 
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@names
+def test_nnx_is_linen_in_half_precision(name, half):
+    """Bit for bit, whichever of the arrays are in half precision."""
+    x = sample(*ROWS).astype(half)
+    model = moved(wrapped(name, param_dtype=half))
+    layer = linen(name, nn.Dense(4))
+    wide = linen_of(model)
+    for variables in (wide, jax.tree.map(lambda a: a.astype(half), wide)):
+        params, stats = variables["params"], variables["batch_stats"]
+        for key in ("kernel", "bias"):
+            value = params["layer_instance"][key]
+            getattr(model.layer_instance, key).set_value(value)
+        if name == "SpectralNorm":
+            for path, v in model.batch_stats.items():
+                v.set_value(stats[f"layer_instance/kernel/{path[-1]}"])
+        for dtype in (None, half):
+            model.dtype = dtype
+            run = functools.partial(layer.clone(dtype=dtype).apply, variables)
+            if name == "SpectralNorm":
+                model.eval()
+                run = functools.partial(run, update_stats=False)
+            assert_identical(model(x), run(x))
+
+
 @pytest.mark.parametrize("name", ["WeightNorm", "SpectralNorm"])
 def test_nnx_against_flax(name):
     """Flax's numbers, before it overwrites the kernel, and its variables."""

@@ -13,7 +13,18 @@ from jaxnorm.moments import as_mask
 
 @method
 class BatchNorm(RunningNorm):
-    """Normalizes each feature by its statistics over the batch and over space."""
+    """Normalizes each feature by its statistics over the batch and over space.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+        activation: applied to the result, such as "relu".
+        implementation: None is "xla"; there are no kernels for these sums.
+    """
 
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1

@@ -22,6 +22,17 @@ class BatchRenorm(RunningNorm):
     `rmax` and `dmax` limit how far the batch's deviation and mean are corrected; each
     is a number, or a function of the number of batches seen, which the statistics then
     count as "step". (An array, which may be traced, cannot be hashed.)
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+        rmax: limit of the correction of the deviation, from 1 on; a number, or a
+            function of the number of batches so far.
+        dmax: limit of the correction of the mean, from 0 on; likewise.
     """
 
     real = True

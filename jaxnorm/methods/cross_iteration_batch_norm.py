@@ -24,6 +24,16 @@ class CrossIterationBatchNorm(RunningNorm):
     The input `kernel` is that layer's, with the features along its last axis, and
     `layer` is a function that gives x from it. `kernel_shape` is known in advance, as
     the statistics hold the kernels and slopes of past batches.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: none is taken: devices share nothing.
+        axis_index_groups: none are taken, likewise.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        kernel_shape: shape of the kernel of the layer before.
+        window: number of batches, this one among them.
+        axis: the feature axis.
     """
 
     inputs = ("kernel", "layer")

@@ -19,6 +19,15 @@ class DivisiveNorm(StatelessNorm):
     of their mean square, with a learned deviation to smooth it.
 
     Neighbours lie within a window of `window` elements along each of `window_axes`.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: none is taken: devices share nothing.
+        axis_index_groups: none are taken, likewise.
+        window: elements per window, for each of `window_axes` or for all.
+        window_axes: the axes along which elements are near each other.
+        axis: the feature axis or axes.
+        initial_sigma: what the parameter sigma starts at.
     """
 
     real = True

@@ -20,6 +20,16 @@ class DomainBatchNorm(RunningNorm):
     The input `domain` says which of `num_domains` each example belongs to. With
     `share_affine=False` each has a scale and bias of its own. Split or auxiliary batch
     norm is the same, with domains by slice: jnp.arange(n) // (n // num_domains).
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        num_domains: number of domains.
+        share_affine: have one scale and bias for all domains.
+        axis: the feature axis or axes.
     """
 
     inputs = ("domain",)

@@ -18,6 +18,13 @@ class DynamicTanh(StatelessNorm):
 
     It does not normalize: with an `initial_alpha` that is too small, a signal fades out
     over the layers of a deep network.
+
+    Attributes:
+        epsilon: not used: there is no variance.
+        axis_name: none is taken: devices share nothing.
+        axis_index_groups: none are taken, likewise.
+        axis: the feature axis or axes.
+        initial_alpha: what the parameter alpha starts at.
     """
 
     real = True

@@ -19,6 +19,15 @@ class EvalNorm(RunningNorm):
     ones, as in training each example is part of its batch.
 
     `weight` is that of the example's own.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+        weight: of the example's own statistics, from 0 to 1.
     """
 
     epsilon: float = 1e-5

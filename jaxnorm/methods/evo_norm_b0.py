@@ -16,7 +16,16 @@ from jaxnorm.standardize import affine, as_param, pointwise
 @method
 class EvoNormB0(RunningNorm):
     """Normalization and activation in one: divides by the larger of the deviation over
-    the batch and of a line through the deviation of the example."""
+    the batch and of a line through the deviation of the example.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share the batch.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+    """
 
     real = True
     params = ("scale", "bias", "slope")

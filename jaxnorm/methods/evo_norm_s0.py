@@ -17,7 +17,16 @@ from jaxnorm.standardize import affine, as_param, pointwise
 @method
 class EvoNormS0(StatelessNorm):
     """Normalization and activation in one: a swish divided by the deviation of each
-    group of features of each example; the mean is not subtracted."""
+    group of features of each example; the mean is not subtracted.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        num_groups: number of groups of consecutive features, or None.
+        group_size: number of features in each, or None; one of the two is given.
+        axis: the feature axis or axes.
+    """
 
     real = True
     params = ("scale", "bias", "slope")

@@ -20,6 +20,14 @@ class FilterResponseNorm(StatelessNorm):
     With `learn_epsilon`, the magnitude of a learned parameter is added to `epsilon`, as
     the paper advises where there is a single position. `use_threshold=False` leaves the
     threshold, and so the nonlinearity, out.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+        use_threshold: have the parameter threshold.
+        learn_epsilon: have the parameter extra_epsilon.
     """
 
     real = True

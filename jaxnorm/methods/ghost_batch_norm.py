@@ -19,6 +19,15 @@ class GhostBatchNorm(RunningNorm):
 
     Examples that are left over join the last virtual batch. `axis_name` pools the
     running statistics only: a virtual batch stays on its device.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, to pool the running statistics over.
+        axis_index_groups: groups of indices along `axis_name` that share these.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        size: examples per virtual batch.
+        axis: the feature axis or axes.
     """
 
     epsilon: float = 1e-5

@@ -16,7 +16,14 @@ from jaxnorm.standardize import as_param, pointwise
 @method
 class GlobalResponseNorm(StatelessNorm):
     """Multiplies each feature of each example by its length over space, relative to
-    the mean length of its features; adds the input."""
+    the mean length of its features; adds the input.
+
+    Attributes:
+        epsilon: added to the mean length.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+    """
 
     center = False
     axis: int | Sequence[int] = -1

@@ -12,7 +12,20 @@ from jaxnorm.base import StatelessNorm, method
 
 @method
 class GroupNorm(StatelessNorm):
-    """Normalizes each example over space and within each group of features."""
+    """Normalizes each example over space and within each group of features.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        num_groups: number of groups of consecutive features, or None.
+        group_size: number of features in each, or None; one of the two is given.
+        axis: the feature axis.
+        reduction_axes: the axes to reduce, `axis` among them; all but the first by
+            default.
+        activation: applied to the result, such as "relu".
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
 
     num_groups: int | None = 32
     group_size: int | None = None

@@ -11,7 +11,16 @@ from jaxnorm.base import StatelessNorm, method
 
 @method
 class InstanceNorm(StatelessNorm):
-    """Normalizes each feature of each example by its statistics over space."""
+    """Normalizes each feature of each example by its statistics over space.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+        activation: applied to the result, such as "relu".
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
 
     axis: int | Sequence[int] = -1
     activation: str | None = None

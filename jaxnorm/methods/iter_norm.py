@@ -24,6 +24,16 @@ class IterNorm(StatefulNorm):
 
     More iterations whiten more; few leave features of little variance alone. A mask is
     of whole positions: it has 1 for the feature axis.
+
+    Attributes:
+        epsilon: added to the diagonal of the covariance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics.
+        iterations: of Newton's method.
+        num_groups: number of groups of consecutive features, or None.
+        group_size: number of features in each, or None; one of the two is given.
+        axis: the feature axis.
     """
 
     real = True

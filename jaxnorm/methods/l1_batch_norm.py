@@ -16,7 +16,16 @@ from jaxnorm.moments import as_mask, fold, fold_mask
 
 @method
 class L1BatchNorm(RunningNorm):
-    """Batch norm by the mean absolute deviation in the place of the standard one."""
+    """Batch norm by the mean absolute deviation in the place of the standard one.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+    """
 
     real = True
     poolable = False

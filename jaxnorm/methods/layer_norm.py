@@ -10,7 +10,17 @@ from jaxnorm.base import RowNorm, method
 
 @method
 class LayerNorm(RowNorm):
-    """Normalizes each example by its statistics over `reduction_axes`."""
+    """Normalizes each example by its statistics over `reduction_axes`.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        reduction_axes: the axes that share a mean and a variance.
+        feature_axes: the axes that parameters vary along.
+        zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
 
 
 def layer_norm(

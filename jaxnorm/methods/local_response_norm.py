@@ -13,7 +13,18 @@ from jaxnorm.standardize import pointwise
 @method
 class LocalResponseNorm(StatelessNorm):
     """Divides each element by a power of the sum of squares of its `size` neighbours
-    along the features; has no parameters."""
+    along the features; has no parameters.
+
+    Attributes:
+        epsilon: not used: `k` is added instead.
+        axis_name: none is taken: devices share nothing.
+        axis_index_groups: none are taken, likewise.
+        size: number of neighbouring features, the element itself among them.
+        alpha: factor of the mean square.
+        beta: power of the divisor.
+        k: added to the mean square, after its factor.
+        axis: the feature axis.
+    """
 
     real = True
     params = ()

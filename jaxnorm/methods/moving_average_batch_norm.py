@@ -20,6 +20,15 @@ class MovingAverageBatchNorm(StatefulNorm):
 
     The averages of the backward pass are the parameter "control", see
     `jaxnorm.control_labels`.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics.
+        window: number of batches to average over.
+        clip: limit of the correction towards evaluation, from 1 on.
+        axis: the feature axis or axes.
     """
 
     real = True

@@ -27,6 +27,15 @@ class OnlineNorm(StatefulNorm):
     These are the parameters "control_product" and "control_mean", see
     `jaxnorm.control_labels`. With `axis_name`, each device reads its share of the batch
     as a stream of its own, and the statistics are averaged after it.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, to average the statistics over.
+        axis_index_groups: groups of indices along `axis_name` to average within.
+        momentum: weight of the old statistics, per example.
+        control_momentum: weight of the old controls, per example.
+        layer_scaling: divide each example by its root mean square.
+        axis: the feature axis or axes.
     """
 
     real = True

@@ -13,7 +13,14 @@ from jaxnorm.moments import Moments
 
 @method
 class PositionalNorm(StatelessNorm):
-    """Normalizes each position of each example over its features; has no parameters."""
+    """Normalizes each position of each example over its features; has no parameters.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+    """
 
     params = ()
     epsilon: float = 1e-5

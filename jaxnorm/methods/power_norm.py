@@ -17,6 +17,14 @@ class PowerNorm(RunningNorm):
     backward pass is corrected by a running statistic of gradients.
 
     That statistic is the parameter "control", see `jaxnorm.control_labels`.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics.
+        unbiased: keep the mean square times n / (n - 1).
+        axis: the feature axis or axes.
     """
 
     real = True

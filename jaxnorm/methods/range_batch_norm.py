@@ -15,7 +15,16 @@ from jaxnorm.moments import as_mask, fold, fold_mask, moments
 
 @method
 class RangeBatchNorm(RunningNorm):
-    """Batch norm by the range of the values in the place of their deviation."""
+    """Batch norm by the range of the values in the place of their deviation.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+    """
 
     real = True
     poolable = False

@@ -14,7 +14,17 @@ from jaxnorm.base import RunningNorm, Stats, method
 @method
 class RecurrentBatchNorm(RunningNorm):
     """Batch norm with statistics of its own for each of the first `max_steps` steps of
-    a sequence; later steps share the last ones. The scale starts at 0.1."""
+    a sequence; later steps share the last ones. The scale starts at 0.1.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        max_steps: steps that have statistics of their own.
+        axis: the feature axis or axes.
+    """
 
     inputs = ("step",)
     epsilon: float = 1e-5

@@ -10,7 +10,17 @@ from jaxnorm.base import RowNorm, method
 
 @method
 class RMSNorm(RowNorm):
-    """Divides each example by its root mean square over `reduction_axes`."""
+    """Divides each example by its root mean square over `reduction_axes`.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        reduction_axes: the axes that share a mean square.
+        feature_axes: the axes that the scale varies along.
+        zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
 
     params = ("scale",)
     center = False

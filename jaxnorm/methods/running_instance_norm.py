@@ -16,7 +16,16 @@ from jaxnorm.normalize import normalize
 @method
 class RunningInstanceNorm(RunningNorm):
     """Instance norm at training; at evaluation, batch norm by the average of the
-    statistics of the instances. `axis_name` pools the running statistics only."""
+    statistics of the instances. `axis_name` pools the running statistics only.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, to pool the running statistics over.
+        axis_index_groups: groups of indices along `axis_name` that share these.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
+    """
 
     poolable = False
     epsilon: float = 1e-5

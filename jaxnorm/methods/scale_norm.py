@@ -15,7 +15,14 @@ from jaxnorm.standardize import standardize
 
 @method
 class ScaleNorm(StatelessNorm):
-    """Divides each vector of features by its length; has one learned length for all."""
+    """Divides each vector of features by its length; has one learned length for all.
+
+    Attributes:
+        epsilon: added to the sum of squares.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+    """
 
     params = ("scale",)
     center = False

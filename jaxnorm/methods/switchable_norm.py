@@ -20,6 +20,14 @@ class SwitchableNorm(RunningNorm):
 
     `axis_name` pools the batch statistics, so it names an axis that the batch is split
     along.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        momentum: weight of the old statistics; None for the average of all batches.
+        unbiased: keep the unbiased variance, as PyTorch does.
+        axis: the feature axis or axes.
     """
 
     params = ("scale", "bias", "mean_weight", "var_weight")

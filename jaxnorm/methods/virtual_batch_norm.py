@@ -19,6 +19,13 @@ class VirtualBatchNorm(StatelessNorm):
 
     The reference batch is the first `size` examples; they are normalized by their own.
     `axis_name` pools the reference batch over devices.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        size: examples in the reference batch, on each device.
+        axis: the feature axis or axes.
     """
 
     epsilon: float = 1e-5

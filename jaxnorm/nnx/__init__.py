@@ -14,3 +14,24 @@ from jaxnorm.nnx.norms import RMSNorm as RMSNorm
 from jaxnorm.nnx.weights import SpectralNorm as SpectralNorm
 from jaxnorm.nnx.weights import WeightNorm as WeightNorm
 from jaxnorm.nnx.weights import WeightStandardization as WeightStandardization
+
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Norm",
+    "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardization",
+    "convert",
+    "fold",
+    "recalibrate",
+    "update",
+    "variables",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

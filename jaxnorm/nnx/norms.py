@@ -1,10 +1,9 @@
 """Flax NNX: one generic module for any norm, and the classes that Flax has.
 
-The named classes inherit their constructors and defaults from the Flax that is
-installed, so that they follow it; what they compute is jaxnorm's.
+The named classes take Flax's arguments, written out for type checkers and editors, and
+then their own; what they compute is jaxnorm's.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
+from jaxnorm.arguments import as_array, as_feature_shape
 from jaxnorm.base import as_flag
 from jaxnorm.dtypes import at_least_float32, promote
-from jaxnorm.modules import (
-    refuse,
-    run,
-    settings,
-    warn,
-)
+from jaxnorm.modules import refuse, run, settings, stats_dtype, warn
+from jaxnorm.nnx.constructor import ConstructorSignature, checked
 from jaxnorm.running import HELD, MARKS
 
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _NO_FLAG = (
     "{} needs use_running_average: pass it to the constructor or to the call, or set "
     "it on the whole model with model.train(), model.eval() or nnx.view"
@@ -48,9 +47,15 @@ class Norm(nnx.Module):
         param_dtype: of the parameters.
         use_scale, use_bias: have that parameter, if the norm has it at all.
         scale_init, bias_init: initializers in place of the norm's own values.
+        promote_dtype: as in Flax, decides the dtype of the result where `dtype` is
+            None.
         rngs: key for the initializers, needed only where these are given.
+        scale_metadata, bias_metadata: of the nnx.Param, such as `out_sharding`.
     """
 
+    __signature__ = ConstructorSignature()
+
+    @checked
     def __init__(
         self,
         norm: jaxnorm.Norm,
@@ -63,16 +68,21 @@ class Norm(nnx.Module):
         use_bias: bool = True,
         scale_init: nnx.Initializer | None = None,
         bias_init: nnx.Initializer | None = None,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
         rngs: nnx.Rngs | None = None,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
     ):
-        shape = (num_features,) if isinstance(num_features, int) else num_features
+        shape = as_feature_shape("num_features", num_features)
+        metadata = {"scale": scale_metadata, "bias": bias_metadata}
         inits = {"scale": scale_init, "bias": bias_init}
         absent = {"scale": not use_scale, "bias": not use_bias}
         self.norm = norm
         self.use_running_average = use_running_average
         self.dtype = dtype
-        stats_dtype = jnp.float32 if dtype is None else at_least_float32(dtype)
-        for k, v in norm.init_stats(shape, stats_dtype).items():
+        self.promote_dtype = promote_dtype
+        kept = jnp.float32 if dtype is None else at_least_float32(dtype)
+        for k, v in norm.init_stats(shape, kept).items():
             setattr(self, k, nnx.BatchStat(v))
         for k, v in norm.init_params(shape, param_dtype).items():
             if absent.get(k):
@@ -84,7 +94,7 @@ class Norm(nnx.Module):
                 if key is None:
                     raise ValueError(f"{k}_init needs a key: pass rngs=nnx.Rngs(seed)")
                 v = init(key, v.shape, param_dtype)
-            setattr(self, k, nnx.Param(v))
+            setattr(self, k, nnx.Param(v, **metadata.get(k, {})))
 
     def __call__(
         self,
@@ -115,30 +125,74 @@ class BatchNorm(nnx.BatchNorm):
     added to the result, and `activation` applied to it, in one rule.
     `use_fast_variance` is accepted and has no effect: the variance is exact.
     `promote_dtype` decides the dtype of the result; neither the input nor the running
-    statistics are rounded to it before they are used.
+    statistics are rounded to it before they are used. The running mean of complex
+    inputs is complex, from the first training step on, or from the start if `dtype` is.
     """
 
+    __signature__ = ConstructorSignature()
+
+    @checked
     def __init__(
         self,
-        *args,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
         unbiased: bool = False,
         activation: str | None = None,
         implementation: str | None = None,
-        **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,  # pyright: ignore[reportArgumentType]
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.unbiased = unbiased
         self.activation = activation
         self.implementation = implementation
-        if self.momentum is None:
-            count = settings(jaxnorm.BatchNorm, self).init_stats(self.mean.shape)
-            self.count = nnx.BatchStat(count["count"])
+        kept = self._settings().init_stats((num_features,), stats_dtype(dtype))
+        for k, v in kept.items():
+            setattr(self, k, nnx.BatchStat(v))
+
+    def _settings(self) -> jaxnorm.Norm:
+        return settings(jaxnorm.BatchNorm, self)
 
     def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
-        norm = settings(jaxnorm.BatchNorm, self)
-        return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
+        return _apply(
+            self, self._settings(), x, flag, mask, inputs={"residual": residual}
+        )
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -148,13 +202,59 @@ class LayerNorm(nnx.LayerNorm):
     `promote_dtype` decides the dtype of the result.
     """
 
-    def __init__(self, *args, implementation: str | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    __signature__ = ConstructorSignature()
+
+    @checked
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        implementation: str | None = None,
+    ):
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            reduction_axes=reduction_axes,
+            feature_axes=feature_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.implementation = implementation
+        self._settings()
+
+    def _settings(self) -> jaxnorm.Norm:
+        return settings(jaxnorm.LayerNorm, self)
 
     def __call__(self, x, *, mask=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.LayerNorm, self), x, False, mask)
+        return _apply(self, self._settings(), x, False, mask)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -164,13 +264,53 @@ class RMSNorm(nnx.RMSNorm):
     of the result.
     """
 
-    def __init__(self, *args, implementation: str | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    __signature__ = ConstructorSignature()
+
+    @checked
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_scale: bool = True,
+        scale_init: Initializer = nnx.initializers.ones,
+        reduction_axes: Axes = -1,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
+        implementation: str | None = None,
+    ):
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_scale=use_scale,
+            scale_init=scale_init,
+            reduction_axes=reduction_axes,
+            feature_axes=feature_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            scale_metadata=scale_metadata,
+        )
         self.implementation = implementation
+        self._settings()
+
+    def _settings(self) -> jaxnorm.Norm:
+        return settings(jaxnorm.RMSNorm, self)
 
     def __call__(self, x, mask=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.RMSNorm, self), x, False, mask)
+        return _apply(self, self._settings(), x, False, mask)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -181,22 +321,69 @@ class GroupNorm(nnx.GroupNorm):
     `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
+    __signature__ = ConstructorSignature()
+
+    @checked
     def __init__(
         self,
-        *args,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        reduction_axes: Axes | None = None,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
         activation: str | None = None,
         implementation: str | None = None,
-        **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        # Flax divides by these before it looks at them.
+        norm = jaxnorm.GroupNorm(num_groups=num_groups, group_size=group_size)
+        norm.axes((1, num_features))
+        super().__init__(
+            num_features,
+            num_groups,
+            group_size,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            reduction_axes=reduction_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.activation = activation
         self.implementation = implementation
+        self._settings()
+
+    def _settings(self) -> jaxnorm.Norm:
+        # Flax keeps both the number of groups and their size; one says it all.
+        return settings(jaxnorm.GroupNorm, self, group_size=None)
 
     def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        # Flax keeps both the number of groups and their size; one says it all.
-        norm = settings(jaxnorm.GroupNorm, self, group_size=None)
-        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
+        return _apply(
+            self, self._settings(), x, False, mask, inputs={"residual": residual}
+        )
 
 
 class InstanceNorm(nnx.InstanceNorm):
@@ -207,34 +394,61 @@ class InstanceNorm(nnx.InstanceNorm):
     `residual`, at the call, is added to the result, and `activation` applied to it.
     """
 
+    __signature__ = ConstructorSignature()
+
+    @checked
     def __init__(
         self,
-        *args,
+        num_features: int,
+        *,
+        epsilon: float = 1e-6,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros,
+        scale_init: Initializer = nnx.initializers.ones,
+        feature_axes: Axes = -1,
+        axis_name: str | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
         activation: str | None = None,
         implementation: str | None = None,
-        **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            num_features,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            feature_axes=feature_axes,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.activation = activation
         self.implementation = implementation
+        self._settings()
+
+    def _settings(self) -> jaxnorm.Norm:
+        return settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
 
     def __call__(self, x, *, mask=None, residual=None):
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
-        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
-
-
-def signature(cls: type) -> inspect.Signature:
-    """Flax's signature of the constructor of `cls`, with what that adds by keyword."""
-    flax = inspect.signature(cls.__mro__[1].__init__)
-    own = inspect.signature(cls.__init__).parameters.values()
-    new = [p for p in own if p.name not in flax.parameters]
-    added = [p for p in new if p.kind is p.KEYWORD_ONLY]
-    return flax.replace(parameters=[*flax.parameters.values(), *added])
-
-
-for _named in (BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm):
-    _named.__init__.__signature__ = signature(_named)  # pyright: ignore
+        return _apply(
+            self, self._settings(), x, False, mask, inputs={"residual": residual}
+        )
 
 
 def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
@@ -257,7 +471,7 @@ def _apply(
     inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Array:
     """Applies `norm` to `x` with the variables of `module`."""
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     shape = norm.axes(x.shape).feature_shape
     marks = [k for k in MARKS if hasattr(module, k)]
     held = {k: getattr(module, k) for k in [*norm.init_stats(shape), *marks]}
@@ -271,30 +485,38 @@ def _apply(
         stats,
         flag=flag,
         mask=mask,
-        dtype=_dtype(module, x, stats, params),
+        dtype=_dtype(module, norm, x, stats, params),
         on_lone_values=on_lone_values,
         inputs=inputs,
     )
     if flag is not True and HELD not in held:
         for k, v in held.items():
-            v[...] = stats[k]
+            _write(v, stats[k])
     return y
 
 
-def _dtype(module: Any, x: Array, stats: dict, params: dict) -> DTypeLike | None:
-    """The dtype that Flax gives the result: `promote_dtype` decides, if there is one.
+def _write(variable: nnx.Variable, value: Array) -> None:
+    if variable.dtype == value.dtype:
+        variable[...] = value
+    else:  # which would cast it: a mean has become complex
+        variable.set_value(value)
+
+
+def _dtype(
+    module: Any, norm: jaxnorm.Norm, x: Array, stats: dict, params: dict
+) -> DTypeLike | None:
+    """The dtype that Flax gives the result: `promote_dtype` decides.
 
     It is asked for dtypes only. What it would return is rounded to `dtype`, running
     statistics included, and statistics of rounded inputs are wrong.
     """
-    promote_dtype = getattr(module, "promote_dtype", None)
-    if promote_dtype is None or module.dtype is not None:
+    if module.dtype is not None:
         return module.dtype
     kept = [stats[k] for k in ("mean", "var") if k in stats]
-    named = [params.get(k) for k in ("scale", "bias") if hasattr(module, k)]
+    named = [params.get(k) for k in norm.params]
     with jax.numpy_dtype_promotion("standard"):
         x, *rest = jax.eval_shape(
-            lambda *arrays: promote_dtype(arrays, dtype=None), x, *kept, *named
+            lambda *arrays: module.promote_dtype(arrays, dtype=None), x, *kept, *named
         )
     affine = rest[len(kept) :]
     return promote(*(v.dtype for v in (x, *affine) if v is not None))

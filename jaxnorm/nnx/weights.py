@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
+from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -16,7 +18,7 @@ from jaxnorm.modules import (
     weight_normed,
     weight_standardized,
 )
-from jaxnorm.nnx.norms import signature
+from jaxnorm.nnx.constructor import ConstructorSignature, checked
 
 
 class WeightNorm(nnx.WeightNorm):
@@ -28,8 +30,35 @@ class WeightNorm(nnx.WeightNorm):
     `promote_dtype` is accepted and has no effect, as in Flax.
     """
 
-    def __init__(self, layer_instance, *, use_scale: bool = True, rngs, **kwargs):
-        super().__init__(layer_instance, use_scale=False, rngs=rngs, **kwargs)
+    __signature__ = ConstructorSignature()
+
+    @checked
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        feature_axes: Axes | None = -1,
+        use_scale: bool = True,
+        scale_init: Initializer = nnx.initializers.ones,
+        epsilon: float = 1e-12,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        variable_filter: nnx.filterlib.Filter = nnx.PathContains("kernel"),  # noqa: B008
+        promote_dtype: PromoteDtypeFn = flax_promote_dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            layer_instance,
+            feature_axes=feature_axes,
+            use_scale=False,
+            scale_init=scale_init,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            variable_filter=variable_filter,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+        )
         self.use_scale = use_scale
         self.scales = _scales(self, rngs)
 
@@ -37,9 +66,6 @@ class WeightNorm(nnx.WeightNorm):
         """Returns what the layer makes of the arguments, its kernels normalized."""
         transform = functools.partial(_rescaled, self, weight_normed)
         return _call_layer(self, transform, x, *args, **kwargs)
-
-
-WeightNorm.__init__.__signature__ = signature(WeightNorm)  # pyright: ignore
 
 
 class WeightStandardization(nnx.Module):
@@ -64,6 +90,9 @@ class WeightStandardization(nnx.Module):
         rngs: key for the initializer.
     """
 
+    __signature__ = ConstructorSignature()
+
+    @checked
     def __init__(
         self,
         layer_instance: nnx.Module,
@@ -103,6 +132,32 @@ class SpectralNorm(nnx.SpectralNorm):
     Once `u` has settled, no kernel has a norm above 1, however small it was (Flax makes
     40 of 1e-6, by its `epsilon`), and none of 0 sets `u` to 0 for ever.
     """
+
+    __signature__ = ConstructorSignature()
+
+    @checked
+    def __init__(
+        self,
+        layer_instance: nnx.Module,
+        *,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            layer_instance,
+            n_steps=n_steps,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            error_on_non_matrix=error_on_non_matrix,
+            update_stats=update_stats,
+            rngs=rngs,
+        )
 
     def __call__(self, x, update_stats=None, **kwargs):
         """Returns what the layer makes of `x`, and of arguments that Flax's does not
