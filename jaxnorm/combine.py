@@ -1,9 +1,10 @@
 """How are the statistics of several models, or of several domains, combined?"""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -113,10 +114,11 @@ def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    """`values` in a list; raises TypeError for a mapping or what is no sequence."""
-    if isinstance(values, Mapping | str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list or tuple, got {shown(values)}")
-    return list(values)
+    """`values` in a list; raises TypeError unless they have an order."""
+    ordered = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if ordered or (isinstance(values, np.ndarray | Array) and values.ndim):
+        return list(values)
+    raise TypeError(f"{name} must be a list or tuple, got {shown(values)}")
 
 
 def _weights(weights: Any, number: int) -> list[Any]:

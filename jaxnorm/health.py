@@ -226,9 +226,9 @@ def _scales(found: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
         _shifted(k, name) for k in by_path for name in names.values()
     ):
         raise ValueError(
-            f"params hold no scale for any of the layers {list(found)}, but scales at "
-            "paths that end alike: pass those of the same model, as they are in "
-            'variables["params"], or leave them out'
+            f"params hold no scale for any of the layers {list(found)}: pass those of "
+            'the same model, variables["params"], with no other tree around them, or '
+            "leave them out"
         )
     for path, scale in scales.items():
         features = shape_of(found[path])
