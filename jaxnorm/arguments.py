@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     shape, dtype = (getattr(value, k, None) for k in ("shape", "dtype"))
     if isinstance(shape, tuple) and dtype is not None:
-        return f"{type(value).__name__} of {dtype} and shape {shape}"
+        return f"{dtype} of shape {shape}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}... ({type(value).__name__})"
 
@@ -58,9 +58,8 @@ def as_epsilon(name: str, value: Any) -> Any:
     """As `as_real`, for what is added to a variance."""
     value = as_real(name, value)
     if isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise ValueError(
-            f"{name} must not be negative, nor infinite, got {value}: pass 0 for none"
-        )
+        rule = "must not be negative" if value < 0 else "must be finite"
+        raise ValueError(f"{name} {rule}, got {value}: pass 0 for none")
     return value
 
 
@@ -96,7 +95,7 @@ def as_integer(name: str, value: Any) -> int:
 def as_integers(name: str, value: Any) -> int | tuple[int, ...]:
     """`value` as an int, or as a tuple of ints."""
     try:
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             return tuple(as_integer(name, v) for v in value)
         return as_integer(name, value)
     except TypeError:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm.arguments import as_epsilon, shown
+from jaxnorm.arguments import as_epsilon
 from jaxnorm.layers import (
     Tree,
     Where,
@@ -202,8 +202,8 @@ def _check_known(*trees: Tree | None) -> None:
     for value in jax.tree.leaves(trees):
         if isinstance(value, Tracer | jax.ShapeDtypeStruct):
             raise TypeError(
-                f"health needs values, got {shown(value)}: call it outside of `jit`, "
-                "with the arrays that it returns"
+                f"health needs values, got {type(value).__name__} of shape "
+                f"{value.shape}: call it outside of `jit`, with the arrays it returns"
             )
 
 

@@ -9,6 +9,15 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import (
+    as_array,
+    as_bool,
+    as_dtype,
+    as_feature_shape,
+    as_momentum,
+    check_instance,
+    check_mapping,
+)
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.moments import Moments, pool
@@ -37,8 +46,9 @@ def init_stats(
     With `momentum=None` there is also "count", the number of batches averaged so far,
     in int32, one per feature. `dtype` is at least float32; complex for complex inputs.
     """
-    shape = (feature_shape,) if isinstance(feature_shape, int) else feature_shape
-    dtype = at_least_float32(dtype)
+    shape = as_feature_shape("feature_shape", feature_shape)
+    as_momentum("momentum", momentum)
+    dtype = at_least_float32(as_dtype("dtype", dtype))
     stats = {"mean": jnp.zeros(shape, dtype), "var": jnp.zeros(shape, dtype).real + 1}
     stats = {k: stats[k] for k in kept}
     if momentum is None:
@@ -81,6 +91,9 @@ def update_stats(
     (two, as a variance needs) keeps its statistics, and a batch with any statistic that
     is not finite leaves all as they were, bit for bit.
     """
+    momentum = as_momentum("momentum", momentum)
+    unbiased = as_bool("unbiased", unbiased)
+    check_instance("m", m, Moments, "jaxnorm.moments")
     check(stats, axes, kept + (("count",) if momentum is None else ()))
     old = as_arrays(stats)
     complex_mean = "mean" in kept and jnp.iscomplexobj(m.mean)
@@ -131,7 +144,7 @@ def shape_of(stats: Mapping[str, Any]) -> tuple[int, ...]:
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` in arrays of their own, which may be donated while `stats` are in use."""
-    return {k: own(jnp.asarray(v)) for k, v in stats.items()}
+    return {k: own(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
 
 
 def own(value: Any) -> Any:
@@ -183,6 +196,7 @@ def replaced(
 
 def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
     """Raises ValueError unless `stats` holds `names`."""
+    check_mapping("stats", stats, "init_stats")
     missing = [k for k in names if k not in stats]
     if missing:
         raise ValueError(
@@ -194,6 +208,7 @@ def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
 def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
     """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
     require(stats, names)
+    check_instance("axes", axes, Axes, "jaxnorm.axes.keep")
     for k in names:
         if jnp.shape(stats[k]) != axes.feature_shape:
             raise ValueError(

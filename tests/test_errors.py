@@ -58,7 +58,7 @@ def test_statistics_of_another_shape(name, evaluate):
 def test_what_is_no_number(name):
     norm = NORMS[name].norm
     keys = jax.random.split(jax.random.key(0), (4, 3))
-    with pytest.raises(TypeError, match="takes arrays of numbers, got dtype key"):
+    with pytest.raises(TypeError, match="x must be an array of numbers, got dtype key"):
         norm(keys, {}, norm.init_stats((3,)))
 
 
