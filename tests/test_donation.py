@@ -105,8 +105,10 @@ TOOLS = {
     "unfreeze": (jaxnorm.unfreeze, layers),
     "recalibrate": (
         lambda v: jaxnorm.recalibrate(
-            lambda v, x: v["batch_stats"]
-            | {"b": jaxnorm.BatchNorm()(x, {}, v["batch_stats"]["b"])[1]},
+            lambda v, x: (
+                v["batch_stats"]
+                | {"b": jaxnorm.BatchNorm()(x, {}, v["batch_stats"]["b"])[1]}
+            ),
             v,
             [jnp.ones((4, 3))],
             where="b".__eq__,
