@@ -278,12 +278,12 @@ def split_norms(
     meant = {*chosen_norms(variables, where)}
     for name, tree in variables.items():
         check_tree(tree, f"variables[{name!r}]")
-    variables = copied(dict(variables))
+    trees = copied(dict(variables))
     if "" in meant:
-        return variables, {name: {} for name in variables}
-    parts = [_part(tree, meant, "") for tree in variables.values()]
+        return trees, {name: {} for name in trees}
+    parts = [_part(tree, meant, "") for tree in trees.values()]
     norms, others = ({}, {})
-    for name, (mine, rest) in zip(variables, parts, strict=True):
+    for name, (mine, rest) in zip(trees, parts, strict=True):
         norms[name], others[name] = mine, rest
     return norms, others
 
