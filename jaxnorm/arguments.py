@@ -7,8 +7,9 @@ ValueError that names it. What is traced is checked as far as it is known.
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
@@ -31,15 +32,20 @@ def shown(value: Any) -> str:
 
 def as_array(name: str, value: ArrayLike) -> Array:
     """`value` as an array of real or complex numbers, or of booleans."""
-    try:
-        array = value if isinstance(value, Array) else jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        raise TypeError(
-            f"{name} must be an array of numbers, got {shown(value)}"
-        ) from None
+    array = value if isinstance(value, Array) else _converted(name, value)
     if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == jnp.bool_:
         return array
     raise TypeError(f"{name} must be an array of numbers, got dtype {array.dtype}")
+
+
+def _converted(name: str, value: Any) -> Array:
+    words = any(isinstance(v, str | bytes) for v in jax.tree.leaves(value))
+    try:
+        if not words:  # which JAX would read as dtypes
+            return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{name} must be an array of numbers, got {shown(value)}")
 
 
 def as_real(name: str, value: Any) -> Any:
@@ -119,7 +125,7 @@ def as_feature_shape(name: str, value: Any) -> Shape:
 
 def _size(name: str, value: Any) -> int:
     if export.is_symbolic_dim(value):
-        return value
+        return cast(int, value)
     size = value if type(value) is int else as_integer(name, value)
     if size < 0:
         raise ValueError(f"{name} must hold no negative sizes, got {size}")
@@ -170,11 +176,11 @@ def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def check_mapping(name: str, value: Any, like: str) -> None:
+def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> None:
     """Raises TypeError unless `value` is a dict or the like, such as `like` makes."""
     if not isinstance(value, Mapping):
         raise TypeError(
-            f"{name} must be a dict, as {like} makes it, got {shown(value)}"
+            f"{name} must be a dict, as {like} makes it, got {shown(value)}: {fix}"
         )
 
 
@@ -191,6 +197,23 @@ def check_function(name: str, value: Any) -> None:
     """Raises TypeError unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {shown(value)}")
+
+
+def check_known(name: str, value: Any) -> None:
+    """Raises TypeError where `value` is traced."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} must be known while tracing, got a traced {shown(value)}: pass a "
+            "Python number"
+        )
+
+
+def check_no_count(name: str, value: Any, count: str) -> None:
+    """Raises TypeError where the array `name` is an integer, as for `count`."""
+    if isinstance(value, int):
+        raise TypeError(
+            f"{name} must be an array, got {value}: pass {count}={value} by name"
+        )
 
 
 def check_real(name: str, value: Array, x: Array) -> None:

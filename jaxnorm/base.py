@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, cast, dataclass_transform, final
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, final
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
 Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
 
 
+Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
+
 # By the name of a setting, or else by its type.
 CHECKS: dict[Any, Callable[[str, Any], Any]] = {
     "epsilon": as_epsilon,
@@ -76,7 +78,7 @@ def method(cls):
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-def _initializer(init: Callable[..., dict[str, Array]]):
+def _initializer(init: Init) -> Init:
     """`init` of arguments that have been checked, whichever method it is of."""
 
     @functools.wraps(init)
@@ -84,7 +86,7 @@ def _initializer(init: Callable[..., dict[str, Array]]):
         shape = as_feature_shape("feature_shape", feature_shape)
         return init(self, shape, as_dtype("dtype", dtype))
 
-    return checked
+    return cast(Init, checked)
 
 
 @method
@@ -126,6 +128,7 @@ class Norm(abc.ABC):
     def axes(self, shape: Shape) -> Axes:
         """Which axes of an array of `shape` are reduced and which carry parameters."""
 
+    @_initializer
     def init_params(
         self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
     ) -> dict[str, Array]:
@@ -177,7 +180,7 @@ class Norm(abc.ABC):
         where each variance would be that of a single value.
         """
         x, flag = as_floating(x), as_flag(use_running_average)
-        check_mapping("stats", stats, "init_stats")
+        running.check_kind(stats)
         self.check_call(x, params, inputs)
         dtype = None if dtype is None else out_dtype(x, dtype)
         problem = self.lone_values(x.shape, running.RUNNING in stats or flag)
@@ -216,7 +219,7 @@ class Norm(abc.ABC):
         if not self.center or flag is True:
             return None
         size = self.axes(shape).size
-        count = devices.group_size(self.axis_name, self.axis_index_groups)
+        count = self.check_bound()
         if size * count != 1:
             return None
         return (
@@ -288,9 +291,11 @@ class Norm(abc.ABC):
         )
 
     @final
-    def check_bound(self) -> None:
-        """Raises unless devices can pool along `axis_name` here."""
-        devices.group_size(self.axis_name, self.axis_index_groups)
+    def check_bound(self) -> int:
+        """The least number of devices that share statistics here; raises unless they
+        can, along `axis_name`."""
+        groups = cast(devices.Groups | None, self.axis_index_groups)
+        return devices.group_size(self.axis_name, groups)
 
     def local(self) -> Self:
         """The same method on one device, as needed while a module initializes."""
@@ -413,9 +418,9 @@ class StatefulNorm(Norm):
     def check_stats(self, stats: Stats, shape: Shape) -> None:
         """Raises unless `stats` hold what `init_stats` makes for inputs of `shape`."""
         running.require(stats, self._expected(shape))
-        self._check_given(stats, shape)
+        self._check_given(as_arrays(stats), shape)
 
-    def _check_given(self, stats: Stats, shape: Shape) -> None:
+    def _check_given(self, stats: Mapping[str, Array], shape: Shape) -> None:
         """Raises for statistics that `init_stats` makes in another way, or not."""
         expected = self._expected(shape)
         unknown = sorted(set(stats) - set(expected) - set(running.MARKS))

@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core
@@ -55,8 +55,10 @@ def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
 
 def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
     """`axis_name` as a hashable value; an empty sequence means None."""
+    if axis_name is None:
+        return None
     several = isinstance(axis_name, tuple | list)
-    names = axis_name if several else () if axis_name is None else (axis_name,)
+    names = tuple(axis_name) if several else (axis_name,)
     if not all(isinstance(n, str) for n in names):
         raise TypeError(
             "axis_name must be the name of a mapped axis, a string, or several, got "
@@ -66,7 +68,7 @@ def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
         raise ValueError(
             f"axis_name must name each axis once, and none is empty, got {axis_name!r}"
         )
-    return (tuple(names) or None) if several else axis_name
+    return cast(AxisName, (names or None) if several else axis_name)
 
 
 def as_groups(groups: Sequence[Sequence[int]] | None) -> Groups | None:

@@ -14,9 +14,11 @@ from jaxnorm.arguments import (
     as_bool,
     as_dtype,
     as_feature_shape,
+    as_integer,
     as_momentum,
     check_instance,
     check_mapping,
+    shown,
 )
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import at_least_float32, promote
@@ -48,6 +50,7 @@ def init_stats(
     """
     shape = as_feature_shape("feature_shape", feature_shape)
     as_momentum("momentum", momentum)
+    check_kept(kept)
     dtype = at_least_float32(as_dtype("dtype", dtype))
     stats = {"mean": jnp.zeros(shape, dtype), "var": jnp.zeros(shape, dtype).real + 1}
     stats = {k: stats[k] for k in kept}
@@ -91,7 +94,8 @@ def update_stats(
     (two, as a variance needs) keeps its statistics, and a batch with any statistic that
     is not finite leaves all as they were, bit for bit.
     """
-    momentum = as_momentum("momentum", momentum)
+    check_kept(kept)
+    least, momentum = as_integer("least", least), as_momentum("momentum", momentum)
     unbiased = as_bool("unbiased", unbiased)
     check_instance("m", m, Moments, "jaxnorm.moments")
     check(stats, axes, kept + (("count",) if momentum is None else ()))
@@ -194,9 +198,21 @@ def replaced(
     return out
 
 
+def check_kept(kept: Any) -> None:
+    """Raises ValueError unless `kept` is a tuple of names of statistics."""
+    if not isinstance(kept, tuple) or kept not in (("mean", "var"), ("var",)):
+        raise ValueError(f"kept must be ('mean', 'var') or ('var',), got {shown(kept)}")
+
+
+def check_kind(stats: Any) -> None:
+    """Raises TypeError unless `stats` is a dict or the like."""
+    fix = "give it before scale and bias" if hasattr(stats, "shape") else "start there"
+    check_mapping("stats", stats, "init_stats", fix)
+
+
 def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
     """Raises ValueError unless `stats` holds `names`."""
-    check_mapping("stats", stats, "init_stats")
+    check_kind(stats)
     missing = [k for k in names if k not in stats]
     if missing:
         raise ValueError(
@@ -210,9 +226,10 @@ def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) ->
     require(stats, names)
     check_instance("axes", axes, Axes, "jaxnorm.axes.keep")
     for k in names:
-        if jnp.shape(stats[k]) != axes.feature_shape:
+        shape = as_array(f"stats[{k!r}]", stats[k]).shape
+        if shape != axes.feature_shape:
             raise ValueError(
-                f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but the features of an "
+                f"stats[{k!r}] has shape {shape}, but the features of an "
                 f"input of shape {axes.shape} are {axes.feature_shape}"
             )
 

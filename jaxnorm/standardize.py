@@ -13,7 +13,7 @@ from jaxnorm.arguments import as_array
 from jaxnorm.axes import Axes
 from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import as_floating, out_dtype, promote
-from jaxnorm.moments import as_mask, check_axes, fold
+from jaxnorm.moments import aligned, as_mask, check_axes, fold
 
 
 def standardize(
@@ -68,7 +68,7 @@ def _as_statistic(name: str, value: Any, axes: Axes) -> Any:
             f"{name} has shape {value.shape}, which does not broadcast to an array of "
             f"shape {axes.folded}: pass what moments gives for these axes"
         )
-    return value
+    return aligned(value, axes.folded) if value.shape else value
 
 
 def pointwise(

@@ -6,14 +6,17 @@ must raise ValueError or TypeError of the package's own for it, while tracing.
 
 import pathlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
+from jaxnorm.axes import Axes
 
 OBJECTS = (object(), {1, 2}, print)
 WORDS = ("words", b"bytes")
@@ -87,21 +90,106 @@ NORM = (*WORDS, *OBJECTS, None, 3, {}, jaxnorm.BatchNorm, jaxnorm.batch_norm)
 # Variables: nested dicts or other trees of arrays.
 TREE = (*WORDS, *OBJECTS, None, 3, jaxnorm.BatchNorm)
 
+# What no array of a call may be, whatever the input: its shape never fits.
+MISFIT = (*ARRAY, np.ones((7, 5, 3, 2, 7)), jax.random.key(0))
+# As MISFIT, but for what is real where the input is.
+PARAMETER = (*MISFIT, np.ones(6, np.complex64), 1j)
+
+# What each argument is, by its name or else by its annotation.
+BY_NAME: dict[str, tuple[Any, ...]] = {
+    "x": (*ARRAY, None),
+    "kernel": (*ARRAY, None),
+    "u": (*MISFIT, None, np.ones(6, np.complex64)),
+    "mean": (*MISFIT, None),
+    "rstd": (*MISFIT, None),
+    "residue": MISFIT,
+    "mask": (*MISFIT, 1j),
+    "residual": (*PARAMETER, 1.0),
+    "domain": (*MISFIT, None, 1, np.ones(8)),
+    "step": (*MISFIT, None, 1.0),
+    "layer": FUNCTION,
+    "total": FUNCTION,
+    "stats": (*MAPPING, {}, {"mean": np.zeros(6)}, {"mean": None, "var": None}),
+    "params": (*MAPPING, {"gamma": np.ones(6)}, {"scale": "words"}),
+    "m": (*WORDS, *OBJECTS, None, 3, (1.0, 2.0), np.ones(6)),
+    "use_running_average": (*FLAG, None, 1),
+    "epsilon": (*NOT_NEGATIVE, None),
+    "momentum": SHARE,
+    "control_momentum": (*SHARE, None),
+    "weight": (*SHARE, None),
+    "rmax": (*(v for v in NUMBER if not callable(v)), None, 0.5),
+    "dmax": (*(v for v in NUMBER if not callable(v)), None, -1.0),
+    "clip": (*NUMBER, None, 0.5),
+    "size": (*COUNT, None),
+    "max_steps": (*COUNT, None),
+    "num_domains": (*COUNT, None),
+    "iterations": (*INTEGER, None, -1),
+    "n_steps": (*COUNT, None),
+    "least": (*INTEGER, None),
+    "num_groups": COUNT,
+    "group_size": COUNT,
+    "window": (*COUNT, None),
+    "window_axes": (*AXIS, None),
+    "axis": (*AXIS, None),
+    "reduction_axes": AXIS,
+    "feature_axes": AXIS,
+    "axis_name": (*AXIS_NAME, "unbound", ("unbound",)),
+    "axis_index_groups": GROUPS,
+    "activation": CHOICE,
+    "implementation": CHOICE,
+    "kept": (*WORDS, *OBJECTS, None, 3, ("median",), (1,)),
+    "feature_shape": SHAPE,
+    "shape": (*SHAPE, 6),
+}
+BY_TYPE: dict[Any, tuple[Any, ...]] = {
+    bool: (*FLAG, None, 1),
+    int: (*INTEGER, None),
+    int | None: INTEGER,
+    float: (*NUMBER, None),
+    tuple[int, ...]: SHAPE,
+    int | Sequence[int] | None: AXIS,
+    Axes: (*WORDS, *OBJECTS, None, -1, (0, 1)),
+    ArrayLike | None: PARAMETER,
+    DTypeLike: (*DTYPE, None),
+    DTypeLike | None: DTYPE,
+}
+
+
+def wrong_for(name: str, annotation: Any = None) -> tuple[Any, ...]:
+    """Wrong values for the argument `name`; KeyError where the tables know none."""
+    return BY_NAME[name] if name in BY_NAME else BY_TYPE[annotation]
+
+
 PACKAGE = str(pathlib.Path(jaxnorm.__file__).parent)
 
 
-def problem_of(call: Callable[[], Any]) -> str | None:
-    """What is wrong with how `call` refuses its arguments; None if it does so well."""
+def problem_of(call: Callable[[], Any], *names: str) -> str | None:
+    """What is wrong with how `call` refuses its arguments; None if it does so well.
+
+    The message must name one of `names`, if there are any. Traceback filtering, which
+    takes most of the time, is best off: see `unfiltered`.
+    """
     try:
         call()
     except (TypeError, ValueError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not raised_in.startswith(PACKAGE):
             return f"comes from below, {raised_in}: {error!r}"
+        if names and not any(n in str(error) for n in names):
+            return f"does not name {names}: {error!r}"
         return None
     except Exception as error:
         return f"is another exception: {error!r}"
     return "is accepted"
+
+
+@pytest.fixture
+def unfiltered():
+    """Exceptions of JAX with all their frames, which are found much faster."""
+    before = getattr(jax.config, "jax_traceback_filtering")  # noqa: B009
+    jax.config.update("jax_traceback_filtering", "off")
+    yield
+    jax.config.update("jax_traceback_filtering", before)
 
 
 def told(value: Any) -> str:
