@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.arguments import (
@@ -153,14 +154,20 @@ def shape_of(stats: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
-    """`stats` as they are, in a dict of their own."""
-    return {k: as_array(f"stats[{k!r}]", v) for k, v in stats.items()}
+    """`stats` in arrays of their own, which may be donated while `stats` are in use."""
+    return {k: own(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
+
+
+def own(value: Any) -> Any:
+    """A copy of an array, where it is not traced."""
+    return value if isinstance(value, Tracer) else value.copy()
 
 
 def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
-    mean = jnp.zeros_like(stats["mean" if "mean" in stats else "var"])
-    zeros = (mean, mean.real, jnp.zeros(mean.shape, jnp.int32), mean)
+    like = jnp.asarray(stats["mean" if "mean" in stats else "var"])
+    dtypes = (like.dtype, like.real.dtype, jnp.int32, like.dtype)
+    zeros = (jnp.zeros_like(like, dtype) for dtype in dtypes)
     return as_arrays(stats) | dict(zip(BATCH, zeros, strict=True))
 
 
