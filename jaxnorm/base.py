@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast, dataclass_transform, final
 
 import jax
@@ -249,6 +250,30 @@ def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
     return cast(Array, value)
 
 
+def on_any_mesh(apply: Callable[..., tuple[Array, dict[str, Array]]]) -> Any:
+    """The `apply` of a norm, also on a mesh of explicit axes.
+
+    The result is sharded as `x`, and the new statistics are as the old ones.
+    """
+
+    @functools.wraps(apply)
+    def call(self, x, params, stats, *, dtype, **others):
+        if getattr(self, "implementation", None) not in (None, "xla"):
+            # Kernels are parted over explicit axes, so that they can be exported.
+            return apply(self, x, params, stats, dtype=dtype, **others)
+
+        def applied(settings, others, x, params, stats):
+            norm = dataclasses.replace(self, **settings) if settings else self
+            return apply(norm, x, params, stats, dtype=dtype, **others)
+
+        stats = as_arrays(stats)
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, Array)}
+        given = settings, others, x, params, stats
+        return devices.automatically(applied, *given, like=(x, stats))
+
+    return call
+
+
 @method
 class StatelessNorm(Norm):
     """A norm by the moments of the array at hand, at training and evaluation alike."""
@@ -272,6 +297,7 @@ class StatelessNorm(Norm):
         return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
 
     @final
+    @on_any_mesh
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
         y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
         return y, as_arrays(stats)
@@ -372,6 +398,7 @@ class StatefulNorm(Norm):
                 )
 
     @final
+    @on_any_mesh
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
         flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
         by_running, held = running.RUNNING in stats, running.HELD in stats

@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    reshard,
+    use_abstract_mesh,
+)
 
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
@@ -215,3 +223,54 @@ def axes_gained(v: Array, like: Array) -> tuple[str, ...]:
 
 def _varying(x: Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
+
+
+def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
+    """`f(*args)`, with results that are sharded as the arrays of `like`, a tree alike.
+
+    On a mesh of explicit axes JAX takes many operations only where their operands are
+    sharded alike, and some not at all, such as a scan along a sharded axis. So these
+    axes are automatic within `f`: what is sharded there how is the compiler's choice,
+    and only both ends are given, for gradients, too. Elsewhere this is `f(*args)`.
+
+    A function among `args` is called with the axes as they were; what it is given is
+    sharded as the first array of the same shape among `args`.
+    """
+    leaves = jax.tree.leaves(args)
+    mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
+    if mesh is None:
+        return f(*args)
+    others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+    free = NamedSharding(others, PartitionSpec())
+    specs = collections.defaultdict(PartitionSpec)
+    specs |= {v.shape: _spec(v) for v in reversed(leaves) if isinstance(v, Array)}
+
+    def inside(v):
+        if _mesh(v).explicit_axes:
+            return reshard(v, free)
+        return outside(v) if callable(v) else v
+
+    def outside(function):
+        def call(*args):
+            with use_abstract_mesh(mesh):
+                given = (NamedSharding(mesh, specs[v.shape]) for v in args)
+                out = function(*map(reshard, args, given))
+            return reshard(out, free)
+
+        return call
+
+    with use_abstract_mesh(others):
+        out = f(*jax.tree.map(inside, args))
+    return jax.tree.map(
+        lambda v, new: reshard(new, NamedSharding(mesh, _spec(v))), like, out
+    )
+
+
+def _mesh(v: Any) -> AbstractMesh:
+    """The mesh that `v` is an array on; one of no axes, if it is on none."""
+    return jax.typeof(v).sharding.mesh if isinstance(v, Array) else AbstractMesh((), ())
+
+
+def _spec(v: Any) -> PartitionSpec:
+    """Which mesh axes each axis of `v` is explicitly sharded over."""
+    return jax.typeof(v).sharding.spec
