@@ -257,14 +257,14 @@ def on_any_mesh(apply: Callable[..., tuple[Array, dict[str, Array]]]) -> Any:
     """
 
     @functools.wraps(apply)
-    def call(self, x, params, stats, *, dtype, **others):
+    def call(self, x, params, stats, **others):
         if getattr(self, "implementation", None) not in (None, "xla"):
-            # Kernels are parted over explicit axes, so that they can be exported.
-            return apply(self, x, params, stats, dtype=dtype, **others)
+            # Kernels are parted along explicit axes, so that they can be exported.
+            return apply(self, x, params, stats, **others)
 
         def applied(settings, others, x, params, stats):
             norm = dataclasses.replace(self, **settings) if settings else self
-            return apply(norm, x, params, stats, dtype=dtype, **others)
+            return apply(norm, x, params, stats, **others)
 
         stats = as_arrays(stats)
         settings = {k: v for k, v in vars(self).items() if isinstance(v, Array)}

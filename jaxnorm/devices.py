@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.extend.core
@@ -20,7 +20,11 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from jaxnorm.axes import Axes
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -226,15 +230,17 @@ def _varying(x: Array) -> frozenset[str]:
 
 
 def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """`f(*args)`, with results that are sharded as the arrays of `like`, a tree alike.
+    """`f(*args)`, whose results are sharded as the arrays of `like`, a tree alike.
 
     On a mesh of explicit axes JAX takes many operations only where their operands are
     sharded alike, and some not at all, such as a scan along a sharded axis. So these
-    axes are automatic within `f`: what is sharded there how is the compiler's choice,
-    and only both ends are given, for gradients, too. Elsewhere this is `f(*args)`.
+    axes are automatic within `f`: what is sharded there, and how, is for the compiler
+    to choose, and only both ends are given, for gradients, too. Elsewhere this is
+    `f(*args)`.
 
-    A function among `args` is called with the axes as they were; what it is given is
-    sharded as the first array of the same shape among `args`.
+    `like` may hold the PartitionSpec of a result. A function among `args` is called
+    with the axes as they were; what it is given is sharded as the first array of the
+    same shape among `args`.
     """
     leaves = jax.tree.leaves(args)
     mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
@@ -243,27 +249,49 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
     others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
     free = NamedSharding(others, PartitionSpec())
     specs = collections.defaultdict(PartitionSpec)
-    specs |= {v.shape: _spec(v) for v in reversed(leaves) if isinstance(v, Array)}
+    specs |= {v.shape: spec_of(v) for v in reversed(leaves) if isinstance(v, Array)}
 
     def inside(v):
         if _mesh(v).explicit_axes:
             return reshard(v, free)
-        return outside(v) if callable(v) else v
+        return outside(v) if callable(v) and not isinstance(v, type) else v
 
     def outside(function):
-        def call(*args):
+        def call(*given):
             with use_abstract_mesh(mesh):
-                given = (NamedSharding(mesh, specs[v.shape]) for v in args)
-                out = function(*map(reshard, args, given))
+                as_before = (NamedSharding(mesh, specs[v.shape]) for v in given)
+                out = function(*map(reshard, given, as_before))
             return reshard(out, free)
 
         return call
 
+    def placed(like, v):
+        if not isinstance(v, Array):
+            return v  # what is known while tracing stays so
+        spec = spec_of(like) if v.ndim else PartitionSpec()
+        return reshard(v, NamedSharding(mesh, spec))
+
     with use_abstract_mesh(others):
         out = f(*jax.tree.map(inside, args))
-    return jax.tree.map(
-        lambda v, new: reshard(new, NamedSharding(mesh, _spec(v))), like, out
-    )
+    return jax.tree.map(placed, like, out)
+
+
+def sharded_as(first: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator of functions whose results are sharded as their first argument, which
+    has this name; see `automatically`."""
+
+    def decorated(f: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(f)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            def given(args, kwargs):
+                return f(*args, **kwargs)
+
+            like = args[0] if args else kwargs.get(first)
+            return automatically(given, args, kwargs, like=like)
+
+        return call
+
+    return decorated
 
 
 def _mesh(v: Any) -> AbstractMesh:
@@ -271,6 +299,18 @@ def _mesh(v: Any) -> AbstractMesh:
     return jax.typeof(v).sharding.mesh if isinstance(v, Array) else AbstractMesh((), ())
 
 
-def _spec(v: Any) -> PartitionSpec:
-    """Which mesh axes each axis of `v` is explicitly sharded over."""
-    return jax.typeof(v).sharding.spec
+def spec_of(v: Any) -> PartitionSpec:
+    """Which explicit axes of a mesh each axis of `v` is sharded over."""
+    return v if isinstance(v, PartitionSpec) else jax.typeof(v).sharding.spec
+
+
+def stats_spec(x: Array, axes: Axes) -> PartitionSpec:
+    """The sharding of statistics of `x` that leaves each where its elements are."""
+    spec = (*spec_of(x), *[None] * x.ndim)
+    kept = (
+        a not in axes.reduce and n == axes.shape[o]
+        for a, (n, o) in enumerate(zip(axes.folded, axes.origin, strict=True))
+    )
+    return PartitionSpec(
+        *(spec[o] if k else None for k, o in zip(kept, axes.origin, strict=True))
+    )

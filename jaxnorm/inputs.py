@@ -138,7 +138,12 @@ class Standardize:
         x = _as_data(x)
         axes = keep(x.shape, _static(axis))
         _check_size(axes, axis_name)
-        m = devices.sync(moments(x, axes, mask=mask), axis_name)
+        spec = devices.stats_spec(x, axes)
+        m = devices.automatically(
+            lambda x, mask: devices.sync(moments(x, axes, mask=mask), axis_name),
+            *(x, mask),
+            like=Moments(spec, spec, spec, spec),
+        )
         mean, var, size, residue = (
             jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)
             for v in (m.mean, m.var, jnp.asarray(m.size, jnp.int32), m.residue)
@@ -173,6 +178,7 @@ class Standardize:
             type(self).fit(x, axis=self.axis, mask=mask, axis_name=axis_name)
         )
 
+    @devices.sharded_as("self")
     def merge(self, other: "Standardize") -> Self:
         """The moments of the union of two disjoint parts of the data.
 

@@ -97,7 +97,15 @@ def normalize(
     if implementation not in (None, "xla"):
         following = activation, residual, implementation
         return _by_kernels(plan, x, mask, epsilon, scale, bias, *following)
-    given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias
+    given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias, residual
+    how = functools.partial(_followed, plan, activation)
+    spec = devices.stats_spec(x, axes)
+    return devices.automatically(how, *given, like=(x, Moments(spec, spec, spec, spec)))
+
+
+def _followed(plan, activation, x, mask, epsilon, scale, bias, residual):
+    """Normalizes, and does what follows."""
+    given = x, mask, epsilon, scale, bias
     if activation == "relu":
         return _rectify(plan, *given, residual)
     y, m = _normalize(plan, *given)

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
+from jaxnorm.devices import sharded_as
 from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.moments import Moments, pool
 
@@ -62,6 +63,7 @@ def read(
     return Moments(mean.reshape(shape), var.reshape(shape), 1)
 
 
+@sharded_as("stats")
 def update_stats(
     stats: Mapping[str, ArrayLike],
     m: Moments,

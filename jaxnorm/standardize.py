@@ -9,11 +9,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.axes import Axes
-from jaxnorm.devices import vary_together
+from jaxnorm.devices import sharded_as, vary_together
 from jaxnorm.dtypes import as_floating, promote
 from jaxnorm.moments import as_mask, fold
 
 
+@sharded_as("x")
 def standardize(
     x: ArrayLike,
     mean: Array,
