@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core
@@ -23,8 +23,7 @@ from jax.sharding import (
 from jaxnorm.axes import Axes
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -242,14 +241,15 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
     with the axes as they were; what it is given is sharded as the first array of the
     same shape among `args`.
     """
-    leaves = jax.tree.leaves(args)
+    leaves, tree = jax.tree.flatten(args)
     mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
     if mesh is None:
         return f(*args)
     others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
     free = NamedSharding(others, PartitionSpec())
+    arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, Array)}
     specs = collections.defaultdict(PartitionSpec)
-    specs |= {v.shape: spec_of(v) for v in reversed(leaves) if isinstance(v, Array)}
+    specs |= {v.shape: spec_of(v) for v in reversed(arrays.values())}
 
     def inside(v):
         if _mesh(v).explicit_axes:
@@ -271,18 +271,23 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
         spec = spec_of(like) if v.ndim else PartitionSpec()
         return reshard(v, NamedSharding(mesh, spec))
 
-    with use_abstract_mesh(others):
-        out = f(*jax.tree.map(inside, args))
-    return jax.tree.map(placed, like, out)
+    def run(arrays):
+        with use_abstract_mesh(others):
+            given = [inside(arrays.get(i, v)) for i, v in enumerate(leaves)]
+            out = f(*jax.tree.unflatten(tree, given))
+        return jax.tree.map(placed, like, out)
+
+    # A shard_map over some of the axes keeps nothing on others than it has itself.
+    return jax.checkpoint(run)(arrays) if mesh.manual_axes else run(arrays)
 
 
-def sharded_as(first: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def sharded_as(first: str) -> Callable[[F], F]:
     """A decorator of functions whose results are sharded as their first argument, which
     has this name; see `automatically`."""
 
-    def decorated(f: Callable[P, T]) -> Callable[P, T]:
+    def decorated(f: Any) -> Any:
         @functools.wraps(f)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        def call(*args, **kwargs):
             def given(args, kwargs):
                 return f(*args, **kwargs)
 
@@ -304,13 +309,11 @@ def spec_of(v: Any) -> PartitionSpec:
     return v if isinstance(v, PartitionSpec) else jax.typeof(v).sharding.spec
 
 
-def stats_spec(x: Array, axes: Axes) -> PartitionSpec:
-    """The sharding of statistics of `x` that leaves each where its elements are."""
-    spec = (*spec_of(x), *[None] * x.ndim)
-    kept = (
-        a not in axes.reduce and n == axes.shape[o]
+def like_moments(x: Array, axes: Axes) -> Any:
+    """The shardings of moments of `x` that leave each where its elements are."""
+    names = (*spec_of(x), *[None] * x.ndim)
+    spec = (
+        names[o] if a not in axes.reduce and n == axes.shape[o] else None
         for a, (n, o) in enumerate(zip(axes.folded, axes.origin, strict=True))
     )
-    return PartitionSpec(
-        *(spec[o] if k else None for k, o in zip(kept, axes.origin, strict=True))
-    )
+    return Moments._make([PartitionSpec(*spec)] * len(Moments._fields))

@@ -138,11 +138,10 @@ class Standardize:
         x = _as_data(x)
         axes = keep(x.shape, _static(axis))
         _check_size(axes, axis_name)
-        spec = devices.stats_spec(x, axes)
         m = devices.automatically(
             lambda x, mask: devices.sync(moments(x, axes, mask=mask), axis_name),
             *(x, mask),
-            like=Moments(spec, spec, spec, spec),
+            like=devices.like_moments(x, axes),
         )
         mean, var, size, residue = (
             jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)

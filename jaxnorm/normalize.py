@@ -99,8 +99,8 @@ def normalize(
         return _by_kernels(plan, x, mask, epsilon, scale, bias, *following)
     given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias, residual
     how = functools.partial(_followed, plan, activation)
-    spec = devices.stats_spec(x, axes)
-    return devices.automatically(how, *given, like=(x, Moments(spec, spec, spec, spec)))
+    like = x, devices.like_moments(x, axes)
+    return devices.automatically(how, *given, like=like)
 
 
 def _followed(plan, activation, x, mask, epsilon, scale, bias, residual):

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +201,7 @@ class Layout(NamedTuple):
         fits = shape[-1:] == features and not self.whole
         return P(*[None] * (len(shape) - 1), "b") if fits else P()
 
-    def place(self, row, p, stats):
+    def place(self, row, p, stats) -> tuple[Any, ...]:
         """x, parameters, statistics, mask and cotangent."""
 
         def put(v, spec):
@@ -270,13 +270,41 @@ def test_sharded_arrays_need_nothing(name):
 def test_explicit_axes_without_jit():
     row, layout = NORMS["batch"], LAYOUTS["explicit"]
     p, stats = problem(row), moved(row)
-    one = everything("batch", p.x, p.params, stats, p.mask, p.cotangent)
-    given = layout.place(row, p, stats)
+    one = everything("batch", p.x, p.params, stats, p.mask, p.cotangent)[:2]
+    x, params, stats, mask, _ = layout.place(row, p, stats)
     with jax.set_mesh(layout.mesh):
-        many = step(row)(False, *given)
+        many = row.norm(x, params, stats, mask=mask)
     close = functools.partial(assert_close, summed=p.x.size, size=30)
     jax.tree.map(close, many, one)
-    assert shardings(many[:2]) == (shardings(given[0]), shardings(given[2]))
+    assert shardings(many) == shardings((x, stats))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_shard_map_over_some_explicit_axes():
+    """Devices along one axis are named, those along the other hold the features."""
+    row, layout = NORMS["batch"], LAYOUTS["explicit"]
+    p, stats = problem(row), moved(row)
+    one = everything("batch", p.x, p.params, stats, p.mask, p.cotangent)
+    given = layout.place(row, p, stats)
+    norm = changed(row.norm, axis_name="a")
+
+    @jax.jit
+    def f(x, params, stats, mask, cotangent):
+        mapped = jax.shard_map(
+            lambda x, params, mask: norm(x, params, stats, mask=mask),
+            in_specs=(P("a"), P(), P("a")),
+            out_specs=(P("a"), P()),
+            axis_names={"a"},
+        )
+        y, pull, new = jax.vjp(
+            lambda x, params: mapped(x, params, mask), x, params, has_aux=True
+        )
+        return y, new, *pull(cotangent)
+
+    with jax.set_mesh(layout.mesh):
+        many = f(*given)
+    close = functools.partial(assert_close, summed=p.x.size, size=30)
+    jax.tree.map(close, many, one)
 
 
 def test_arrays_may_be_spread_in_ways_that_do_not_fit():
