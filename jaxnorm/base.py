@@ -205,6 +205,11 @@ class Norm(abc.ABC):
         return self.sync(own)
 
     @final
+    def peers(self) -> devices.Peers | None:
+        """The devices that share statistics; None for this device alone."""
+        return devices.peers(self.axis_name, self.axis_index_groups)
+
+    @final
     def sync(self, m: Moments) -> Moments:
         """`m`, pooled over the devices that share statistics."""
         return devices.sync(m, self.axis_name, self.axis_index_groups)

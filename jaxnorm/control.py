@@ -18,7 +18,7 @@ devices; where you average gradients yourself (pmap), average these alike.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
 from jaxnorm.axes import Axes
-from jaxnorm.devices import AxisName, axes_gained, vary_together
+from jaxnorm.devices import Peers, axes_gained, vary_together
 from jaxnorm.moments import as_mask, fold
 from jaxnorm.standardize import affine, as_param, unfold
 
@@ -86,8 +86,7 @@ def controlled(
     params: Mapping[str, ArrayLike | None],
     mask: ArrayLike | None,
     dtype: DTypeLike | None,
-    axis_name: AxisName | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
+    peers: Peers | None,
 ) -> Array:
     """`z * gain * scale + bias` with z = x * rstd, and this backward pass, where g is
     the gradient of z:
@@ -96,7 +95,7 @@ def controlled(
         dx = rstd * (g - c * z)
 
     No gradient goes through `rstd`, `gain` and `extra`. The mean is over `size`
-    elements, on all devices. `renew` is a function without state of its own.
+    elements, on all `peers`. `renew` is a function without state of its own.
     """
     mask = as_mask(mask, x.shape)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
@@ -106,9 +105,9 @@ def controlled(
     gain = jnp.ones_like(rstd) if gain is None else gain
     rstd, gain, extra = lax.stop_gradient((rstd, gain, extra))
     size = jnp.maximum(jnp.asarray(size), 1).astype(rstd.dtype)
-    plan = Plan(renew, axes, dtype, axis_name, axis_index_groups, copies(control, x))
+    plan = Plan(renew, axes, dtype, copies(control, x))
     arrays = vary_together(x, rstd, gain, size, scale, bias, control, *extra)
-    return _controlled(plan, x, mask, *arrays[:6], tuple(arrays[6:]))
+    return _controlled(plan, x, mask, peers, *arrays[:6], tuple(arrays[6:]))
 
 
 class Plan(NamedTuple):
@@ -117,13 +116,11 @@ class Plan(NamedTuple):
     renew: Callable[..., tuple[Array, Array]]
     axes: Axes
     dtype: jnp.dtype
-    axis_name: AxisName | None
-    groups: Sequence[Sequence[int]] | None
     copies: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _controlled(plan, x, mask, rstd, gain, size, scale, bias, control, extra):
+def _controlled(plan, x, mask, peers, rstd, gain, size, scale, bias, control, extra):
     y = affine(fold(x, mask, plan.axes) * (rstd * gain), scale, bias)
     return unfold(y, mask, plan.axes, plan.dtype)
 
@@ -133,18 +130,18 @@ def _forward(plan, *args):
 
 
 def _backward(plan, args, dy):
-    x, mask, rstd, gain, size, scale, bias, control, extra = args
+    x, mask, peers, rstd, gain, size, scale, bias, control, extra = args
     z = fold(x, mask, plan.axes) * rstd
     dy = fold(dy, mask, plan.axes).astype(z.dtype)
     g = gain * dy if scale is None else gain * scale * dy
     total = (g * z).sum(plan.axes.reduce, keepdims=True)
-    p = devices.group_sum(total, plan.axis_name, plan.groups) / size
+    p = devices.group_sum(total, peers) / size
     c, new = plan.renew(p, control, *extra)
     dx = unfold(rstd * (g - c * z), mask, plan.axes, x.dtype)
     dscale = None if scale is None else _summed(gain * z * dy, scale)
     dbias = None if bias is None else _summed(dy, bias)
     dcontrol = renewal(control, new, plan.copies, x)
-    return dx, None, None, None, None, dscale, dbias, dcontrol, None
+    return dx, None, None, None, None, None, dscale, dbias, dcontrol, None
 
 
 _controlled.defvjp(_forward, _backward)

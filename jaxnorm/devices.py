@@ -1,6 +1,7 @@
 """Where devices meet: moments pooled over named axes, with one collective each way."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -27,6 +28,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peers:
+    """The devices that share statistics with this one, the index of which is `place`.
+
+    Known before any derivative is taken: its rule may run where the axes of a vmap are
+    gone, and only a psum over them can still be asked for.
+    """
+
+    name: AxisName = dataclasses.field(metadata={"static": True})
+    groups: Groups | None = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})  # all along `name`
+    place: Array
+
 
 # Up to this many bytes of slots, one collective is cheaper than two small ones.
 MAX_SLOT_BYTES = 2**20
@@ -63,6 +80,22 @@ def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
     return min(len(g) for g in groups)
 
 
+def peers(
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Peers | None:
+    """The devices that share statistics; None for this device alone.
+
+    Raises ValueError if `axis_name` is not bound, or the groups are no partition.
+    """
+    name, groups = as_axis_name(axis_name), as_groups(axis_index_groups)
+    if name is None:
+        return None
+    group_size(name, groups)
+    size, place = axis_size(name), lax.axis_index(name)
+    return Peers(name=name, groups=groups, size=size, place=place)
+
+
 def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
     """`axis_name` as a hashable value; an empty sequence means None."""
     if axis_name is None or isinstance(axis_name, str):
@@ -94,37 +127,39 @@ def sync(
 
     Raises ValueError if `axis_name` is not bound, or the groups are no partition.
     """
-    name = as_axis_name(axis_name)
-    if name is None:
+    return pooled(m, peers(axis_name, axis_index_groups))
+
+
+def pooled(m: Moments, shared: Peers | None) -> Moments:
+    """`sync` over devices that are known."""
+    if shared is None:
         return m
-    groups = as_groups(axis_index_groups)
-    group_size(name, groups)
-    known = isinstance(m.size, int) and groups is None
-    pooled = _sync(name, groups, m)
-    return pooled._replace(size=m.size * axis_size(name)) if known else pooled
+    union = _pooled(m, shared)
+    known = isinstance(m.size, int) and shared.groups is None
+    return union._replace(size=m.size * shared.size) if known else union
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sync(name: AxisName, groups: Groups | None, m: Moments) -> Moments:
+@jax.custom_jvp
+def _pooled(m: Moments, shared: Peers) -> Moments:
     own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
     m = Moments(m.mean, m.var, own, residue)
-    slots = axis_size(name) * len(m) * m.mean.size * m.mean.dtype.itemsize
-    if groups is None and slots > MAX_SLOT_BYTES:
-        return pool(m, lambda v: lax.psum(v, name))
-    return _pool_slots(m, name, groups)
+    slots = shared.size * len(m) * m.mean.size * m.mean.dtype.itemsize
+    if shared.groups is None and slots > MAX_SLOT_BYTES:
+        return pool(m, lambda v: lax.psum(v, shared.name))
+    return _pool_slots(m, shared)
 
 
-@_sync.defjvp
-def _sync_jvp(name, groups, primals, tangents):
-    (own,), (dm,) = primals, tangents
-    m = _sync(name, groups, own)
+@_pooled.defjvp
+def _pooled_jvp(primals, tangents):
+    (own, shared), (dm, _) = primals, tangents
+    m = _pooled(own, shared)
     apart = own.mean - m.mean
-    dmean, dvar = sync_tangent(name, groups, apart, own.size, m.size, dm.mean, dm.var)
+    dmean, dvar = pooled_tangent(shared, apart, own.size, m.size, dm.mean, dm.var)
     return m, Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
 
 
-def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
+def pooled_tangent(shared, apart, size, whole, dmean, dvar):
     """The tangents of the pooled moments, from those of each device's own, by one psum.
 
     `apart` is the device's mean less the pooled one, whose tangent drops out of the
@@ -134,55 +169,50 @@ def sync_tangent(name, groups, apart, size, whole, dmean, dvar):
     weight = size / jnp.maximum(whole, 1)
     dvar = dvar + 2 * (apart.conj() * dmean).real
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
-    dmean, dvar = group_sum(jnp.stack(shares), name, groups)
+    dmean, dvar = group_sum(jnp.stack(shares), shared)
     return dmean, dvar.real
 
 
-def _pool_slots(m: Moments, name: AxisName, groups: Groups | None) -> Moments:
+def _pool_slots(m: Moments, shared: Peers) -> Moments:
     """Pools what every device of the group wrote into a slot of its own."""
     parts = (m.mean, m.residue, m.var, *size_parts(m.size))
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
-    slots = gather(own, name, groups)
+    slots = gather(own, shared)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
     each = Moments(mean, var.real, joined_size(high, low), residue)
     pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 
 
-def gather(
-    v: Array, name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None
-) -> Array:
+def gather(v: Array, shared: Peers | None) -> Array:
     """`v` of every device of the group, along a new leading axis, by one psum.
 
     Where groups differ in size, the smaller ones end with zeros.
     """
-    name = as_axis_name(name)
-    if name is None:
+    if shared is None:
         return v[None]
-    members, place = axis_size(name), lax.axis_index(name)
-    if groups is not None:
-        members, place = max(map(len, groups)), jnp.asarray(_places(groups))[place]
+    members, place = shared.size, shared.place
+    if shared.groups is not None:
+        members = max(map(len, shared.groups))
+        place = jnp.asarray(_places(shared.groups))[place]
     slots = jnp.zeros((members, *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, place, 0)
-    return group_sum(slots, name, groups)
+    return group_sum(slots, shared)
 
 
-def group_sum(
-    v: Array, name: str | Sequence[str] | None, groups: Sequence[Sequence[int]] | None
-) -> Array:
+def group_sum(v: Array, shared: Peers | None) -> Array:
     """The sum of `v` over the devices of this device's group, by one psum.
 
     psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
     """
-    name = as_axis_name(name)
-    if name is None:
+    if shared is None:
         return v
-    if groups is None:
-        return lax.psum(v, name)
-    group = jnp.asarray(_group_of(groups))[lax.axis_index(name)]
-    slots = jnp.zeros((len(groups), *v.shape), v.dtype)
+    if shared.groups is None:
+        return lax.psum(v, shared.name)
+    group = jnp.asarray(_group_of(shared.groups))[shared.place]
+    slots = jnp.zeros((len(shared.groups), *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
-    slots = lax.psum(slots, name)
+    slots = lax.psum(slots, shared.name)
     return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
 
 

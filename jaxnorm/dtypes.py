@@ -1,6 +1,8 @@
 """Which dtypes things are computed in."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +35,32 @@ def widened(x: Array, dtype: DTypeLike) -> Array:
     """`x`, cast only where `dtype` is wider than the statistics would be anyway."""
     wide = promote(x.dtype, dtype)
     return x if at_least_float32(wide) == at_least_float32(x.dtype) else x.astype(wide)
+
+
+def one_rounding(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A method's formula that uses `x` more than once, with `x` widened before that.
+
+    So the parts of its cotangent are added up in at least float32, and rounded once to
+    the dtype of `x`. For the backward pass only `x`, in its own dtype, is kept: the
+    formula is computed again, but for its collectives.
+    """
+
+    @functools.wraps(formula)
+    def rounded(self: Any, x: Array, *args: Any, dtype: Any, **options: Any) -> Any:
+        wide = at_least_float32(x.dtype)
+        dtype = x.dtype if dtype is None else dtype
+
+        def widened_first(x):
+            return formula(self, x.astype(wide), *args, dtype=dtype, **options)
+
+        if x.dtype == wide:
+            return widened_first(x)
+        return jax.checkpoint(widened_first, policy=_is_collective, prevent_cse=False)(
+            x
+        )
+
+    return rounded
+
+
+def _is_collective(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name.startswith("psum")

@@ -31,12 +31,19 @@ class Moments(NamedTuple):
     residue: Any = 0.0
 
     def rstd(self, epsilon: ArrayLike) -> Array:
-        """`1 / sqrt(var + epsilon)`."""
-        return lax.rsqrt(self.var + jnp.asarray(epsilon, self.var.dtype))
+        """`1 / sqrt(var + epsilon)`, and NaN where the variance is infinite."""
+        square = self.var + jnp.asarray(epsilon, self.var.dtype)
+        return lax.rsqrt(overflow_as_nan(square))
 
     def broadcast_to(self, shape: tuple[int, ...]) -> "Moments":
         """Each of the four as an array of `shape`, to be taken apart alike."""
         return Moments(*(jnp.broadcast_to(v, shape) for v in self))
+
+
+def overflow_as_nan(square: Array) -> Array:
+    """`square`, with NaN for infinity: what is divided by it would be 0, and look like
+    a result, where the square of a number is past the largest of its dtype."""
+    return jnp.where(square == jnp.inf, jnp.nan, square)
 
 
 def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
@@ -118,7 +125,7 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     shift, spread = _unstack(total(_stack(parts, dtype)))
     shift = _over(shift, jnp.maximum(whole, 1))  # what rounding left of the mean
     var = var + (_over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift))
-    mean, residue = _add(rough, shift)
+    mean, residue = two_sum(rough, shift)
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
 
 
@@ -148,7 +155,7 @@ def abs_square(x: Array) -> Array:
     return jnp.square(x)
 
 
-def _add(pivot: Array, shift: Array) -> tuple[Array, Array]:
+def two_sum(pivot: Array, shift: Array) -> tuple[Array, Array]:
     """The sum of a rounded pivot and a smaller shift, and what rounding cut off it."""
     main = _rounded(shift)
     total = pivot + main
@@ -156,9 +163,9 @@ def _add(pivot: Array, shift: Array) -> tuple[Array, Array]:
 
 
 def _settled(pivot: Array, shift: Array) -> tuple[Array, Array]:
-    """As `_add`, and 0 for a rest that is below the rounding of the shift: it is noise,
-    and would keep what is constant from becoming 0."""
-    total, rest = _add(pivot, shift)
+    """As `two_sum`, and 0 for a rest below the rounding of the shift: it is noise, and
+    would keep what is constant from becoming 0."""
+    total, rest = two_sum(pivot, shift)
     noise = 64 * jnp.finfo(rest.dtype).eps * jnp.abs(shift)
     return total, jnp.where(jnp.abs(rest) > noise, rest, jnp.zeros_like(rest))
 
@@ -359,7 +366,7 @@ def _in_two_passes(axes, x, mask, size):
         return lax.broadcast_in_dim(v, x.shape, kept)
 
     pivot = lax.squeeze(_first(x, axes), axes.reduce)
-    mean, residue = _add(pivot, mean_of(x - spread(pivot)))
+    mean, residue = two_sum(pivot, mean_of(x - spread(pivot)))
     # Not about the mean: x - mean is shared with what follows, and would be written.
     near = _rounded(mean)
     off = (mean - near) + residue
@@ -388,17 +395,24 @@ def _feature_by_feature(axes, x, mask, size):
 def _mean_and_var_jvp(axes, center, primals, tangents):
     x, mask, size = primals
     mean, var, residue = _mean_and_var(axes, center, *primals)
+
+    def tangent(x, mask, mean, residue, size, dx):
+        dx = fold(dx, mask, axes)
+        return moments_tangent(axes, center, x, mask, mean, residue, size, dx)
+
     # Recomputed, not kept: only x in its own dtype and the mean stay for the backward.
-    tangent = jax.checkpoint(
-        functools.partial(moments_tangent, axes, center), prevent_cse=False
+    dmean, dvar = jax.checkpoint(tangent, prevent_cse=False)(
+        x, mask, mean, residue, size, tangents[0]
     )
-    dmean, dvar = tangent(x, mask, mean, residue, size, tangents[0])
     return (mean, var, residue), (dmean, dvar, jnp.zeros_like(residue))
 
 
 def moments_tangent(axes, center, x, mask, mean, residue, size, dx):
-    """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx."""
-    dx = fold(dx, mask, axes)
+    """The tangents of mean and variance: the means of dx, and of 2 (x - mean) dx.
+
+    `dx` is folded already, and so wide: its transpose adds up all that x's cotangent
+    consists of before it is rounded, once, to the dtype of x.
+    """
     dmean = _mean(dx, axes, size) if center else jnp.zeros_like(mean)
     centered = fold(x, mask, axes) - mean
     half = _mean((centered.conj() * dx).real, axes, size)

@@ -14,7 +14,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import devices
 from jaxnorm.activation import check_following, followed, pack, unpack
 from jaxnorm.axes import Axes
-from jaxnorm.devices import AxisName, Groups
 from jaxnorm.dtypes import as_floating, at_least_float32
 from jaxnorm.moments import (
     Moments,
@@ -39,8 +38,6 @@ class Plan(NamedTuple):
 
     axes: Axes
     center: bool
-    axis_name: AxisName | None
-    groups: Groups | None
     dtype: jnp.dtype
 
 
@@ -88,24 +85,23 @@ def normalize(
     plan = Plan(
         axes,
         center,
-        devices.as_axis_name(axis_name),
-        devices.as_groups(axis_index_groups),
         jnp.dtype(x.dtype if dtype is None else dtype),
     )
+    shared = devices.peers(axis_name, axis_index_groups)
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
     mask = as_mask(mask, x.shape)
     if implementation not in (None, "xla"):
         following = activation, residual, implementation
-        return _by_kernels(plan, x, mask, epsilon, scale, bias, *following)
-    given = x, mask, jnp.asarray(epsilon, wide).real, scale, bias, residual
+        return _by_kernels(plan, x, mask, shared, epsilon, scale, bias, *following)
+    given = x, mask, shared, jnp.asarray(epsilon, wide).real, scale, bias, residual
     how = functools.partial(_followed, plan, activation)
     like = x, devices.like_moments(x, axes)
     return devices.automatically(how, *given, like=like)
 
 
-def _followed(plan, activation, x, mask, epsilon, scale, bias, residual):
+def _followed(plan, activation, x, mask, shared, epsilon, scale, bias, residual):
     """Normalizes, and does what follows."""
-    given = x, mask, epsilon, scale, bias
+    given = x, mask, shared, epsilon, scale, bias
     if activation == "relu":
         return _rectify(plan, *given, residual)
     y, m = _normalize(plan, *given)
@@ -113,7 +109,7 @@ def _followed(plan, activation, x, mask, epsilon, scale, bias, residual):
 
 
 def _by_kernels(
-    plan, x, mask, epsilon, scale, bias, activation, residual, implementation
+    plan, x, mask, shared, epsilon, scale, bias, activation, residual, implementation
 ):
     """The same by kernels; raises ValueError if they do not fit."""
     from jaxnorm import kernels  # not needed by most, and not loaded for these
@@ -125,7 +121,7 @@ def _by_kernels(
         )
     unfit = {
         "a mask": mask is not None,
-        "axis_name": plan.axis_name is not None,
+        "axis_name": shared is not None,
         "a residual": residual is not None,
         "an epsilon that is traced": isinstance(epsilon, Tracer),
     }
@@ -151,33 +147,45 @@ def _by_kernels(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(plan, x, mask, epsilon, scale, bias):
-    _, m = _moments(plan, x, mask)
+def _normalize(plan, x, mask, shared, epsilon, scale, bias):
+    _, m = _moments(plan, x, mask, shared)
     y = _line(plan, x, mask, m, epsilon, scale, bias)
     return unfold(y, mask, plan.axes, plan.dtype), m
 
 
 @_normalize.defjvp
 def _normalize_jvp(plan, primals, tangents):
-    x, mask, epsilon, scale, bias = primals
-    dx, _, depsilon, dscale, dbias = tangents
-    own, m = _moments(plan, x, mask)
+    x, mask, shared, epsilon, scale, bias = primals
+    dx, _, _, depsilon, dscale, dbias = tangents
+    own, m = _moments(plan, x, mask, shared)
     y = _line(plan, x, mask, m, epsilon, scale, bias)
     y = unfold(y, mask, plan.axes, plan.dtype)
-    # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
-    tangent = jax.checkpoint(functools.partial(_tangent, plan), prevent_cse=False)
-    synced = None if plan.axis_name is None else m
     rstd = m.rstd(epsilon)
-    dy, dmean, dvar = tangent(
-        x, mask, own, synced, epsilon, rstd, scale, dx, depsilon, dscale, dbias
-    )
+    dx = fold(dx, mask, plan.axes)
+    dparams = dscale, dbias
+    if plan.axes.of_rows and mask is None and shared is None:
+        tangent = _recomputed(functools.partial(_row_tangent, plan))
+        given = x, own, epsilon, rstd, scale, dx, depsilon, *dparams
+        dy, dmean, dvar = tangent(*given)
+    else:
+        dmean, dvar = _moments_tangent(plan, x, mask, shared, own, m, dx)
+        drstd = _rstd_tangent(rstd, dvar, depsilon)
+        tangent = functools.partial(standardize_tangent, plan.axes, plan.dtype)
+        given = x, mask, m.mean, _residue(plan, m), rstd, scale
+        dy = _recomputed(tangent)(*given, dx, dmean, drstd, *dparams)
     dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
     return (y, m), (dy, dm)
 
 
+def _recomputed(tangent):
+    """`tangent`, for whose transpose arguments alone are kept, and x in its own dtype
+    is all of its size among these."""
+    return jax.checkpoint(tangent, prevent_cse=False)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rectify(plan, x, mask, epsilon, scale, bias, residual):
-    _, m = _moments(plan, x, mask)
+def _rectify(plan, x, mask, shared, epsilon, scale, bias, residual):
+    _, m = _moments(plan, x, mask, shared)
     return _rectified(plan, x, mask, m, epsilon, scale, bias, residual), m
 
 
@@ -189,48 +197,45 @@ def _rectified(plan, x, mask, m, epsilon, scale, bias, residual):
 
 @_rectify.defjvp
 def _rectify_jvp(plan, primals, tangents):
-    x, mask, epsilon, scale, bias, residual = primals
-    dx, _, depsilon, dscale, dbias, dresidual = tangents
-    own, m = _moments(plan, x, mask)
+    x, mask, shared, epsilon, scale, bias, residual = primals
+    dx, _, _, depsilon, dscale, dbias, dresidual = tangents
+    own, m = _moments(plan, x, mask, shared)
     rstd = m.rstd(epsilon)
     y = _rectified(plan, x, mask, m, epsilon, scale, bias, residual)
-    tangent = functools.partial(_rectify_tangent, plan)
-    synced = None if plan.axis_name is None else m
     # The second is for TPUs: what the sign of y follows from, with the least to keep.
     signs = pack(y > 0), bias if residual is None else y
-    changes = dx, depsilon, dscale, dbias, dresidual
-    dy, dmean, dvar = jax.checkpoint(tangent, prevent_cse=False)(
-        x, mask, signs, own, synced, rstd, scale, changes
-    )
+    dx = fold(dx, mask, plan.axes)
+    dmean, dvar = _moments_tangent(plan, x, mask, shared, own, m, dx, _apart)
+    drstd = _rstd_tangent(rstd, dvar, depsilon)
+    tangent = _recomputed(functools.partial(_rectify_tangent, plan))
+    changes = dx, dmean, drstd, dscale, dbias, dresidual
+    dy = tangent(x, mask, signs, m, rstd, scale, changes)
     dm = Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
     return (y, m), (dy, dm)
 
 
-def _rectify_tangent(plan, x, mask, signs, own, synced, rstd, scale, changes):
-    """The chain rule once more, in two parts with a barrier between their transposes.
+def _rectify_tangent(plan, x, mask, signs, m, rstd, scale, changes):
+    """The rest of the chain rule, with a barrier between its transpose and that of
+    `_moments_tangent`.
 
     The sums take x and the cotangent before it, the rest after it: a compiler that saw
     both together would write the gated cotangent to memory to share it.
     """
-    dx, depsilon, dscale, dbias, dresidual = changes
-    m = own if synced is None else synced
+    dx, dmean, drstd, dscale, dbias, dresidual = changes
     positive = _positive(plan, x, mask, signs, m, rstd, scale, dresidual is not None)
 
     def gated(v):
         v = unfold(v, mask, plan.axes, plan.dtype)
         return jnp.where(positive, v, jnp.zeros((), v.dtype))
 
-    later = _apart(x)
-    given = later, mask, own, synced, rstd, depsilon, dx
-    dmean, dvar, drstd = _moments_tangent(plan, *given)
     rstd = rstd.astype(m.mean.dtype)
     dline = line_tangent(x, m.residue, rstd, scale, dmean, drstd, dscale, dbias)
-    direct = affine(rstd, scale, None) * fold(dx, mask, plan.axes)
+    direct = affine(rstd, scale, None) * dx
     if dresidual is not None:
         direct = direct + fold(dresidual, mask, plan.axes)
     direct, dslope, dshift = _apart((gated(direct), *dline))
     centered = fold(x, mask, plan.axes) - m.mean
-    return direct + gated(centered * dslope + dshift), dmean, dvar
+    return direct + gated(centered * dslope + dshift)
 
 
 def _apart(values):
@@ -258,10 +263,10 @@ def _positive(plan, x, mask, signs, m, rstd, scale, has_residual):
     return lax.platform_dependent(tpu=again, default=lambda: unpack(bits))
 
 
-def _moments(plan, x, mask):
+def _moments(plan, x, mask, shared):
     """The moments of `x`, and those pooled over devices."""
     own = moments(x, plan.axes, mask=mask, center=plan.center)
-    return own, devices.sync(own, plan.axis_name, plan.groups)
+    return own, devices.pooled(own, shared)
 
 
 def _line(plan, x, mask, m, epsilon, scale, bias):
@@ -275,29 +280,32 @@ def _residue(plan, m):
     return m.residue if plan.center else None
 
 
-def _moments_tangent(plan, x, mask, own, synced, rstd, depsilon, dx):
-    """The tangents of the pooled mean and variance, and of the deviation's inverse."""
+def _moments_tangent(plan, x, mask, shared, own, m, dx, read=lambda x: x):
+    """The tangents of the mean and variance, pooled; the sums take x as `read`."""
+
+    def tangent(x, *given):
+        return moments_tangent(plan.axes, plan.center, read(x), *given)
+
     given = x, mask, own.mean, own.residue, own.size, dx
+    dmean, dvar = _recomputed(tangent)(*given)
+    if shared is None:
+        return dmean, dvar
+    # Not within what is computed again, where a collective may know no axis any more.
+    apart = (own.mean - m.mean) + (own.residue - m.residue)
+    return devices.pooled_tangent(shared, apart, own.size, m.size, dmean, dvar)
+
+
+def _rstd_tangent(rstd, dvar, depsilon):
+    return -0.5 * rstd**3 * (dvar + depsilon)
+
+
+def _row_tangent(plan, x, own, epsilon, rstd, scale, dx, depsilon, dscale, dbias):
+    """The chain rule over the parts, all in one."""
+    x, m, rstd = _rows_again(plan, x, own, rstd, epsilon)
+    given = x, None, m.mean, m.residue, m.size, dx
     dmean, dvar = moments_tangent(plan.axes, plan.center, *given)
-    if synced is not None:
-        apart = (own.mean - synced.mean) + (own.residue - synced.residue)
-        dmean, dvar = devices.sync_tangent(
-            plan.axis_name, plan.groups, apart, own.size, synced.size, dmean, dvar
-        )
-    return dmean, dvar, -0.5 * rstd**3 * (dvar + depsilon)
-
-
-def _tangent(
-    plan, x, mask, own, synced, epsilon, rstd, scale, dx, depsilon, dscale, dbias
-):
-    """The chain rule over the parts; its transpose sums x's cotangent twice."""
-    if plan.axes.of_rows and mask is None and synced is None:
-        x, own, rstd = _rows_again(plan, x, own, rstd, epsilon)
-    m = own if synced is None else synced
-    dmean, dvar, drstd = _moments_tangent(
-        plan, x, mask, own, synced, rstd, depsilon, dx
-    )
-    given = x, mask, m.mean, _residue(plan, m), rstd, scale
+    drstd = _rstd_tangent(rstd, dvar, depsilon)
+    given = x, None, m.mean, _residue(plan, m), rstd, scale
     given = *given, dx, dmean, drstd, dscale, dbias
     return standardize_tangent(plan.axes, plan.dtype, *given), dmean, dvar
 

@@ -138,12 +138,18 @@ def folded(axes, x, mask, mean, residue, rstd, scale, bias):
 def _standardized_jvp(axes, dtype, primals, tangents):
     x, mask, mean, residue, rstd, scale, bias = primals
     dx, _, dmean, dresidue, drstd, dscale, dbias = tangents
-    # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
-    tangent = jax.checkpoint(
-        functools.partial(standardize_tangent, axes, dtype), prevent_cse=False
-    )
     dmean = dmean if residue is None else dmean + dresidue
-    dy = tangent(x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias)
+
+    def tangent(x, mask, mean, residue, rstd, scale, dx, *changes):
+        dx = fold(dx, mask, axes)
+        return standardize_tangent(
+            axes, dtype, x, mask, mean, residue, rstd, scale, dx, *changes
+        )
+
+    # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
+    dy = jax.checkpoint(tangent, prevent_cse=False)(
+        x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
+    )
     return standardized(axes, dtype, *primals), dy
 
 
@@ -151,11 +157,9 @@ def standardize_tangent(
     axes, dtype, x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
 ):
     """The tangent of `standardize`, whose transpose sums x's cotangent twice, once
-    weighted by `x - mean`, whatever the statistics depend on."""
+    weighted by `x - mean`, whatever the statistics depend on. `dx` is folded."""
     centered = fold(x, mask, axes) - mean
-    dx, rstd, drstd = (
-        v.astype(mean.dtype) for v in (fold(dx, mask, axes), rstd, drstd)
-    )
+    dx, rstd, drstd = (v.astype(mean.dtype) for v in (dx, rstd, drstd))
     form = _row_tangent if axes.of_rows else _column_tangent
     dy = form(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias)
     return unfold(dy, mask, axes, dtype)

@@ -105,6 +105,59 @@ def assert_renewed(row, p, mask, dx, dparams):
     assert_same(actual, desired, 1e-8)
 
 
+@every_norm
+def test_gradients_in_half_precision_are_rounded_once(name):
+    """Also where the cotangent has a large mean, of which nearly all cancels."""
+    row = NORMS[name]
+    p = problem(row, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(1)
+    cotangent = (100 + rng.normal(size=row.shape)).astype(jnp.bfloat16)
+    x, wide = p.x.astype(np.float32), cotangent.astype(np.float32)
+    for mask in (None, p.mask) if name in ("batch", "layer", "renorm") else (None,):
+        exact = np.asarray(everything(name, x, p.params, p.stats, mask, wide)[2])
+        _, _, dx, _ = everything(name, p.x, p.params, p.stats, mask, cotangent)
+        assert dx.dtype == jnp.bfloat16 and np.isfinite(exact).all()
+        rounding = np.abs(exact.astype(jnp.bfloat16).astype(np.float32) - exact).max()
+        assert np.abs(dx.astype(np.float32) - exact).max() <= 2 * rounding
+
+
+CENTERED = [n for n, r in NORMS.items() if r.norm.center and r.constant]
+CENTERED += ["online", "online_unscaled", "divisive"]
+
+
+@pytest.mark.parametrize("name", CENTERED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_outputs_are_exact_far_from_zero(name, masked):
+    """At 10,000 deviations from 0, what rounds off the mean must not be lost."""
+    row = NORMS[name]
+    p = problem(row, offset=1e4)
+    level = {k: np.float32(1e4 if "mean" in k else 0) for k in p.stats}
+    stats = {k: (v + level[k]).astype(v.dtype) for k, v in moved(row).items()}
+    mask, inputs = p.mask if masked else None, row.inputs(p.x)
+    wide_x = np.asarray(p.x, np.float64)
+    for flag in (False, True) if row.norm.has_stats else (False,):
+        y, _ = row.norm(
+            p.x, p.params, stats, mask=mask, use_running_average=flag, **inputs
+        )
+        settings = {"use_running_average": True} if flag else {}
+        exact, _ = row.exact(wide_x, p.params, stats, mask=mask, **inputs, **settings)
+        assert_close(y, exact, summed=4, size=np.abs(exact).max())
+
+
+@every_norm
+def test_squares_that_overflow_give_no_plausible_number(name):
+    row = NORMS[name]
+    p = problem(row)
+    for scale in (1e19, 3e19):
+        x = (p.x * np.float32(scale)).astype(np.float32)
+        inputs = row.inputs(x)
+        y, _ = row.norm(x, p.params, p.stats, **inputs)
+        with np.errstate(invalid="ignore"):
+            exact, _ = row.exact(np.asarray(x, np.float64), p.params, p.stats, **inputs)
+        finite = np.isfinite(y)
+        np.testing.assert_allclose(y[finite], exact[finite], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [n for n in STATEFUL if n in OTHERS])
 def test_evaluation_matches_the_reference(name):
     row = NORMS[name]

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import standardize
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
@@ -47,6 +48,7 @@ class BatchRenorm(RunningNorm):
         stats = super().init_stats(feature_shape, dtype)
         return stats | ({"step": jnp.zeros((), jnp.int32)} if self._scheduled else {})
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)
@@ -56,17 +58,18 @@ class BatchRenorm(RunningNorm):
         )
         rstd, old_rstd = m.rstd(self.epsilon), old.rstd(self.epsilon)
         r = lax.stop_gradient(jnp.clip(old_rstd / rstd, 1 / rmax, rmax))
-        apart = (m.mean - old.mean) * old_rstd.astype(m.mean.dtype)
-        d = lax.stop_gradient(jnp.clip(apart, -dmax, dmax))
-        # (x - mean) * rstd * r + d, as a mean and a deviation.
+        apart = (m.mean - old.mean) + m.residue
+        d = lax.stop_gradient(jnp.clip(apart * old_rstd, -dmax, dmax))
+        # (x - mean) * rstd * r + d, with d as a part of the mean.
         rstd = rstd * r
         y = standardize(
             x,
-            m.mean - d / rstd,
+            m.mean,
             rstd,
             where,
             scale=params.get("scale"),
             bias=params.get("bias"),
+            residue=m.residue - d / rstd,
             mask=mask,
             dtype=dtype,
         )

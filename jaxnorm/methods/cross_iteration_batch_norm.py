@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
-from jaxnorm.dtypes import at_least_float32
+from jaxnorm.dtypes import at_least_float32, one_rounding
 from jaxnorm.moments import Moments, pool
 from jaxnorm.running import all_finite, replaced
 
@@ -55,6 +55,7 @@ class CrossIterationBatchNorm(RunningNorm):
         batches = {"batches": jnp.zeros((), jnp.int32)}
         return super().init_stats(feature_shape, dtype) | past | batches
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         past = self._past(stats, x.shape)
         kernel = self._checked(inputs["kernel"], x.shape)
@@ -107,19 +108,24 @@ class CrossIterationBatchNorm(RunningNorm):
         batches = past["batches"]
         filled = jnp.arange(self.window - 1, dtype=batches.dtype) < batches
         shape = (-1, *own.var.shape)
-        mean = (past["mean"].astype(wide) + shift).reshape(shape)
+        mean = past["mean"].astype(wide).reshape(shape)
+        shift = shift.reshape(shape)  # apart from the mean, which would round it
         # That of the squares, to the first order, less the square of this mean.
-        var = (past["var"].astype(wide) + change - shift * shift).reshape(shape)
-        mean, var = lax.stop_gradient((mean, jnp.maximum(var, 0)))
+        var = (past["var"].astype(wide) + change).reshape(shape) - shift * shift
+        mean, var, shift = lax.stop_gradient((mean, jnp.maximum(var, 0), shift))
         each = Moments(
             jnp.concatenate([own.mean[None], mean]),
             jnp.concatenate([own.var[None], var]),
             jnp.concatenate([jnp.ones(1, jnp.int32), filled.astype(jnp.int32)]),
         )
-        each = each._replace(size=each.size.reshape(-1, *[1] * own.var.ndim))
+        residue = jnp.broadcast_to(own.residue, own.var.shape)[None]
+        each = each._replace(
+            size=each.size.reshape(-1, *[1] * own.var.ndim),
+            residue=jnp.concatenate([residue, shift]),
+        )
         pooled = pool(each, lambda v: v.sum(0, keepdims=True))
         size = jnp.broadcast_to(jnp.asarray(own.size), own.var.shape)
-        return Moments(pooled.mean[0], pooled.var[0], size)
+        return Moments(pooled.mean[0], pooled.var[0], size, pooled.residue[0])
 
     def _with_slopes(self, kernel, measure):
         """This batch's statistics, their slopes by the kernel, and their sizes."""

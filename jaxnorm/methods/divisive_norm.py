@@ -8,8 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, windows
 from jaxnorm.base import StatelessNorm, method
-from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import as_mask
+from jaxnorm.dtypes import at_least_float32, one_rounding
+from jaxnorm.moments import as_mask, overflow_as_nan
 from jaxnorm.standardize import affine, as_number, as_param, pointwise
 
 
@@ -39,6 +39,7 @@ class DivisiveNorm(StatelessNorm):
             "sigma": jnp.full((), self.initial_sigma, dtype)
         }
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         along = where.reduce
@@ -56,9 +57,15 @@ class DivisiveNorm(StatelessNorm):
             valid = jnp.ones(flat, bool) if mask is None else mask
             valid = jnp.broadcast_to(valid, flat if mask is None else x.shape)
             near = jnp.maximum(windows.total(valid.astype(wide), along, widths), 1)
+            # Far from 0, the sums over windows would lose what x varies by.
+            count = valid.sum(along, keepdims=True, dtype=wide)
+            level = x.sum(along, keepdims=True) / jnp.maximum(count, 1)
+            level = lax.stop_gradient(level)
+            x = jnp.where(valid, x - level, 0)
             centered = jnp.where(valid, x - windows.total(x, along, widths) / near, 0)
             power = windows.total(centered * centered, along, widths) / near
-            y = centered * lax.rsqrt(smooth + power + self.epsilon)
+            square = overflow_as_nan(smooth + power + self.epsilon)
+            y = centered * lax.rsqrt(square)
             return affine(y, scale, bias)
 
         return pointwise(divide, x, where, smooth, scale, bias, mask=mask, dtype=dtype)

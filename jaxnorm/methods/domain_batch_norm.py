@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import Params, RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, as_mask, moments, pool
 
 
@@ -61,12 +62,14 @@ class DomainBatchNorm(RunningNorm):
         table = (self.num_domains, *self.axes(shape).feature_shape)
         return axes.keep(table, tuple(range(len(table))))
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
         where = axes.per_example(x.shape, self.axis)
         domain = self._checked(inputs["domain"], x.shape)
         m = self.sync(self._by_domain(moments(x, where, mask=mask), domain))
         return self._standardized(x, params, m, domain, mask, dtype), m
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
         domain = self._checked(inputs["domain"], x.shape)
         m = running.read(stats, self.stats_axes(x.shape), x.dtype)
@@ -102,7 +105,7 @@ class DomainBatchNorm(RunningNorm):
                 for k, v in params.items()
                 if v is not None
             }
-        own = Moments(_chosen(m.mean, domain), _chosen(m.var, domain), 1)
+        own = Moments(*(_chosen(v, domain) for v in m.broadcast_to(m.var.shape)))
         y = self.by_given(x, params, own, mask=mask, dtype=dtype)
         # At the end only, so that no gradient of what exists meets a NaN.
         missing = (domain < 0) | (domain >= self.num_domains)

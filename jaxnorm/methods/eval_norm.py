@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, abs_square, moments
 
 
@@ -34,17 +35,19 @@ class EvalNorm(RunningNorm):
     def by_batch(self, x, params, stats, *, mask, dtype):
         return self.by_own_moments(x, params, mask=mask, dtype=dtype)
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         kept = running.read(stats, where, x.dtype)
         own = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
         # An example of which nothing is valid has no statistics to blend in.
         weight = self.weight * (jnp.asarray(own.size) > 0).astype(own.var.dtype)
-        apart = own.mean - kept.mean
-        mean = kept.mean + weight * apart
+        apart = (own.mean - kept.mean) + own.residue
         between = weight * (1 - weight) * abs_square(apart)
         var = (1 - weight) * kept.var + weight * own.var + between
-        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
+        # Not added to the mean kept, which would round it.
+        m = Moments(kept.mean, var, 1, weight * apart)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)
 
 
 def eval_norm(

@@ -8,7 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
-from jaxnorm.moments import moments
+from jaxnorm.dtypes import one_rounding
+from jaxnorm.moments import moments, overflow_as_nan
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -32,10 +33,12 @@ class EvoNormB0(RunningNorm):
             "slope": jnp.ones(feature_shape, dtype)
         }
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         m = self.own_moments(x, mask)
         return self._divided(x, m.var, params, mask, dtype), m
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         m = running.read(stats, self.axes(x.shape), x.dtype, kept=self.kept)
         return self._divided(x, m.var, params, mask, dtype)
@@ -49,7 +52,9 @@ class EvoNormB0(RunningNorm):
             line = (x if slope is None else slope * x) + example
             return affine(x / jnp.maximum(batch, line), scale, bias)
 
-        deviations = [jnp.sqrt(v + self.epsilon) for v in (var, own.var)]
+        deviations = [
+            jnp.sqrt(overflow_as_nan(v + self.epsilon)) for v in (var, own.var)
+        ]
         return pointwise(divide, x, where, *deviations, *params, mask=mask, dtype=dtype)
 
 

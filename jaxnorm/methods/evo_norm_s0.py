@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -38,6 +39,7 @@ class EvoNormS0(StatelessNorm):
             "slope": jnp.ones(feature_shape, dtype)
         }
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -38,6 +39,7 @@ class FilterResponseNorm(StatelessNorm):
         fill |= {"extra_epsilon": 1e-4} if self.learn_epsilon else {}
         return {k: jnp.full(feature_shape, v, dtype) for k, v in fill.items()}
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

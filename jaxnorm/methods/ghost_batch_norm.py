@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 from jaxnorm.normalize import normalize
 
@@ -32,6 +33,7 @@ class GhostBatchNorm(RunningNorm):
         if self.size < 1:
             raise ValueError(f"size must be at least 1 example, got {self.size}")
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         positions = self.axes((1, *x.shape[1:])).size
         if self.size * positions == 1:
@@ -61,16 +63,20 @@ class GhostBatchNorm(RunningNorm):
         last = pool(
             Moments(*(v[cut:] for v in each)), lambda v: v.sum(0, keepdims=True)
         )
-        mean, var = (
+        mean, var, residue = (
             jnp.concatenate(
                 [
                     jnp.repeat(a[:, 0], self.size, 0),
                     jnp.repeat(b, x.shape[0] - cut, 0),
                 ]
             )
-            for a, b in ((equal.mean, last.mean), (equal.var, last.var))
+            for a, b in (
+                (equal.mean, last.mean),
+                (equal.var, last.var),
+                (equal.residue, last.residue),
+            )
         )
-        m = Moments(mean, var, 1)
+        m = Moments(mean, var, 1, residue)
         y = self.by_given(x, params, m, mask=mask, dtype=dtype)
         return y, each
 

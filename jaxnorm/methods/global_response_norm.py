@@ -8,6 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
+from jaxnorm.moments import overflow_as_nan
 from jaxnorm.standardize import as_param, pointwise
 
 
@@ -26,6 +28,7 @@ class GlobalResponseNorm(StatelessNorm):
         """Zeros: at first the input passes unchanged."""
         return {k: jnp.zeros(feature_shape, dtype) for k in self.params}
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)
@@ -34,7 +37,7 @@ class GlobalResponseNorm(StatelessNorm):
         valid = (size > 0).astype(size.dtype)
         count = jnp.maximum(valid.sum(where.feature, keepdims=True), 1)
         mean = length.sum(where.feature, keepdims=True) / count
-        relative = length / (mean + self.epsilon)
+        relative = length / (overflow_as_nan(mean) + self.epsilon)
         scale, bias = (
             as_param(k, params.get(k), where, m.var.dtype) for k in self.params
         )

@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, devices, running
 from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import vary_together
-from jaxnorm.dtypes import at_least_float32
-from jaxnorm.moments import aligned, as_mask, fold
+from jaxnorm.dtypes import at_least_float32, one_rounding
+from jaxnorm.moments import Moments, aligned, as_mask, fold
 from jaxnorm.standardize import affine, as_param, pointwise
 
 
@@ -51,15 +51,15 @@ class IterNorm(StatefulNorm):
         whitening = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (count, size, size))
         return {"mean": jnp.zeros(feature_shape, dtype), "whitening": whitening}
 
+    @one_rounding
     def train(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         mask = self._checked(x, stats, mask)
-        name, groups = self.axis_name, self.axis_index_groups
         m = self.own_moments(x, mask)
-        total = devices.group_sum(self._products(x, m.mean, mask), name, groups)
+        total = devices.group_sum(self._products(x, m, mask), self.peers())
         size = jnp.max(jnp.asarray(m.size))  # the same for all features
         matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
-        y = self._whitened(x, params, m.mean, matrix, mask, dtype)
+        y = self._whitened(x, params, m, matrix, mask, dtype)
         when = running.all_finite(m.mean, matrix) & (size > 1)
         new = {"mean": m.mean.reshape(where.feature_shape), "whitening": matrix}
         new = {
@@ -76,7 +76,8 @@ class IterNorm(StatefulNorm):
             jnp.asarray(stats[k]).astype(wide) for k in ("mean", "whitening")
         )
         mean = mean.reshape(where.param_shape())
-        return self._whitened(x, params, mean, matrix, mask, dtype)
+        m = Moments(mean, jnp.ones_like(mean), 1)
+        return self._whitened(x, params, m, matrix, mask, dtype)
 
     def _groups(self, features):
         """How many groups of features there are, and of how many."""
@@ -101,24 +102,24 @@ class IterNorm(StatefulNorm):
         self.check_stats(stats, x.shape)
         return mask
 
-    def _rows(self, x, mean, mask):
+    def _rows(self, x, mean, residue, mask):
         """Centred, as (elements, groups, features of each); 0 where masked."""
         where = self.axes(x.shape)
-        x = fold(x, mask, where) - mean
+        x = fold(x, mask, where) - mean - residue
         x = x if mask is None else jnp.where(mask, x, 0)
         x = jnp.moveaxis(x, where.feature[0], -1)
         count = math.prod(x.shape[:-1])
         return x.reshape(count, *self._groups(x.shape[-1]))
 
-    def _products(self, x, mean, mask):
+    def _products(self, x, m, mask):
         """Sums of products of features; only `x` is kept for the backward pass."""
 
-        def products(x, mean):
-            rows = self._rows(x, mean, mask)
+        def products(x, mean, residue):
+            rows = self._rows(x, mean, residue, mask)
             return jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
 
-        (mean,) = vary_together(x, mean)
-        return jax.checkpoint(products, prevent_cse=False)(x, mean)
+        given = vary_together(x, m.mean, jnp.asarray(m.residue))
+        return jax.checkpoint(products, prevent_cse=False)(x, *given)
 
     def _whitening(self, covariance):
         """The inverse square root of `covariance + epsilon`, by Newton's iteration."""
@@ -133,21 +134,21 @@ class IterNorm(StatefulNorm):
             product, root = _product(product, step), _product(step, root)
         return root * lax.rsqrt(trace)
 
-    def _whitened(self, x, params, mean, matrix, mask, dtype):
+    def _whitened(self, x, params, m, matrix, mask, dtype):
         where = self.axes(x.shape)
         scale, bias = (
             as_param(k, params.get(k), where, matrix.dtype) for k in self.params
         )
 
-        def whiten(x, mean, matrix, scale, bias):
-            rows = self._rows(x.reshape(where.shape), mean, None)
+        def whiten(x, mean, residue, matrix, scale, bias):
+            rows = self._rows(x.reshape(where.shape), mean, residue, None)
             y = jnp.einsum("ngi,gij->ngj", rows, matrix, precision="highest")
             at = where.feature[0]
             others = where.shape[:at] + where.shape[at + 1 :]
             y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)
             return affine(y, scale, bias)
 
-        arrays = (mean, matrix, scale, bias)
+        arrays = (m.mean, jnp.asarray(m.residue), matrix, scale, bias)
         return pointwise(whiten, x, where, *arrays, mask=mask, dtype=dtype)
 
 

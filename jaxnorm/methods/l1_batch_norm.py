@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import as_mask, fold, fold_mask
 
 
@@ -25,12 +26,11 @@ class L1BatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)
-        total = devices.group_sum(
-            _absolute(x, mask, m, where), self.axis_name, self.axis_index_groups
-        )
+        total = devices.group_sum(_absolute(x, mask, m, where), self.peers())
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)

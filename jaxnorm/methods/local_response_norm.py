@@ -6,6 +6,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, windows
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.moments import overflow_as_nan
 from jaxnorm.standardize import pointwise
 
 
@@ -36,7 +37,8 @@ class LocalResponseNorm(StatelessNorm):
 
         def respond(x):
             squares = windows.total(x * x, where.feature, (self.size,))
-            return x * (self.k + self.alpha / self.size * squares) ** -self.beta
+            power = self.k + self.alpha / self.size * overflow_as_nan(squares)
+            return x * power**-self.beta
 
         return pointwise(respond, x, where, mask=mask, dtype=dtype)
 

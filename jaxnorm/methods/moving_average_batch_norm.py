@@ -91,8 +91,7 @@ class MovingAverageBatchNorm(StatefulNorm):
             params=params,
             mask=mask,
             dtype=dtype,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
+            peers=self.peers(),
         )
         moved = running.blend(kept, var, self.momentum)
         moved = jnp.where(some, jnp.where(count == 0, var, moved), kept)

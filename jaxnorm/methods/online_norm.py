@@ -13,7 +13,7 @@ from jaxnorm import axes, control, devices, running
 from jaxnorm.axes import Axes
 from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import vary_together
-from jaxnorm.moments import Moments, as_mask, moments
+from jaxnorm.moments import Moments, as_mask, moments, two_sum
 from jaxnorm.normalize import normalize
 from jaxnorm.standardize import standardize, unfold
 
@@ -63,9 +63,9 @@ class OnlineNorm(StatefulNorm):
         each = moments(x, where, mask=mask)
         old, new = self._stream(each, running.read(stats, where, x.dtype))
         y = self._normalized(x, params, old, mask, dtype)
-        name, groups = self.axis_name, self.axis_index_groups
-        count = devices.group_sum(jnp.ones((), new[0].dtype), name, groups)
-        new = [devices.group_sum(v, name, groups) / count for v in new]
+        peers = self.peers()
+        count = devices.group_sum(jnp.ones((), new[0].dtype), peers)
+        new = [devices.group_sum(v, peers) / count for v in new]
         new = {"mean": new[0], "var": new[1]}
         return y, running.replaced(stats, new, running.all_finite(*new.values()))
 
@@ -82,22 +82,23 @@ class OnlineNorm(StatefulNorm):
 
     def _stream(self, each: Moments, start: Moments):
         """Statistics before each example, and after the last."""
-        size = jnp.broadcast_to(jnp.asarray(each.size), each.var.shape)
+        each = each.broadcast_to(each.var.shape)
 
         def step(state, example):
-            mean, var = state
-            m, v, n = (e[None] for e in example)
+            mean, var, residue = state
+            m, v, n, r = (e[None] for e in example)
             keep = jnp.asarray(self.momentum, var.dtype)
-            apart = m - mean
-            moved = mean + (1 - keep) * apart
+            apart = (m - mean) + (r - residue)
+            moved, rest = two_sum(mean, residue + (1 - keep) * apart)
             spread = keep * var + (1 - keep) * (v + keep * apart * apart)
-            state = jnp.where(n > 0, moved, mean), jnp.where(n > 0, spread, var)
-            return state, (mean[0], var[0])
+            new = moved, spread, rest
+            both = zip(new, state, strict=True)
+            return tuple(jnp.where(n > 0, *v) for v in both), tuple(v[0] for v in state)
 
-        first = tuple(vary_together(each.var, start.mean, start.var))
-        examples = lax.stop_gradient((each.mean, each.var, size))
-        last, before = lax.scan(step, first, examples)
-        return Moments(*before, 1), last
+        zero = jnp.zeros_like(start.mean)
+        first = tuple(vary_together(each.var, start.mean, start.var, zero))
+        last, (mean, var, residue) = lax.scan(step, first, lax.stop_gradient(each))
+        return Moments(mean, var, 1, residue), last[:2]
 
     def _normalized(self, x, params, m, mask, dtype):
         where, wide = self.axes(x.shape), m.var.dtype
@@ -107,7 +108,8 @@ class OnlineNorm(StatefulNorm):
             control.as_control(k, params.get(k), where, wide) for k in self.params[2:]
         ]
         plan = self._plan(x, dtype, *controls)
-        arrays = vary_together(x, m.mean, m.rstd(self.epsilon), *affine, *controls)
+        arrays = m.mean, m.rstd(self.epsilon), m.residue, *affine, *controls
+        arrays = vary_together(x, *arrays)
         return cast(Array, _online(plan, x, as_mask(mask, x.shape), *arrays))
 
     def _plan(self, x, dtype, *controls):
@@ -144,9 +146,14 @@ def _scaled(plan, mask, y, scale, bias):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _online(plan, x, mask, mean, rstd, scale, bias, product, shift):
-    y = standardize(x, mean, rstd, plan.axes, mask=mask, dtype=mean.dtype)
+def _online(plan, x, mask, mean, rstd, residue, scale, bias, product, shift):
+    y = _standardized(plan, x, mask, mean, rstd, residue)
     return _scaled(plan, mask, y, scale, bias).astype(plan.dtype)
+
+
+def _standardized(plan, x, mask, mean, rstd, residue):
+    given = {"residue": residue, "mask": mask, "dtype": mean.dtype}
+    return standardize(x, mean, rstd, plan.axes, **given)
 
 
 def _forward(plan, *args):
@@ -154,9 +161,9 @@ def _forward(plan, *args):
 
 
 def _backward(plan, args, dz):
-    x, mask, mean, rstd, scale, bias, product, shift = args
+    x, mask, mean, rstd, residue, scale, bias, product, shift = args
     where, rate = plan.axes, 1 - plan.momentum
-    y = standardize(x, mean, rstd, where, mask=mask, dtype=mean.dtype)
+    y = _standardized(plan, x, mask, mean, rstd, residue)
     _, pull = jax.vjp(functools.partial(_scaled, plan, mask), y, scale, bias)
     g, dscale, dbias = pull(dz.astype(y.dtype))
     count = jnp.broadcast_to(True if mask is None else mask, x.shape)
@@ -181,7 +188,7 @@ def _backward(plan, args, dz):
         control.renewal(old, v, copies, x)
         for old, v, copies in zip((product, shift), new, plan.copies, strict=True)
     )
-    return unfold(dx, mask, where, x.dtype), None, None, None, dscale, dbias, *controls
+    return unfold(dx, mask, where, x.dtype), *[None] * 4, dscale, dbias, *controls
 
 
 _online.defvjp(_forward, _backward)

@@ -53,8 +53,7 @@ class PowerNorm(RunningNorm):
             params=params,
             mask=mask,
             dtype=dtype,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
+            peers=self.peers(),
         )
         return y, m
 

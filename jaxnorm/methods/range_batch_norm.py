@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes, devices
 from jaxnorm.base import RunningNorm, Stats, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import as_mask, fold, fold_mask, moments
 
 
@@ -24,6 +25,7 @@ class RangeBatchNorm(RunningNorm):
     def axes(self, shape):
         return axes.keep(shape, self.axis)
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         where = self.axes(x.shape)
         own = moments(x, where, mask=mask)
@@ -41,7 +43,7 @@ class RangeBatchNorm(RunningNorm):
         both = _negated_least_and_largest(x, as_mask(mask, x.shape), where)
         some = jnp.broadcast_to(jnp.asarray(size) > 0, both.shape[1:])
         each = jnp.concatenate([both, some[None].astype(both.dtype)])
-        each = devices.gather(each, self.axis_name, self.axis_index_groups)
+        each = devices.gather(each, self.peers())
         valid = each[:, 2:] > 0
         most = jnp.where(valid, each[:, :2], -jnp.inf).max(0)
         most = jnp.where(valid.any(0), most, 0)

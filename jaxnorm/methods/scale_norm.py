@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.standardize import standardize
 
 
@@ -27,6 +28,7 @@ class ScaleNorm(StatelessNorm):
         """One scale, the square root of the number of features."""
         return {"scale": jnp.full((), math.prod(feature_shape) ** 0.5, dtype)}
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)
         m = self.own_moments(x, mask)

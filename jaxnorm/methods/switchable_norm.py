@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxnorm import axes, running
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -37,12 +38,14 @@ class SwitchableNorm(RunningNorm):
         ones = {k: jnp.ones(3, dtype) for k in ("mean_weight", "var_weight")}
         return super().init_params(feature_shape, dtype) | ones
 
+    @one_rounding
     def by_batch(self, x, params, stats, *, mask, dtype):
         instance, layer = self._of_examples(x, mask)
         batch = pool(instance, lambda v: v.sum(0, keepdims=True))
         batch = self.sync(batch)
         return self._mixed(x, params, instance, layer, batch, mask, dtype), batch
 
+    @one_rounding
     def evaluate(self, x, params, stats, *, mask, dtype):
         kept = running.read(stats, self.axes(x.shape), x.dtype)
         return self._mixed(x, params, *self._of_examples(x, mask), kept, mask, dtype)
@@ -56,11 +59,13 @@ class SwitchableNorm(RunningNorm):
     def _mixed(self, x, params, instance, layer, batch, mask, dtype):
         names = ("mean_weight", "var_weight")
         weights = [_shares(k, params.get(k), layer.var.dtype) for k in names]
-        mean, var, *weights = vary_together(x, batch.mean, batch.var, *weights)
-        mean = _mixture(weights[0], instance.mean, layer.mean, mean)
-        shares = weights[1]
-        var = shares[0] * instance.var + shares[1] * layer.var + shares[2] * var
-        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
+        batch = batch.broadcast_to(batch.var.shape)
+        mean, var, residue, *weights = vary_together(
+            x, batch.mean, batch.var, batch.residue, *weights
+        )
+        batch = Moments(mean, var, 1, residue)
+        m = _mixture(*weights, instance, layer, batch)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)
 
 
 def _shares(name, weight, dtype):
@@ -73,10 +78,16 @@ def _shares(name, weight, dtype):
     return jax.nn.softmax(weight)
 
 
-def _mixture(shares, instance, layer, batch):
-    """The shares add up to 1: equal parts give exactly these."""
-    shares = shares.astype(instance.dtype)
-    return instance + shares[1] * (layer - instance) + shares[2] * (batch - instance)
+def _mixture(of_mean, of_var, instance, layer, batch):
+    """The weighted averages. What the mean differs by from that of the instance stays
+    apart from it, so that it is not rounded: these shares add up to 1."""
+    of_mean = of_mean.astype(instance.mean.dtype)
+    residue = instance.residue
+    for share, m in zip(of_mean[1:], (layer, batch), strict=True):
+        apart = (m.mean - instance.mean) + (m.residue - instance.residue)
+        residue = residue + share * apart
+    var = sum(s * m.var for s, m in zip(of_var, (instance, layer, batch), strict=True))
+    return Moments(instance.mean, var, 1, residue)
 
 
 def switchable_norm(

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm import axes
 from jaxnorm.base import StatelessNorm, method
+from jaxnorm.dtypes import one_rounding
 from jaxnorm.moments import Moments, moments, pool
 
 
@@ -40,6 +41,7 @@ class VirtualBatchNorm(StatelessNorm):
         self.axes(shape)  # which raises if there is no batch
         return super().lone_values((min(self.size, shape[0]), *shape[1:]), flag)
 
+    @one_rounding
     def transform(self, x, params, *, mask, dtype):
         if self.size > x.shape[0]:
             raise ValueError(
@@ -54,14 +56,16 @@ class VirtualBatchNorm(StatelessNorm):
         reference = self.sync(pool(first, lambda v: v.sum(0, keepdims=True)))
         both = Moments(*map(_stacked, reference, others))
         pooled = pool(both, lambda v: v.sum(0, keepdims=True))
-        mean, var = (
+        mean, var, residue = (
             jnp.concatenate([jnp.broadcast_to(a, b.shape), c[0]])
             for a, b, c in (
                 (reference.mean, first.mean, pooled.mean),
                 (reference.var, first.var, pooled.var),
+                (reference.residue, first.residue, pooled.residue),
             )
         )
-        return self.by_given(x, params, Moments(mean, var, 1), mask=mask, dtype=dtype)
+        m = Moments(mean, var, 1, residue)
+        return self.by_given(x, params, m, mask=mask, dtype=dtype)
 
     def _parted(self, v):
         return v[: self.size], v[self.size :]

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.devices import automatically
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
+from jaxnorm.moments import overflow_as_nan
 from jaxnorm.weights.arguments import check_epsilon
 
 
@@ -70,7 +71,7 @@ def _normalized(
     sigma = (left * matrix * right).sum()
     # Selected before the root, whose derivative at 0 would be infinite.
     square = jnp.where(sigma > 0, sigma**2 + epsilon, 1)
-    w = (weights * lax.rsqrt(square)).astype(kernel.dtype)
+    w = (weights * lax.rsqrt(overflow_as_nan(square))).astype(kernel.dtype)
     return w, right.reshape(u.shape).astype(u.dtype), sigma
 
 
