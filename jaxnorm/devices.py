@@ -307,7 +307,8 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
             out = f(*jax.tree.unflatten(tree, given))
         return jax.tree.map(placed, like, out)
 
-    # A shard_map over some of the axes keeps nothing on others than it has itself.
+    # What a shard_map over some of the axes keeps for its backward pass, such as these
+    # arrays, must have the axes that it has itself.
     return jax.checkpoint(run)(arrays) if mesh.manual_axes else run(arrays)
 
 
