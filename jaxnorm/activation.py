@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 
 from jaxnorm.arguments import check_real, shown
 from jaxnorm.dtypes import as_floating
-from jaxnorm.moments import sharded_axes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -73,12 +72,10 @@ def without_masked(v: Array, mask: Array | None) -> Array:
 def pack(flags: Array) -> Array:
     """Booleans as one bit each, eight along the last axis in a byte.
 
-    As they are where that axis does not divide into eights, or is spread over devices.
+    As they are where that axis does not divide into eights.
     """
     last = flags.ndim - 1
     if not flags.size or last < 0 or flags.shape[last] % 8:
-        return flags
-    if last in sharded_axes(flags):
         return flags
     return jnp.packbits(flags, axis=-1)
 

@@ -309,6 +309,30 @@ class Norm(abc.ABC):
         )
 
 
+def on_any_mesh(apply: Callable[..., tuple[Array, dict[str, Array]]]) -> Any:
+    """The `apply` of a norm, also on a mesh of explicit axes.
+
+    The result is sharded as `x`, and the new statistics are as the old ones.
+    """
+
+    @functools.wraps(apply)
+    def call(self, x, params, stats, **others):
+        if getattr(self, "implementation", None) not in (None, "xla"):
+            # Kernels are parted along explicit axes, so that they can be exported.
+            return apply(self, x, params, stats, **others)
+
+        def applied(settings, others, x, params, stats):
+            norm = dataclasses.replace(self, **settings) if settings else self
+            return apply(norm, x, params, stats, **others)
+
+        stats = as_arrays(stats)
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, Array)}
+        given = settings, others, x, params, stats
+        return devices.automatically(applied, *given, like=(x, stats))
+
+    return call
+
+
 @method
 class StatelessNorm(Norm):
     """A norm by the moments of the array at hand, at training and evaluation alike."""
@@ -332,6 +356,7 @@ class StatelessNorm(Norm):
         return self.by_own_moments(x, params, mask=mask, dtype=dtype)[0]
 
     @final
+    @on_any_mesh
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
         self.check_bound()
         unknown = sorted(running.without(stats, running.MARKS))
@@ -455,6 +480,7 @@ class StatefulNorm(Norm):
         return _initial(self, features)
 
     @final
+    @on_any_mesh
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
         flag, args = use_running_average, {"mask": mask, "dtype": dtype, **inputs}
         by_running, held = running.RUNNING in stats, running.HELD in stats

@@ -198,6 +198,7 @@ class Standardize:
         self._axes(data.high.shape)
         return self.merge(self._fit(data, self.axis, mask, axis_name))
 
+    @devices.sharded_as("self")
     def merge(self, other: "Standardize") -> Self:
         """The moments of the union of two disjoint parts of the data.
 
@@ -258,6 +259,10 @@ class Standardize:
         """
         data = _as_data(x)
         dtype = data.high.dtype if dtype is None else _as_dtype(dtype)
+        given = self, data, mask, dtype
+        return devices.automatically(Standardize._applied, *given, like=data.high)
+
+    def _applied(self, data: "_Data", mask: Any, dtype: jnp.dtype) -> Array:
         axes, *values = self._read(data.high, dtype)
         mean, deviation, residue = (v.reshape(axes.param_shape()) for v in values)
         rstd = _reciprocal(deviation)
@@ -295,7 +300,11 @@ class Standardize:
         y = data.high if data.low is None else data.high + data.low
         if dtype is None:
             dtype = promote(y.dtype, self.mean.dtype)
-        axes, *values = self._read(y, _as_dtype(dtype))
+        given = self, y, _as_dtype(dtype)
+        return devices.automatically(Standardize._inverted, *given, like=y)
+
+    def _inverted(self, y: Array, dtype: jnp.dtype) -> Array:
+        axes, *values = self._read(y, dtype)
         mean, deviation, residue = (v.reshape(axes.param_shape()) for v in values)
         x = (y.astype(mean.dtype) * deviation + residue) + mean
         return x.astype(dtype)
@@ -470,15 +479,19 @@ def _fitted(
 ) -> dict[str, Array]:
     """The arrays of a Standardize of no more elements than can be taken at once."""
 
-    def whole(x):
+    def whole(x, mask):
         return devices.sync(moments(x, axes, mask=mask), axis_name)
 
-    m = whole(data.high)
-    eps = jnp.finfo(m.mean.dtype).eps
-    if data.low is not None:
+    def fitted(data, mask):
+        m = whole(data.high, mask)
+        if data.low is None:
+            return m
         pivot = lax.stop_gradient(m.mean)
-        m = moved(whole((data.high - pivot) + data.low), pivot)
-        eps = eps**2
+        return moved(whole((data.high - pivot) + data.low, mask), pivot)
+
+    like = devices.like_moments(data.high, axes)
+    m = devices.automatically(fitted, data, mask, like=like)
+    eps = jnp.finfo(m.mean.dtype).eps ** (1 if data.low is None else 2)
     size = jnp.asarray(m.size, jnp.int32)
     mean, var, residue, size = (
         jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)
@@ -520,7 +533,8 @@ def _split(
 
 def _reciprocal(deviation: Array) -> Array:
     """`1 / deviation`, and 0 of 0."""
-    return jnp.where(deviation == 0, 0, 1 / jnp.where(deviation == 0, 1, deviation))
+    usable = jnp.where(deviation == 0, 1, overflow_as_nan(deviation))
+    return jnp.where(deviation == 0, 0, 1 / usable)
 
 
 @functools.partial(jax.jit, inline=True)

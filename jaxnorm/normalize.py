@@ -104,7 +104,15 @@ def normalize(
     if implementation not in (None, "xla"):
         following = activation, residual, implementation
         return _by_kernels(plan, x, mask, shared, epsilon, scale, bias, *following)
-    given = x, mask, shared, jnp.asarray(epsilon, wide).real, scale, bias
+    given = x, mask, shared, jnp.asarray(epsilon, wide).real, scale, bias, residual
+    how = functools.partial(_followed, plan, activation)
+    like = x, devices.like_moments(x, axes)
+    return devices.automatically(how, *given, like=like)
+
+
+def _followed(plan, activation, x, mask, shared, epsilon, scale, bias, residual):
+    """Normalizes, and does what follows."""
+    given = x, mask, shared, epsilon, scale, bias
     if activation == "relu":
         return _rectify(plan, *given, residual)
     y, m = _normalize(plan, *given)

@@ -22,6 +22,7 @@ from jaxnorm.arguments import (
     shown,
 )
 from jaxnorm.axes import Axes
+from jaxnorm.devices import sharded_as
 from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.moments import Moments, pool
 
@@ -81,6 +82,7 @@ def read(
     return Moments(mean.reshape(shape), var.reshape(shape), 1)
 
 
+@sharded_as("stats")
 def update_stats(
     stats: Mapping[str, ArrayLike],
     m: Moments,

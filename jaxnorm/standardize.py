@@ -11,11 +11,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm.arguments import as_array
 from jaxnorm.axes import Axes
-from jaxnorm.devices import vary_together
+from jaxnorm.devices import sharded_as, vary_together
 from jaxnorm.dtypes import as_floating, out_dtype, promote
 from jaxnorm.moments import aligned, as_mask, check_axes, fold
 
 
+@sharded_as("x")
 def standardize(
     x: ArrayLike,
     mean: Array,

@@ -2,16 +2,30 @@
 
 import functools
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from norms import MOMENTS, NORMS, RUNNING, SYNCED, assert_close, changed, moved, problem
+from norms import (
+    MOMENTS,
+    NORMS,
+    RUNNING,
+    SYNCED,
+    assert_close,
+    changed,
+    everything,
+    moved,
+    problem,
+)
 
 import jaxnorm
+import jaxnorm.linen
+import jaxnorm.nnx
 from jaxnorm import devices
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -159,33 +173,306 @@ def test_synchronized_variance_is_exact_far_from_zero(offset, masked):
     np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name, explicit",
-    [(n, False) for n in MOMENTS] + [(n, True) for n in ("batch", "layer")],
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+class Layout(NamedTuple):
+    """A mesh of 2 x 2 devices, and what of a norm's arrays is spread over it.
+
+    The features are over "b", and another axis of the input over "a": the examples or,
+    if there is space, the first axis of that.
+    """
+
+    kinds: tuple[jax.sharding.AxisType, ...]
+    space: bool = False
+    whole: bool = True  # or parameters and statistics are spread as the features
+
+    @property
+    def mesh(self):
+        return jax.make_mesh((2, 2), ("a", "b"), axis_types=self.kinds)
+
+    def of_input(self, row):
+        rank, feature = len(row.shape), row.norm.axes(row.shape).feature[-1]
+        spaces = self.space and rank > 2 and feature != 1 and row.shape[1] % 2 == 0
+        return P(*({int(spaces): "a", feature: "b"}.get(a) for a in range(rank)))
+
+    def of_state(self, row, shape):
+        features = row.norm.axes(row.shape).feature_shape[-1:]
+        fits = shape[-1:] == features and not self.whole
+        return P(*[None] * (len(shape) - 1), "b") if fits else P()
+
+    def place(self, row, p, stats) -> tuple[Any, ...]:
+        """x, parameters, statistics, mask and cotangent."""
+
+        def put(v, spec):
+            return jax.device_put(v, NamedSharding(self.mesh, spec))
+
+        spec = self.of_input(row)
+        sizes = zip(spec, p.mask.shape, strict=True)
+        mask = P(*(name if n > 1 else None for name, n in sizes))
+        state = (p.params, stats)
+        state = jax.tree.map(lambda v: put(v, self.of_state(row, np.shape(v))), state)
+        return put(p.x, spec), *state, put(p.mask, mask), put(p.cotangent, spec)
+
+
+LAYOUTS = {
+    "automatic": Layout((AUTO, AUTO)),
+    "explicit": Layout((EXPLICIT, EXPLICIT), whole=False),
+    "mixed": Layout((EXPLICIT, AUTO), space=True),
+}
+# Within a norm, explicit axes are automatic: these stand for the others there.
+IN_ALL_LAYOUTS = (
+    *("batch", "layer", "rms_space", "group", "instance", "ghost_ragged", "online"),
+    *("virtual", "domain", "range", "iter", "switchable"),
 )
+
+
+def step(row):
+    """The row's norm, by the batch or by running statistics, and its gradients."""
+
+    def f(flag, x, params, stats, mask, cotangent):
+        how = {"use_running_average": flag} if row.norm.has_stats else {}
+
+        def apply(x, params):
+            return row.norm(x, params, stats, mask=mask, **how, **row.inputs(x))
+
+        y, pull, new = jax.vjp(apply, x, params, has_aux=True)
+        return y, new, *pull(cotangent)
+
+    return f
+
+
+def shardings(tree):
+    return jax.tree.map(lambda v: jax.typeof(v).sharding, tree)
+
+
+@pytest.mark.parametrize("name", NORMS)
 @pytest.mark.usefixtures("quick_compilation")
-def test_sharded_inputs_under_jit_need_nothing(name, explicit):
+def test_sharded_arrays_need_nothing(name):
+    """On every kind of mesh, in training and evaluation, with masks and gradients; what
+    is explicitly sharded, stays so."""
     row = NORMS[name]
-    p = problem(row)
-    weights = p.cotangent
-    plain = called(row)
-    f = jax.jit(value_and_grads(plain, weights))
-    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
-    grid = jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
-    for mask in (np.ones(row.shape, bool), p.mask):
-        one = f(p.x, p.params, p.stats, mask)
-        with jax.set_mesh(grid):
-            place = functools.partial(
-                jax.device_put, device=NamedSharding(grid, P("d"))
-            )
-            whole = NamedSharding(grid, P())
-            args = place(p.x), *jax.device_put((p.params, p.stats), whole), place(mask)
-            g = jax.jit(value_and_grads(plain, place(weights)))
-            many = g(*args)
-        assert many[0].sharding.is_equivalent_to(place(p.x).sharding, p.x.ndim)
-        jax.tree.map(
-            functools.partial(assert_close, summed=p.x.size, size=10), many, one
+    p, stats, f = problem(row), moved(row), jax.jit(step(row))
+    flags = [np.bool_(v) for v in ([False, True] if row.norm.has_stats else [False])]
+    one = [f(v, p.x, p.params, stats, p.mask, p.cotangent) for v in flags]
+    for kind in LAYOUTS if name in IN_ALL_LAYOUTS else ["explicit"]:
+        layout = LAYOUTS[kind]
+        given = layout.place(row, p, stats)
+        with jax.set_mesh(layout.mesh):
+            many = [f(v, *given) for v in flags]
+        close = functools.partial(assert_close, summed=p.x.size, size=30)
+        jax.tree.map(close, many, one)
+        x, params, stats_, _, _ = shardings(given)
+        for v in many:
+            assert shardings(v) == (x, stats_, x, params)
+
+
+def test_explicit_axes_without_jit():
+    row, layout = NORMS["batch"], LAYOUTS["explicit"]
+    p, stats = problem(row), moved(row)
+    one = everything("batch", p.x, p.params, stats, p.mask, p.cotangent)[:2]
+    x, params, stats, mask, _ = layout.place(row, p, stats)
+    with jax.set_mesh(layout.mesh):
+        many = row.norm(x, params, stats, mask=mask)
+    close = functools.partial(assert_close, summed=p.x.size, size=30)
+    jax.tree.map(close, many, one)
+    assert shardings(many) == shardings((x, stats))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_shard_map_over_some_explicit_axes():
+    """Devices along one axis are named, those along the other hold the features."""
+    row, layout = NORMS["batch"], LAYOUTS["explicit"]
+    p, stats = problem(row), moved(row)
+    one = everything("batch", p.x, p.params, stats, p.mask, p.cotangent)
+    given = layout.place(row, p, stats)
+    norm = changed(row.norm, axis_name="a")
+
+    @jax.jit
+    def f(x, params, stats, mask, cotangent):
+        mapped = jax.shard_map(
+            lambda x, params, mask: norm(x, params, stats, mask=mask),
+            in_specs=(P("a"), P(), P("a")),
+            out_specs=(P("a"), P()),
+            axis_names={"a"},
         )
+        y, pull, new = jax.vjp(
+            lambda x, params: mapped(x, params, mask), x, params, has_aux=True
+        )
+        return y, new, *pull(cotangent)
+
+    with jax.set_mesh(layout.mesh):
+        many = f(*given)
+    close = functools.partial(assert_close, summed=p.x.size, size=30)
+    jax.tree.map(close, many, one)
+
+
+def test_arrays_may_be_spread_in_ways_that_do_not_fit():
+    """Parameters over the axis that the batch is over, statistics over none, and a mask
+    that every device has."""
+    row, layout = NORMS["batch"], LAYOUTS["explicit"]
+    p, stats = problem(row), moved(row)
+    mask = p.mask[:, :1, :1, :1]
+    one = everything("batch", p.x, p.params, stats, mask, p.cotangent)
+    x, _, _, _, cotangent = layout.place(row, p, stats)
+    params = jax.device_put(p.params, NamedSharding(layout.mesh, P("a")))
+    with jax.set_mesh(layout.mesh):
+        many = everything("batch", x, params, stats, mask, cotangent)
+    close = functools.partial(assert_close, summed=p.x.size, size=30)
+    jax.tree.map(close, many, one)
+    assert shardings(many[3]) == shardings(params)
+
+
+def test_functions_are_called_on_axes_as_they_were():
+    """The layer before a cross-iteration norm, with a kernel that is sharded."""
+    rng = np.random.default_rng(0)
+    inputs, kernel = (rng.normal(size=s).astype(np.float32) for s in ((8, 4), (4, 6)))
+    norm = jaxnorm.CrossIterationBatchNorm(window=2, kernel_shape=kernel.shape)
+    stats = norm.init_stats((6,))
+    seen = []
+
+    @jax.jit
+    def f(inputs, kernel):
+        def layer(kernel):
+            seen.append(jax.typeof(kernel).sharding.spec)
+            return inputs @ kernel
+
+        return norm(layer(kernel), {}, stats, kernel=kernel, layer=layer)
+
+    one = f(inputs, kernel)
+    grid = LAYOUTS["explicit"].mesh
+    with jax.set_mesh(grid):
+        many = f(
+            jax.device_put(inputs, NamedSharding(grid, P("a"))),
+            jax.device_put(kernel, NamedSharding(grid, P(None, "b"))),
+        )
+    jax.tree.map(functools.partial(assert_close, summed=8, size=30), many, one)
+    assert seen[-2:] == [P(None, "b")] * 2
+
+
+def spread_like(grid, tree, features):
+    """`tree` with the arrays whose last axis is the features' spread as these."""
+
+    def put(v):
+        fits = np.shape(v)[-1:] == (features,)
+        spec = P(*[None] * (np.ndim(v) - 1), "b") if fits else P()
+        return jax.device_put(v, NamedSharding(grid, spec))
+
+    return jax.tree.map(put, tree)
+
+
+def standardized(x, mask):
+    state = jaxnorm.Standardize.init(8).update(x, mask=mask).update(2 * x)
+    return state, state.apply(x, mask=mask), state.invert(x)
+
+
+def accumulated(x, mask):
+    norm = jaxnorm.BatchNorm()
+    stats = jaxnorm.accumulate(norm.init_stats((8,)))
+    for scale in (1, 2):
+        _, stats = norm(scale * x, {}, stats, mask=mask)
+    return jaxnorm.commit(stats, momentum=0.5)
+
+
+def of_kernels(x, mask):
+    scale = jnp.abs(x).max((0, 1)) + 1
+    spectral = jaxnorm.spectral_norm(x, scale)
+    return jaxnorm.weight_norm(x, scale), jaxnorm.weight_standardize(x), spectral
+
+
+def directly(x, mask):
+    y, m = jaxnorm.positional_norm(x, mask=mask)
+    moments = jaxnorm.batch_norm(x, jaxnorm.init_stats(8), use_running_average=False)
+    return y, m, moments
+
+
+@pytest.mark.parametrize("f", [standardized, accumulated, of_kernels, directly])
+@pytest.mark.usefixtures("quick_compilation")
+def test_functions_on_explicit_axes(f):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6, 8)).astype(np.float32)
+    mask = rng.random((4, 6, 1)) > 0.3
+    one = jax.jit(f)(x, mask)
+    grid = LAYOUTS["explicit"].mesh
+    with jax.set_mesh(grid):
+        x = jax.device_put(x, NamedSharding(grid, P("a", None, "b")))
+        many = jax.jit(f)(x, jax.device_put(mask, NamedSharding(grid, P())))
+    jax.tree.map(functools.partial(assert_close, summed=x.size, size=30), many, one)
+
+
+LINEN = {
+    "BatchNorm": jaxnorm.linen.BatchNorm(use_running_average=False),
+    "LayerNorm": jaxnorm.linen.LayerNorm(),
+    "GroupNorm": jaxnorm.linen.GroupNorm(num_groups=1),
+    "Norm": jaxnorm.linen.Norm(jaxnorm.BatchRenorm(), use_running_average=False),
+    "WeightNorm": jaxnorm.linen.WeightNorm(linen.Dense(8)),
+    "WeightStandardization": jaxnorm.linen.WeightStandardization(linen.Dense(8)),
+    "SpectralNorm": jaxnorm.linen.SpectralNorm(linen.Dense(8)),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.usefixtures("quick_compilation")
+def test_linen_on_explicit_axes(name):
+    layer = LINEN[name]
+    x = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    flag = {"update_stats": True} if name == "SpectralNorm" else {}
+    variables = layer.init(jax.random.key(0), x, **flag)
+
+    @jax.jit
+    def f(variables, x):
+        def loss(params, x):
+            given = variables | {"params": params}
+            y, new = layer.apply(given, x, **flag, mutable=["batch_stats"])
+            return (y**3).sum(), (y, new)
+
+        params = variables.get("params", {})
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+    check_on_explicit_axes(f, variables, x)
+
+
+NNX = {
+    "BatchNorm": lambda rngs: jaxnorm.nnx.BatchNorm(8, rngs=rngs),
+    "LayerNorm": lambda rngs: jaxnorm.nnx.LayerNorm(8, rngs=rngs),
+    "GroupNorm": lambda rngs: jaxnorm.nnx.GroupNorm(8, num_groups=1, rngs=rngs),
+    "Norm": lambda rngs: jaxnorm.nnx.Norm(jaxnorm.BatchRenorm(), 8),
+    "WeightNorm": lambda rngs: jaxnorm.nnx.WeightNorm(
+        nnx.Linear(8, 8, rngs=rngs), rngs=rngs
+    ),
+    "SpectralNorm": lambda rngs: jaxnorm.nnx.SpectralNorm(
+        nnx.Linear(8, 8, rngs=rngs), rngs=rngs
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+@pytest.mark.usefixtures("quick_compilation")
+def test_nnx_on_explicit_axes(name):
+    x = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    graph, params, rest = nnx.split(NNX[name](nnx.Rngs(0)), nnx.Param, ...)
+
+    @jax.jit
+    def f(variables, x):
+        def loss(params, x):
+            # New variables, as those from outside may not be written to.
+            layer = nnx.merge(graph, params, jax.tree.map(lambda v: v, variables[1]))
+            y = layer(x)
+            return (y**3).sum(), (y, nnx.split(layer, nnx.Param, ...)[2])
+
+        return jax.grad(loss, (0, 1), has_aux=True)(variables[0], x)
+
+    check_on_explicit_axes(f, (params, rest), x)
+
+
+def check_on_explicit_axes(f, variables, x):
+    one = f(variables, x)
+    grid = LAYOUTS["explicit"].mesh
+    with jax.set_mesh(grid):
+        variables = spread_like(grid, variables, 8)
+        x = jax.device_put(x, NamedSharding(grid, P("a", None, "b")))
+        many = f(variables, x)
+    jax.tree.map(functools.partial(assert_close, summed=x.size, size=30), many, one)
 
 
 GROUPS = ([[0, 1], [2, 3]], [[0, 3], [1, 2]], [[0], [1, 2, 3]])
@@ -385,22 +672,6 @@ def test_aligned_virtual_batches_communicate_nothing():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["ghost_ragged", "online", "virtual", "domain", "range", "iter", "switchable"],
-)
-@pytest.mark.usefixtures("quick_compilation")
-def test_sharded_inputs_give_the_same_under_jit(name):
-    row = NORMS[name]
-    p, stats, call = problem(row), moved(row), jax.jit(called(row))
-    one = call(p.x, p.params, stats, p.mask)
-    place = functools.partial(
-        jax.device_put, device=NamedSharding(mesh(d=DEVICES), P("d"))
-    )
-    many = call(place(p.x), p.params, stats, place(p.mask))
-    jax.tree.map(functools.partial(assert_close, summed=p.x.size, size=30), many, one)
-
-
-@pytest.mark.parametrize(
     "name, check_vma, masked",
     [("batch", v, m) for v in (True, False) for m in (True, False)]
     + [("layer_space", True, False), ("rms_space", False, True), ("group", True, True)]
@@ -538,11 +809,13 @@ def test_one_value_per_variance_counts_all_devices():
 
 
 @pytest.mark.parametrize("name", RUNNING)
-def test_no_copy_of_the_input_between_devices(name):
+@pytest.mark.parametrize("kind", ["automatic", "explicit"])
+def test_no_copy_of_the_input_between_devices(name, kind):
     """Under jit, x stays where it is: nothing of its size is communicated."""
-    row = RUNNING[name]
+    row, layout = RUNNING[name], LAYOUTS[kind]
     p = problem(row)
-    grid = mesh(d=4)
-    x = jax.device_put(p.x, NamedSharding(grid, P("d")))
-    text = jax.jit(row.norm).lower(x, p.params, p.stats).compile().as_text()
+    x, params, stats, _, cotangent = layout.place(row, p, p.stats)
+    with jax.set_mesh(layout.mesh):
+        f = jax.jit(functools.partial(step(row), False))
+        text = f.lower(x, params, stats, None, cotangent).compile().as_text()
     assert set(collectives(text)) <= {"all-reduce"}

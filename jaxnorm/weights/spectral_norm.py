@@ -1,11 +1,12 @@
 """Spectral normalization (Miyato et al., 2018, https://arxiv.org/abs/1802.05957)."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxnorm.arguments import as_epsilon, as_integer
+from jaxnorm.devices import automatically
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
 from jaxnorm.moments import overflow_as_nan
 
@@ -55,6 +56,13 @@ def spectral_norm(
     kernel, u = as_floating(kernel, "kernel"), as_floating(u, "u")
     epsilon, n_steps = as_epsilon("epsilon", epsilon), as_integer("n_steps", n_steps)
     _check(kernel, u, n_steps)
+    like = kernel, u, PartitionSpec()
+    return automatically(_normalized, kernel, u, n_steps, epsilon, like=like)
+
+
+def _normalized(
+    kernel: Array, u: Array, n_steps: int, epsilon: ArrayLike
+) -> tuple[Array, Array, Array]:
     wide = at_least_float32(promote(kernel.dtype, u.dtype))
     weights = kernel.astype(wide)
     matrix = weights.reshape(-1, kernel.shape[-1])
@@ -64,7 +72,7 @@ def spectral_norm(
     # Selected before the root, whose derivative at 0 would be infinite.
     square = jnp.where(sigma > 0, sigma**2 + epsilon, 1)
     w = (weights * lax.rsqrt(overflow_as_nan(square))).astype(kernel.dtype)
-    return w, _typed_as(u, right.reshape(u.shape)), sigma
+    return w, right.reshape(u.shape).astype(u.dtype), sigma
 
 
 def _check(kernel: Array, u: Array, n_steps: int) -> None:
@@ -91,8 +99,7 @@ def _check(kernel: Array, u: Array, n_steps: int) -> None:
 def _singular_vectors(matrix: Array, u: Array, n_steps: int) -> tuple[Array, Array]:
     """The right vector, a row, and the left one, a column, after `n_steps` from `u`.
 
-    Sums of products, not matrix products: these are less exact by default on
-    accelerators, and refuse axes that are sharded alike.
+    Sums of products: matrix products are less exact by default on accelerators.
     """
     u = _unit(u, jnp.full_like(u, max(u.size, 1) ** -0.5))
     v = jnp.zeros((len(matrix), 1), matrix.dtype)
@@ -102,19 +109,10 @@ def _singular_vectors(matrix: Array, u: Array, n_steps: int) -> tuple[Array, Arr
     return u, v
 
 
-def _typed_as(old: Array, new: Array) -> Array:
-    """`new` in the dtype of `old` and, where axes are explicit, its sharding."""
-    sharding = jax.typeof(old).sharding
-    if sharding != jax.typeof(new).sharding:
-        new = jax.sharding.reshard(new, sharding)
-    return new.astype(old.dtype)
-
-
 def _unit(x: Array, otherwise: Array) -> Array:
     """`x` at length 1, however small; `otherwise` where `x` is 0 or holds a NaN."""
     largest = jnp.max(jnp.abs(x), initial=0)
     usable = largest > 0
     x = jnp.where(usable, x / jnp.where(usable, largest, 1), 0)
     length = jnp.maximum(jnp.linalg.norm(x), 1)  # no less, where the largest is 1
-    # A sum, as a selection would not take arrays that are sharded in different ways.
-    return x / length + jnp.where(usable, 0, otherwise)
+    return jnp.where(usable, x / length, otherwise)
