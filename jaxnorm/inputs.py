@@ -16,7 +16,15 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import devices
 from jaxnorm.axes import Axes, Shape, keep
 from jaxnorm.dtypes import as_floating, at_least_float32, promote, widened
-from jaxnorm.moments import Moments, aligned, as_mask, moments, moved, union
+from jaxnorm.moments import (
+    Moments,
+    aligned,
+    as_mask,
+    moments,
+    moved,
+    overflow_as_nan,
+    union,
+)
 from jaxnorm.standardize import standardize
 
 MAX_SIZE = 2**31 - 1  # moments are taken of at most so many elements at once
