@@ -3,7 +3,9 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jax.export import is_symbolic_dim
 
 Shape = tuple[int, ...]
 
@@ -26,6 +28,11 @@ class Axes(NamedTuple):
     def size(self) -> int:
         """How many elements each statistic is taken over."""
         return math.prod(self.folded[a] for a in self.reduce)
+
+    @property
+    def size_is_known(self) -> bool:
+        """Whether `size` can be compared while tracing, as can what it consists of."""
+        return is_known(*(self.folded[a] for a in self.reduce))
 
     @property
     def feature_shape(self) -> Shape:
@@ -66,6 +73,15 @@ class Axes(NamedTuple):
         """
         plain = tuple(a for a in self.reduce if self.origin[a] not in self.feature)
         return plain, tuple(a for a in self.reduce if a not in plain)
+
+
+def is_known(*sizes: Any) -> bool:
+    """Whether these sizes are numbers, and none is left open, as `jax.export` may.
+
+    What is open can be computed with, but not compared by size: there are formulas that
+    need no decision. It equals a number only if it always does.
+    """
+    return not any(map(is_symbolic_dim, sizes))
 
 
 def canonicalize(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Shape:
