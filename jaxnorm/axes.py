@@ -212,7 +212,8 @@ def _num_groups(features: int, num_groups: int | None, group_size: int | None) -
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1 or features % value:
-        raise ValueError(
-            f"{name}={value} does not divide the {features} features: choose a divisor"
-        )
+        by = "choose a divisor"
+        if not is_known(features):
+            by = f"give them a shape such as {value}*k in jax.export.symbolic_shape"
+        raise ValueError(f"{name}={value} does not divide the {features} features: {by}")
     return value if group_size is None else features // value

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
+from jax.errors import InconclusiveDimensionOperation
 
+from jaxnorm.axes import is_known
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
 AxisName = str | tuple[str, ...]
@@ -27,6 +29,12 @@ def axis_size(axis_name: AxisName) -> int:
         return lax.axis_size(axis_name)
     except NameError:
         pass
+    except InconclusiveDimensionOperation:
+        raise ValueError(
+            f"axis_name={axis_name!r} maps an axis whose size is open, over which JAX "
+            "cannot sum: give it a number in the shapes for jax.export, or let the norm "
+            "take the whole array, without jax.vmap"
+        ) from None
     names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()
     bound = ", ".join(repr(n) for n in names) or "none"
     raise ValueError(
@@ -99,7 +107,7 @@ def _sync(name: AxisName, groups: Groups | None, m: Moments) -> Moments:
     residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
     m = Moments(m.mean, m.var, own, residue)
     slots = axis_size(name) * len(m) * m.mean.size * m.mean.dtype.itemsize
-    if groups is None and slots > MAX_SLOT_BYTES:
+    if groups is None and is_known(slots) and slots > MAX_SLOT_BYTES:
         return pool(m, lambda v: lax.psum(v, name))
     return _pool_slots(m, name, groups)
 

@@ -318,7 +318,7 @@ def _as_data(x: Any) -> Array:
 
 def _check_size(axes: Axes, axis_name: str | Sequence[str] | None) -> None:
     count = devices.group_size(devices.as_axis_name(axis_name), None)
-    if axes.size * count > MAX_SIZE:
+    if axes.size_is_known and axes.size * count > MAX_SIZE:
         raise ValueError(
             f"an input of shape {axes.shape} on each of {count} devices has "
             f"{axes.size * count} elements per feature, but sizes are int32: fit at "

@@ -81,7 +81,7 @@ class IterNorm(StatefulNorm):
     def _groups(self, features):
         """How many groups of features there are, and of how many."""
         size = self.group_size
-        if size is not None and self.num_groups is None:
+        if size is not None and self.num_groups is None and axes.is_known(features):
             size = min(size, features)  # a group of 64 at most, of fewer features
         where = axes.groups(
             (1, features), -1, num_groups=self.num_groups, group_size=size
