@@ -215,5 +215,7 @@ def _num_groups(features: int, num_groups: int | None, group_size: int | None) -
         by = "choose a divisor"
         if not is_known(features):
             by = f"give them a shape such as {value}*k in jax.export.symbolic_shape"
-        raise ValueError(f"{name}={value} does not divide the {features} features: {by}")
+        raise ValueError(
+            f"{name}={value} does not divide the {features} features: {by}"
+        )
     return value if group_size is None else features // value

@@ -32,8 +32,8 @@ def axis_size(axis_name: AxisName) -> int:
     except InconclusiveDimensionOperation:
         raise ValueError(
             f"axis_name={axis_name!r} maps an axis whose size is open, over which JAX "
-            "cannot sum: give it a number in the shapes for jax.export, or let the norm "
-            "take the whole array, without jax.vmap"
+            "cannot sum: give it a number in the shapes for jax.export, or normalize "
+            "the whole array, without jax.vmap"
         ) from None
     names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()
     bound = ", ".join(repr(n) for n in names) or "none"

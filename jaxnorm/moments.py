@@ -19,10 +19,10 @@ class Moments(NamedTuple):
 
     All broadcast against the array in its folded shape. `mean` and `var` are at least
     float32. `size` is exact: a Python integer where nothing is masked, so that it is
-    known while tracing, and an int32 array where the mask decides, or where `jax.export`
-    leaves the shape open. `residue` is what
-    rounding has cut off the mean: without it, moments of small sets far from 0 could
-    not be pooled exactly, nor the sets be standardized.
+    known while tracing, and an int32 array where the mask decides, or where shapes are
+    open, as in `jax.export`. `residue` is what rounding has cut off the mean: without
+    it, moments of small sets far from 0 could not be pooled exactly, nor the sets be
+    standardized.
     """
 
     mean: Array
