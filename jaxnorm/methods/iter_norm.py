@@ -1,6 +1,5 @@
 """Iterative normalization (Huang et al., 2019, https://arxiv.org/abs/1904.03441)."""
 
-import math
 import operator
 from collections.abc import Sequence
 
@@ -102,20 +101,19 @@ class IterNorm(StatefulNorm):
         return mask
 
     def _rows(self, x, mean, mask):
-        """Centred, as (elements, groups, features of each); 0 where masked."""
+        """Centred, as (..., groups, features of each); 0 where masked."""
         where = self.axes(x.shape)
         x = fold(x, mask, where) - mean
         x = x if mask is None else jnp.where(mask, x, 0)
         x = jnp.moveaxis(x, where.feature[0], -1)
-        count = math.prod(x.shape[:-1])
-        return x.reshape(count, *self._groups(x.shape[-1]))
+        return x.reshape(*x.shape[:-1], *self._groups(x.shape[-1]))
 
     def _products(self, x, mean, mask):
         """Sums of products of features; only `x` is kept for the backward pass."""
 
         def products(x, mean):
             rows = self._rows(x, mean, mask)
-            return jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
+            return jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
 
         (mean,) = vary_together(x, mean)
         return jax.checkpoint(products, prevent_cse=False)(x, mean)
@@ -141,7 +139,7 @@ class IterNorm(StatefulNorm):
 
         def whiten(x, mean, matrix, scale, bias):
             rows = self._rows(x.reshape(where.shape), mean, None)
-            y = jnp.einsum("ngi,gij->ngj", rows, matrix, precision="highest")
+            y = jnp.einsum("...gi,gij->...gj", rows, matrix, precision="highest")
             at = where.feature[0]
             others = where.shape[:at] + where.shape[at + 1 :]
             y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)
