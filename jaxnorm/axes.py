@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jax.export import is_symbolic_dim
 
 from jaxnorm.arguments import as_integer, as_integers, as_shape
 
@@ -27,6 +29,11 @@ class Axes(NamedTuple):
     def size(self) -> int:
         """How many elements each statistic is taken over."""
         return math.prod(self.folded[a] for a in self.reduce)
+
+    @property
+    def size_is_known(self) -> bool:
+        """Whether `size` can be compared while tracing, as can what it consists of."""
+        return is_known(*(self.folded[a] for a in self.reduce))
 
     @property
     def feature_shape(self) -> Shape:
@@ -67,6 +74,15 @@ class Axes(NamedTuple):
         """
         plain = tuple(a for a in self.reduce if self.origin[a] not in self.feature)
         return plain, tuple(a for a in self.reduce if a not in plain)
+
+
+def is_known(*sizes: Any) -> bool:
+    """Whether these sizes are numbers, and none is left open, as `jax.export` may.
+
+    What is open can be computed with, but not compared by size: there are formulas that
+    need no decision. It equals a number only if it always does.
+    """
+    return not any(map(is_symbolic_dim, sizes))
 
 
 def canonicalize(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Shape:
@@ -204,8 +220,11 @@ def _groups(
     )
     value = as_integer(name, value)
     if value < 1 or features % value:
+        by = "choose a divisor"
+        if not is_known(features):
+            by = f"give them a shape such as {value}*k in jax.export.symbolic_shape"
         raise ValueError(
-            f"{name}={value} does not divide the {features} features: choose a divisor"
+            f"{name}={value} does not divide the {features} features: {by}"
         )
     other = features // value
     return (value, other) if group_size is None else (other, value)

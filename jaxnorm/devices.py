@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
+from jax.errors import InconclusiveDimensionOperation
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -22,7 +23,7 @@ from jax.sharding import (
 )
 
 from jaxnorm.arguments import as_integer, check_instance, shown
-from jaxnorm.axes import Axes
+from jaxnorm.axes import Axes, is_known
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,6 +57,12 @@ def axis_size(axis_name: AxisName) -> int:
         return lax.axis_size(axis_name)
     except NameError:
         pass
+    except InconclusiveDimensionOperation:
+        raise ValueError(
+            f"axis_name={axis_name!r} maps an axis whose size is open, over which JAX "
+            "cannot sum: give it a number in the shapes for jax.export, or normalize "
+            "the whole array, without jax.vmap"
+        ) from None
     names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()
     bound = ", ".join(repr(n) for n in names) or "none"
     raise ValueError(
@@ -172,7 +179,8 @@ def _pooled(m: Moments, shared: Peers) -> Moments:
     residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
     m = Moments(m.mean, m.var, own, residue)
     slots = shared.size * len(m) * m.mean.size * m.mean.dtype.itemsize
-    if shared.groups is None and slots > MAX_SLOT_BYTES:
+    large = is_known(slots) and slots > MAX_SLOT_BYTES
+    if shared.groups is None and large:
         return pool(m, lambda v: lax.psum(v, shared.name))
     return _pool_slots(m, shared)
 

@@ -22,9 +22,10 @@ class Moments(NamedTuple):
 
     All broadcast against the array in its folded shape. `mean` and `var` are at least
     float32. `size` is exact: a Python integer where nothing is masked, so that it is
-    known while tracing, and an int32 array where the mask decides. `residue` is what
-    rounding has cut off the mean: without it, moments of small sets far from 0 could
-    not be pooled exactly, nor the sets be standardized.
+    known while tracing, and an int32 array where the mask decides, or where shapes are
+    open, as in `jax.export`. `residue` is what rounding has cut off the mean: without
+    it, moments of small sets far from 0 could not be pooled exactly, nor the sets be
+    standardized.
     """
 
     mean: Array
@@ -53,11 +54,8 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     if mask is None:
         return None
     given = _of_zeros_and_ones(mask)
-    try:
-        fits = np.broadcast_shapes(given.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
+    pairs = zip(reversed(given.shape), reversed(shape), strict=False)
+    if given.ndim > len(shape) or any(m not in (1, n) for m, n in pairs):
         raise ValueError(
             f"mask of shape {given.shape} does not broadcast to the input of shape "
             f"{shape}: each of its axes must be 1 or that of the input, from the last "
@@ -132,7 +130,7 @@ def moments(
     check_axes(axes, x.shape)
     center = as_bool("center", center)
     mask = as_mask(mask, x.shape)
-    size = axes.size if mask is None else _count(mask, axes)
+    size = _size(axes) if mask is None else _count(mask, axes)
     mean, var, residue = _mean_and_var(axes, center, x, mask, size)
     return Moments(mean, var, size, residue)
 
@@ -258,6 +256,11 @@ def fold_mask(mask: Array, axes: Axes) -> Array:
     return jnp.broadcast_to(mask, axes.shape).reshape(axes.folded)
 
 
+def _size(axes: Axes) -> int | Array:
+    """Elements per statistic, as an array where their number is open."""
+    return axes.size if axes.size_is_known else jnp.asarray(axes.size, jnp.int32)
+
+
 def _count(mask: Array, axes: Axes) -> Array:
     """Valid elements per statistic, in int32: float32 cannot count past 2**24."""
     return fold_mask(mask, axes).sum(axes.reduce, keepdims=True, dtype=jnp.int32)
@@ -306,8 +309,11 @@ def _pivot(x: Array, axes: Axes) -> Array:
 def _slab_axes(x: Array, axes: Axes) -> list[int]:
     """The reduced axes to take a part of, space before the batch.
 
-    None of those where a slice would move data between devices.
+    None of those where a slice would move data between devices, nor where it is open
+    how many elements there are.
     """
+    if not axes.size_is_known:
+        return []
     sharded = sharded_axes(x)
     usable = [a for a in axes.reduce if x.shape[a] > 1 and a not in sharded]
     return sorted(usable, key=lambda a: a == 0)
@@ -340,7 +346,7 @@ def _centered(
 
     Each compiler gets the formula that it makes the fewest passes over memory of.
     """
-    if mask is not None:
+    if mask is not None or not axes.size_is_known:
         return _about_the_mean(axes, x, mask, size)
     cpu = _in_two_passes if axes.per_feature == axes else _feature_by_feature
     cpu = _along_rows if axes.of_rows else cpu
@@ -394,10 +400,10 @@ def row_moments(x: Array, axes: Axes, center: bool) -> Moments:
     """
     if not center:
         return moments(x, axes, center=False)
-    x = fold(x, None, axes)
+    x, size = fold(x, None, axes), _size(axes)
     pivot = _pivot(x, axes)
-    shift, var = _shifted(axes, x, None, axes.size, pivot)
-    return Moments(pivot, var, axes.size, shift)
+    shift, var = _shifted(axes, x, None, size, pivot)
+    return Moments(pivot, var, size, shift)
 
 
 def _about_a_pivot(axes, x, mask, size):

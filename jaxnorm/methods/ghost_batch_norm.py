@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import max_dim
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
@@ -64,7 +65,7 @@ class GhostBatchNorm(RunningNorm):
         """With a last virtual batch that is larger, or the only one."""
         each = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
         each = each.broadcast_to(each.var.shape)
-        cut = max(x.shape[0] // self.size - 1, 0) * self.size
+        cut = max_dim(x.shape[0] // self.size - 1, 0) * self.size
         equal = pool(
             Moments(
                 *(

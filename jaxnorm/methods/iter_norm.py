@@ -1,6 +1,5 @@
 """Iterative normalization (Huang et al., 2019, https://arxiv.org/abs/1904.03441)."""
 
-import math
 import operator
 from collections.abc import Sequence
 
@@ -92,7 +91,7 @@ class IterNorm(StatefulNorm):
     def _groups(self, features):
         """How many groups of features there are, and of how many."""
         size = self.group_size
-        if size is not None and self.num_groups is None:
+        if size is not None and self.num_groups is None and axes.is_known(features):
             size = min(size, features)  # a group of 64 at most, of fewer features
         where = axes.groups(
             (1, features), -1, num_groups=self.num_groups, group_size=size
@@ -113,20 +112,19 @@ class IterNorm(StatefulNorm):
         return mask
 
     def _rows(self, x, mean, residue, mask):
-        """Centred, as (elements, groups, features of each); 0 where masked."""
+        """Centred, as (..., groups, features of each); 0 where masked."""
         where = self.axes(x.shape)
         x = fold(x, mask, where) - mean - residue
         x = x if mask is None else jnp.where(mask, x, 0)
         x = jnp.moveaxis(x, where.feature[0], -1)
-        count = math.prod(x.shape[:-1])
-        return x.reshape(count, *self._groups(x.shape[-1]))
+        return x.reshape(*x.shape[:-1], *self._groups(x.shape[-1]))
 
     def _products(self, x, m, mask):
         """Sums of products of features; only `x` is kept for the backward pass."""
 
         def products(x, mean, residue):
             rows = self._rows(x, mean, residue, mask)
-            return jnp.einsum("ngi,ngj->gij", rows, rows, precision="highest")
+            return jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
 
         given = vary_together(x, m.mean, jnp.asarray(m.residue))
         return jax.checkpoint(products, prevent_cse=False)(x, *given)
@@ -152,7 +150,7 @@ class IterNorm(StatefulNorm):
 
         def whiten(x, mean, residue, matrix, scale, bias):
             rows = self._rows(x.reshape(where.shape), mean, residue, None)
-            y = jnp.einsum("ngi,gij->ngj", rows, matrix, precision="highest")
+            y = jnp.einsum("...gi,gij->...gj", rows, matrix, precision="highest")
             at = where.feature[0]
             others = where.shape[:at] + where.shape[at + 1 :]
             y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import min_dim
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
@@ -46,14 +47,18 @@ class VirtualBatchNorm(StatelessNorm):
 
     def lone_values(self, shape, flag):
         self.axes(shape)  # which raises if there is no batch
-        return super().lone_values((min(self.size, shape[0]), *shape[1:]), flag)
+        return super().lone_values((min_dim(self.size, shape[0]), *shape[1:]), flag)
 
     @one_rounding
     def transform(self, x, params, *, mask, dtype):
-        if self.size > x.shape[0]:
+        batch = x.shape[0]
+        if min_dim(self.size, batch) != self.size:
+            hint = "put the reference batch before the examples"
+            if not axes.is_known(batch):
+                hint = f'give jax.export.symbolic_shape "{batch} >= {self.size}"'
             raise ValueError(
                 f"size={self.size} examples of reference do not fit in an input of "
-                f"shape {x.shape}: put the reference batch before the examples"
+                f"shape {x.shape}: {hint}"
             )
         each = moments(x, axes.per_example(x.shape, self.axis), mask=mask)
         each = each.broadcast_to(each.var.shape)
