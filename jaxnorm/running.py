@@ -275,7 +275,7 @@ def _toward(new: Array, old: Array, rate: ArrayLike, *, chance: Array) -> Array:
     step = rate * (end - start)
     # From the nearer end: no difference of two large numbers is left of a small one.
     moved = jnp.where(rate > 0.5, end - (1 - rate) * (end - start), start + step)
-    beside = jnp.nextafter(start, end)
+    beside = jnp.nextafter(*lax.stop_gradient((start, end)))
     lost = (moved == start) & (chance.astype(dtype) * abs(beside - start) < abs(step))
     return jnp.where(lost, beside, moved).astype(old.dtype)
 
