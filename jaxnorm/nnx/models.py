@@ -1,5 +1,6 @@
 """A whole NNX model: its variables as plain trees, and what is done with them."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,21 +9,28 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm.convert import features
-from jaxnorm.folding.fold import as_pairs
-from jaxnorm.layers import Where, everywhere, meant
-from jaxnorm.nnx.norms import BatchNorm, Norm
+from jaxnorm.activation import followed, without_masked
+from jaxnorm.convert import check_norm, converted
+from jaxnorm.dtypes import promote
+from jaxnorm.folding.fold import Pair, as_pairs
+from jaxnorm.layers import Where, check_tree, everywhere, meant
+from jaxnorm.leaves import as_array, copied
+from jaxnorm.moments import as_mask
+from jaxnorm.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm
+from jaxnorm.nnx.norms import RMSNorm
 from jaxnorm.running import MARKS
 
 
 def variables(model: nnx.Module) -> dict[str, Any]:
-    """The arrays of `model` as plain dicts: {"params": ..., "batch_stats": ...}.
+    """Copies of the arrays of `model`: {"params": ..., "batch_stats": ...}.
 
-    What the tools for trained models take, and what `update` writes back. The
-    parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are those of
-    the model's attributes.
+    Plain dicts, as the tools for trained models take them, and what `update` writes
+    back. The parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are
+    those of the model's attributes. Raises TypeError for what is no model.
 
     >>> from flax import nnx
     >>> import jaxnorm.nnx
@@ -30,13 +38,15 @@ def variables(model: nnx.Module) -> dict[str, Any]:
     >>> print(list(jaxnorm.layers(jaxnorm.nnx.variables(model)["batch_stats"])))
     ['layers/1']
     """
+    _check_model(model)
     return {
-        name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in _KINDS.items()
+        name: copied(nnx.to_pure_dict(nnx.state(model, kind)))
+        for name, kind in _KINDS.items()
     }
 
 
 def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Writes `variables`, such as those of `jaxnorm.freeze`, into `model`.
+    """Writes copies of `variables`, such as those of `jaxnorm.freeze`, into `model`.
 
     Args:
         model: the module, changed in place.
@@ -46,8 +56,9 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
             they lack are taken from it.
 
     Raises:
-        ValueError: for paths that the model has not, arrays of other shapes, and marks
-            of layers that are not jaxnorm's; the model is then as it was.
+        ValueError, TypeError: for paths that the model has not, values that are no
+            arrays or of other shapes, and marks of layers that are not jaxnorm's; the
+            model is then as it was.
 
     >>> from flax import nnx
     >>> import jaxnorm, jaxnorm.nnx
@@ -55,23 +66,25 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     >>> stats = jaxnorm.nnx.variables(model)["batch_stats"]
     >>> jaxnorm.nnx.update(model, {"batch_stats": jaxnorm.freeze(stats)})
     """
+    _check_model(model)
+    check_tree(variables, "variables")
     modules = _by_names(nnx.iter_modules(model))
     writes, additions = [], []
     for name, tree in variables.items():
         if name not in _KINDS:
             raise ValueError(f"a model has the variables {list(_KINDS)}, got {name!r}")
+        check_tree(tree, name)
         held = _by_names(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
         new = _by_names(nnx.traversals.flatten_mapping(tree).items())
         for path, value in new.items():
             if path in held:
-                _check_shape(name, path, value, held[path])
-                writes.append((held[path], value))
+                writes.append((held[path], _fitting(name, path, value, held[path])))
             elif path[-1] in MARKS and path[:-1] in modules:
                 module = modules[path[:-1]]
                 _check_reads_marks(path[:-1], module)
                 like = "var" if hasattr(module, "var") else "mean"
-                _check_shape(name, path, value, getattr(module, like))
-                additions.append((module, path[-1], value))
+                array = _of_shape(name, path, value, getattr(module, like))
+                additions.append((module, path[-1], jnp.array(array)))
             else:
                 raise ValueError(f"the model has no {name} at {_named(path)!r}")
         for path in held:
@@ -83,12 +96,12 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
         removals = [p for p in held if p not in new]
         additions += [(modules[p[:-1]], p[-1], None) for p in removals]
     for variable, value in writes:
-        variable[...] = jnp.asarray(value, variable.dtype)
+        variable[...] = value
     for module, name, value in additions:
         if value is None:
             delattr(module, name)
         else:
-            setattr(module, name, nnx.BatchStat(jnp.asarray(value)))
+            setattr(module, name, nnx.BatchStat(value))
 
 
 def recalibrate(
@@ -142,36 +155,47 @@ def convert(
     *,
     use_scale: bool = True,
     use_bias: bool = True,
-) -> nnx.Module:
-    """Replaces norms of `model` by `Norm(norm)` with their variables (`convert`).
+) -> Any:
+    """A copy of `model` with `Norm(norm)` for norms, and their variables (`convert`).
 
     Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
-    model of Flax's with jaxnorm's batch norm.
+    model of Flax's with jaxnorm's batch norm. What a norm does beyond its settings
+    stays: its dtypes, the metadata of its variables, such as their sharding, and an
+    activation that `norm` leaves open. What uses the model, such as an optimizer, has
+    to be made for the copy.
 
     Args:
-        model: the module, changed in place.
-        norm: the settings of the new norms.
-        where: whether the norm at a path, such as "layers/1", is meant.
+        model: the module, which stays as it is.
+        norm: the settings of the new norms: all of them, such as epsilon and axis.
+        where: whether the norm at a path, such as "layers/1", is meant. One that is
+            held in several places has one path.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
     Returns:
-        The model; its replacement where it is a norm itself.
+        The copy, in buffers of its own; a `Norm` where the model is a norm itself.
 
     Raises:
-        ValueError: as `jaxnorm.convert` does; the model is then as it was.
+        ValueError, TypeError: as `jaxnorm.convert` does, for an activation that `norm`
+            cannot have, and for classes of norms that compute something of their own.
+
+    >>> from flax import nnx
+    >>> import jaxnorm, jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> new = jaxnorm.nnx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    >>> print(type(new.layers[1].norm).__name__, type(model.layers[1]).__name__)
+    GroupNorm BatchNorm
     """
+    _check_model(model)
+    check_norm(norm, use_scale, use_bias)
+    new = _copy(model)
     norms = {
         _named(path): module
-        for path, module in nnx.iter_modules(model)
+        for path, module in nnx.iter_modules(new)
         if isinstance(module, _NORMS)
     }
-    found = meant(norms, where, "norms of the model")
-    # All of them before the first is put in its place, as one may not fit.
-    new = {
-        id(module): _converted(path, module, norm, use_scale, use_bias)
-        for path, module in found.items()
-    }
-    return _replaced(model, new)
+    for path, module in meant(norms, where, "norms of the model").items():
+        _become(module, _converted(path, module, norm, use_scale, use_bias))
+    return new
 
 
 def _converted(
@@ -179,22 +203,17 @@ def _converted(
 ) -> Norm:
     """A module for `norm` in the place of `module`, which is at `path`."""
     path = path or "."  # the model itself
-    old = {name: {path: tree} for name, tree in variables(module).items()}
-    new = jaxnorm.convert(old, norm, use_scale=use_scale, use_bias=use_bias)
-    shape, param_dtype = features(path, old["params"][path], old["batch_stats"][path])
-    made = Norm(
+    norm = _with_activation(path, module, norm)
+    held = _norm_variables(module)
+    size = getattr(module, "num_features", None)
+    new = converted(
+        path,
         norm,
-        shape,
-        use_running_average=getattr(module, "use_running_average", False),
-        dtype=module.dtype,
-        param_dtype=param_dtype,
+        *({k: v[...] for k, v in tree.items()} for tree in held.values()),
         use_scale=use_scale,
         use_bias=use_bias,
+        shape=None if size is None else (size,),
     )
-    update(made, {name: tree.get(path, {}) for name, tree in new.items()})
-    return made
-
-
 _NORMS = (
     Norm,
     nnx.BatchNorm,
@@ -221,12 +240,26 @@ def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
         )
 
 
-def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None:
-    if jnp.shape(value) != held.shape:
+def _of_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
+    """`value` as an array; raises unless it is of the shape of `held`."""
+    array = as_array(value, f"{name} at {_named(path)!r}")
+    if array.shape != held.shape:
         raise ValueError(
-            f"{name} at {_named(path)!r} are of shape {jnp.shape(value)}, but those of "
-            f"the model are {held.shape}"
+            f"{name} at {_named(path)!r} are of shape {array.shape}, but those of the "
+            f"model are {held.shape}"
         )
+    return array
+
+
+def _fitting(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
+    """A copy of `value` to write into `held`."""
+    array = _of_shape(name, path, value, held)
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(held.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} at {_named(path)!r} are complex, but those of the model are "
+            f"{held.dtype}"
+        )
+    return jnp.array(array, held.dtype)
 
 
 def _named(path: tuple) -> str:
