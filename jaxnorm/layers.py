@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnorm.base import Norm
 
@@ -15,6 +16,54 @@ Tree = Any  # nested mappings of arrays, such as Flax's batch_stats
 def everywhere(path: str) -> bool:
     """Means every layer."""
     return True
+
+
+def check_tree(tree: Any, name: str) -> None:
+    """Raises TypeError unless `tree`, the argument `name`, is a mapping of arrays.
+
+    They may be nested, in whatever JAX can flatten, and known by shape and dtype only.
+    """
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"{name} must be nested mappings of arrays, as a Linen model has them, got "
+            f"{kind_of(tree)}: of an NNX model take jaxnorm.nnx.variables(model)"
+        )
+    for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not _is_array(value):
+            raise TypeError(
+                f"{name} must hold arrays and nothing else, got {kind_of(value)} at "
+                f"{path_name(path)!r}: of an NNX model take "
+                "jaxnorm.nnx.variables(model)"
+            )
+
+
+def check_variables(variables: Any, name: str = "variables") -> None:
+    """Raises TypeError unless `variables` hold trees of parameters and statistics."""
+    check_tree(variables, name)
+    for collection in ("params", "batch_stats"):
+        check_tree(variables.get(collection, {}), f"{name}[{collection!r}]")
+
+
+def check_layers(tree: Any, name: str) -> None:
+    """As `check_tree`, but for what may be a list or tuple, too, such as of layers."""
+    check_tree(dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree, name)
+
+
+def kind_of(value: Any) -> str:
+    """What an error says of a value that is not of the kind it should be."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shown = isinstance(value, str | bytes | int | float | complex)
+    return f"{type(value).__name__} {repr(value)[:40] if shown else ''}".strip()
+
+
+def _is_array(value: Any) -> bool:
+    """Whether `value` is an array of numbers, a number, or has the shape of one."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return isinstance(value, bool | int | float | complex)
+    return not (isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm")
 
 
 def is_layer(node: Any) -> bool:
@@ -29,8 +78,10 @@ def is_layer(node: Any) -> bool:
 def layers(batch_stats: Tree) -> dict[str, dict[str, Any]]:
     """The running statistics of each layer, by its path, such as "Block_0/BatchNorm_1".
 
-    The path of statistics on their own, as a pure function takes them, is "".
+    The path of statistics on their own, as a pure function takes them, is "". Raises
+    TypeError for what is no tree of arrays.
     """
+    check_layers(batch_stats, "batch_stats")
     found = jax.tree_util.tree_flatten_with_path(batch_stats, is_leaf=is_layer)[0]
     return {path_name(path): dict(node) for path, node in found if is_layer(node)}
 
@@ -42,6 +93,17 @@ def chosen(batch_stats: Tree, where: Where) -> dict[str, dict[str, Any]]:
 
 def meant(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
     """What `where` means of `found`; raises ValueError if that is nothing."""
+    if not callable(where):
+        raise TypeError(
+            "`where` must be a function of a layer's path that returns True or False, "
+            f"such as lambda path: path == {next(iter(found), 'norm')!r}, got "
+            f"{kind_of(where)}"
+        )
+    if not found:
+        raise ValueError(
+            f"there are no {what}: pass the variables of a model that has some, from "
+            "`init` of a Linen model, or jaxnorm.nnx.variables(model)"
+        )
     some = {path: value for path, value in found.items() if where(path)}
     if not some:
         raise ValueError(
@@ -152,8 +214,9 @@ def chosen_norms(
     """Parameters and statistics of each norm that `where` means, by its path.
 
     A lone bias without statistics is not taken for a norm. Raises ValueError if `where`
-    means none.
+    means none, and TypeError for what are no trees of arrays.
     """
+    check_variables(variables)
     params = norm_params(variables.get("params", {}))
     stats = layers(variables.get("batch_stats", {}))
     found = {
@@ -165,7 +228,11 @@ def chosen_norms(
 
 
 def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:
-    """`f(path, parameters)` for each norm, and `others(array)` for all else."""
+    """`f(path, parameters)` for each norm, and `others(array)` for all else.
+
+    Raises TypeError for what is no tree of arrays.
+    """
+    check_layers(params, "params")
     names = _names(Norm)
 
     def is_norm(node):
