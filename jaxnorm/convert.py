@@ -11,10 +11,11 @@ from jaxnorm.base import Norm
 from jaxnorm.layers import (
     Tree,
     Where,
-    check_tree,
+    check_variables,
     chosen_norms,
     everywhere,
     keys_at,
+    kind_of,
     put,
 )
 from jaxnorm.leaves import as_array, boxed_like, copied
@@ -63,11 +64,9 @@ def convert(
     {'params': {'BatchNorm_0': {'scale': Array([2.], dtype=float32), \
 'bias': Array([0.], dtype=float32)}}, 'batch_stats': {}}
     """
-    check_tree(variables, "variables")
+    check_variables(variables)
     check_norm(norm, use_scale, use_bias)
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    for name, tree in trees.items():
-        check_tree(tree, name)
     new = dict(variables) | trees
     for path, old in chosen_norms(variables, where).items():
         keys = keys_at(trees.values(), path)
@@ -76,7 +75,8 @@ def convert(
                 f"the norm at {path!r} is within a list or tuple, where a new variable "
                 "has no place: convert trees of dicts"
             )
-        nodes = converted(path, norm, *old, use_scale=use_scale, use_bias=use_bias)
+        used = {"use_scale": use_scale, "use_bias": use_bias}
+        nodes = converted(path, norm, *old, features(path, *old), **used)
         for name, node in zip(trees, nodes, strict=True):
             new[name] = put(new[name], keys, node)
     return copied(new)
@@ -91,11 +91,12 @@ def check_norm(norm: Any, use_scale: Any, use_bias: Any) -> None:
         )
     if not isinstance(norm, Norm):
         raise TypeError(
-            f"norm must be a settings value such as jaxnorm.GroupNorm(), got {norm!r}"
+            "norm must be a settings value such as jaxnorm.GroupNorm(), got "
+            f"{kind_of(norm)}"
         )
     for name, flag in {"use_scale": use_scale, "use_bias": use_bias}.items():
         if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
+            raise TypeError(f"{name} must be True or False, got {kind_of(flag)}")
     if getattr(norm, "zero_centered_scale", False):
         raise ValueError(
             "convert copies scales as they are, and zero_centered_scale keeps them "
@@ -108,37 +109,24 @@ def converted(
     norm: Norm,
     params: Mapping[str, Any],
     stats: Mapping[str, Any],
+    shape: Shape,
     *,
     use_scale: bool,
     use_bias: bool,
-    shape: Shape | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and statistics of `norm` in the place of these, at `path`.
-
-    `shape` is that of the features, where no variable says it.
-    """
+    """Parameters and statistics of `norm`, for features of `shape`, in the place of
+    these, at `path`."""
     gathering = [k for k in BATCH if k in stats]
     if gathering:
         raise ValueError(
-            f"the norm at {path!r} gathers batches, which convert would lose: commit or "
-            "discard them first"
+            f"the norm at {path!r} gathers batches, which convert would lose: commit "
+            "or discard them first"
         )
-    arrays = {
-        k: as_array(v, f"{k} of the norm at {path!r}")
-        for k, v in {**params, **stats}.items()
-    }
-    sized = [k for k in ("scale", "bias", "mean", "var") if k in arrays]
-    if sized:
-        shape = arrays[sized[0]].shape
-    if shape is None:
-        raise ValueError(
-            f"the norm at {path!r} has none of scale, bias, mean and var, which would "
-            f"say how many features there are: it has {sorted({*params, *stats})}"
-        )
-    dtypes = [arrays[k].dtype for k in sized if k in params]
+    arrays = _arrays(path, params, stats)
+    dtypes = [arrays[k].dtype for k in ("scale", "bias") if k in params]
     new_params = norm.init_params(shape, *dtypes[:1])
-    kept = [arrays[k].dtype for k in ("mean", "var") if k in stats]
-    new_stats = norm.init_stats(shape, *kept[:1])
+    dtypes = [arrays[k].dtype for k in ("mean", "var") if k in stats]
+    new_stats = norm.init_stats(shape, *dtypes[:1])
     used = {"scale": use_scale, "bias": use_bias}
     new_params = {k: v for k, v in new_params.items() if used.get(k, True)}
     switches = [k for k in SWITCHES if k in stats and new_stats]
@@ -150,12 +138,32 @@ def converted(
     return new_params, new_stats | switched
 
 
+def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Shape:
+    """Shape of the features of the norm at `path`."""
+    arrays = _arrays(path, params, stats)
+    for name in (k for k in ("scale", "bias", "mean", "var") if k in arrays):
+        return arrays[name].shape
+    raise ValueError(
+        f"the norm at {path!r} has none of scale, bias, mean and var, which would say "
+        f"how many features there are: it has {sorted(arrays)}"
+    )
+
+
+def _arrays(path: str, *variables: Mapping[str, Any]) -> dict[str, Array]:
+    """The values of all `variables` of the norm at `path`."""
+    return {
+        k: as_array(v, f"{k} of the norm at {path!r}")
+        for held in variables
+        for k, v in held.items()
+    }
+
+
 def _spread(path: str, norm: Norm, name: str, old: Array, shape: Shape) -> Array:
     """`old` as copies along the leading axes that `shape` has beside its own."""
     if shape[len(shape) - old.ndim :] == old.shape:
         return jnp.broadcast_to(old, shape)
     raise ValueError(
         f"{name} of the norm at {path!r} has shape {old.shape}, but "
-        f"{type(norm).__name__} there has {shape}: choose one row of a table of domains "
-        "or steps before converting it"
+        f"{type(norm).__name__} there has {shape}: choose one row of a table of "
+        "domains or steps before converting it"
     )

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxnorm.layers import kind_of
+
 
 def is_box(node: Any) -> bool:
     """Whether `node` is a variable with Flax's metadata, such as `nn.Partitioned`."""
@@ -40,7 +42,7 @@ def as_array(variable: Any, name: str) -> Array:
         array = None
     kinds = (jnp.number, jnp.bool_)
     if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-        raise TypeError(f"{name} must be an array of numbers, got {value!r}")
+        raise TypeError(f"{name} must be an array of numbers, got {kind_of(value)}")
     return array
 
 
@@ -49,6 +51,8 @@ def copied(tree: Any) -> Any:
 
     So it can be donated, and what it was made from as well.
     """
+    if type(tree) is dict:  # whose order JAX does not keep
+        return {k: copied(v) for k, v in tree.items()}
     return jax.tree.map(
         lambda v: v.copy() if isinstance(v, Array | np.ndarray) else v, tree
     )

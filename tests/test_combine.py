@@ -310,14 +310,15 @@ def test_nnx_modules_are_replaced_wherever_they_are(norm):
     forward(model, X)
     model.eval()
     before = forward(model, X)
-    assert jx.convert(model, jaxnorm.BatchRenorm()) is model
+    given, model = model, jx.convert(model, jaxnorm.BatchRenorm())
+    assert type(given.again) is norm and given.again is given.layers[1]
     names = [type(m) for _, m in nnx.iter_modules(model)]
     assert names.count(jx.Norm) == 2 and norm not in names
     assert model.again is model.layers[1]
     np.testing.assert_allclose(forward(model, X), before, 1e-5, 1e-6)
     model.train()
     forward(model, X)
-    jx.convert(model, jaxnorm.GroupNorm(num_groups=2), "again".__ne__)
+    model = jx.convert(model, jaxnorm.GroupNorm(num_groups=2), "again".__ne__)
     inner = model.layers[2]["inner"].layers[1]
     assert isinstance(inner.norm, jaxnorm.GroupNorm) and not hasattr(inner, "mean")
     assert isinstance(model.again.norm, jaxnorm.BatchRenorm)
@@ -335,8 +336,7 @@ def test_nnx_norms_in_plain_containers_are_replaced(kind):
     norm = jx.BatchNorm(8, rngs=nnx.Rngs(0))
     held = {"deep": [({"a": norm},)], dict: {"a": norm}}.get(kind)
     held = kind([norm]) if held is None else held
-    model: Any = Holds(held)
-    jx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    model: Any = jx.convert(Holds(held), jaxnorm.GroupNorm(num_groups=2))
     kinds = [type(m) for _, m in nnx.iter_modules(model)]
     assert jx.Norm in kinds and jx.BatchNorm not in kinds
     if kind is tuple:

@@ -12,7 +12,16 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxnorm.dtypes import at_least_float32, promote
-from jaxnorm.layers import Tree, below, check_tree, keys_at, layers, put
+from jaxnorm.layers import (
+    Tree,
+    below,
+    check_tree,
+    check_variables,
+    keys_at,
+    kind_of,
+    layers,
+    put,
+)
 from jaxnorm.leaves import as_array, boxed_like, copied, unboxed
 
 Layer = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
@@ -243,10 +252,8 @@ def fold(
     {'Dense_0': {'kernel': Array([[1.],
            [1.]], dtype=float32), 'bias': Array([0.], dtype=float32)}}
     """
-    check_tree(variables, "variables")
+    check_variables(variables)
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
-    check_tree(params, "params")
-    check_tree(stats, "batch_stats")
     if epsilon is not None:
         _check_epsilon(epsilon)
     nodes = _nodes(params)
@@ -265,10 +272,10 @@ def fold(
 
 
 def as_pairs(pairs: Mapping[str, str] | Iterable[Sequence[Any]]) -> list[Pair]:
-    """What `fold` takes as `pairs`, as a list of `Pair`; raises TypeError for others."""
+    """What `fold` takes as `pairs`, as a list of `Pair`; else raises TypeError."""
     if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes | Pair):
         raise TypeError(
-            f"pairs must be a list of pairs or a mapping, got {pairs!r}: "
+            f"pairs must be a list of pairs or a mapping, got {kind_of(pairs)}: "
             '[("Conv_0", "BatchNorm_0")], or what find_pairs returns'
         )
     named = pairs.items() if isinstance(pairs, Mapping) else pairs
@@ -284,8 +291,8 @@ def _as_pair(pair: Any) -> Pair:
         if paths and isinstance(made.norm_first, bool):
             return made
     raise TypeError(
-        "each of pairs must be the path of a layer and that of its norm, and maybe what "
-        f"a Pair says more, got {pair!r}"
+        "each of pairs must be the path of a layer and that of its norm, and maybe "
+        f"what a Pair says more, got {pair!r}"
     )
 
 
@@ -319,7 +326,7 @@ def _folded(
 def _check_epsilon(epsilon: Any) -> None:
     if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
         raise TypeError(
-            f"epsilon must be a number, got {epsilon!r}: the one that the norm adds to "
+            f"epsilon must be a number, got {kind_of(epsilon)}: what the norm adds to "
             "its variance, such as 1e-5"
         )
     if not 0 <= epsilon < math.inf:
@@ -352,8 +359,8 @@ def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Arr
     kernel, a, b = (as_array(v, name) for name, v in named.items())
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         raise TypeError(
-            f"a norm cannot be folded into a kernel of {kernel.dtype}: fold it into the "
-            "floating point one, and quantize that then"
+            f"a norm cannot be folded into a kernel of {kernel.dtype}: fold it into "
+            "the floating point one, and quantize that then"
         )
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(

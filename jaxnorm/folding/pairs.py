@@ -11,7 +11,7 @@ import numpy as np
 from jaxnorm.folding.affine import affine_image, ones_along
 from jaxnorm.folding.fold import Pair
 from jaxnorm.folding.trace import ARITHMETIC, Flow, Known, Leaf, Trace, Value, leaf_at
-from jaxnorm.layers import Tree, check_tree, path_name
+from jaxnorm.layers import Tree, check_variables, kind_of
 from jaxnorm.leaves import is_box
 
 
@@ -65,14 +65,8 @@ def find_pairs(
     Dense_0 BatchNorm_0 1e-05
     """
     _check_apply(apply)
-    check_tree(variables, "variables")
+    check_variables(variables)
     flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
-    for path, leaf in flat:
-        if not is_box(leaf) and not _is_array(leaf):
-            raise TypeError(
-                f"the variable at {path_name(path)!r} must be an array or a "
-                f"jax.ShapeDtypeStruct, got {leaf!r}"
-            )
     given, tree = jax.tree.flatten((args, kwargs))
 
     def call(variables: Any, arrays: Sequence[Any]) -> Any:
@@ -107,7 +101,7 @@ def _check_apply(apply: Any) -> None:
         )
     if not callable(apply):
         raise TypeError(
-            f"apply must be a function, apply(variables, *args), got {apply!r}"
+            f"apply must be a function, apply(variables, *args), got {kind_of(apply)}"
         )
 
 

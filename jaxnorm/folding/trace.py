@@ -104,7 +104,7 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 ARITHMETIC = ("add", "sub", "mul", "div")
-SAME = ("sharding_constraint", "reshard", "name")  # where it lies, and what it is called
+SAME = ("sharding_constraint", "reshard", "name")  # the value as it is
 MOVES = ("reshape", "transpose", "rev", "squeeze", "broadcast_in_dim", "copy")
 
 

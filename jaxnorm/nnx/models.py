@@ -1,10 +1,8 @@
 """A whole NNX model: its variables as plain trees, and what is done with them."""
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,14 +12,20 @@ from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
 from jaxnorm.activation import followed, without_masked
-from jaxnorm.convert import check_norm, converted
+from jaxnorm.convert import check_norm, converted, features
 from jaxnorm.dtypes import promote
 from jaxnorm.folding.fold import Pair, as_pairs
-from jaxnorm.layers import Where, check_tree, everywhere, meant
+from jaxnorm.layers import Where, check_tree, everywhere, kind_of, meant
 from jaxnorm.leaves import as_array, copied
 from jaxnorm.moments import as_mask
-from jaxnorm.nnx.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Norm
-from jaxnorm.nnx.norms import RMSNorm
+from jaxnorm.nnx.norms import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+)
 from jaxnorm.running import MARKS
 
 
@@ -204,24 +208,98 @@ def _converted(
     """A module for `norm` in the place of `module`, which is at `path`."""
     path = path or "."  # the model itself
     norm = _with_activation(path, module, norm)
-    held = _norm_variables(module)
+    held = {
+        kind: {k: v for k, v in vars(module).items() if isinstance(v, kind)}
+        for kind in _KINDS.values()
+    }
+    params, stats = ({k: v[...] for k, v in own.items()} for own in held.values())
     size = getattr(module, "num_features", None)
-    new = converted(
-        path,
-        norm,
-        *({k: v[...] for k, v in tree.items()} for tree in held.values()),
-        use_scale=use_scale,
-        use_bias=use_bias,
-        shape=None if size is None else (size,),
-    )
-_NORMS = (
-    Norm,
+    shape = features(path, params, stats) if size is None else (size,)
+    used: dict[str, Any] = {"use_scale": use_scale, "use_bias": use_bias}
+    flag = getattr(module, "use_running_average", False)
+    made: Any = Norm(norm, shape, use_running_average=flag, dtype=module.dtype, **used)
+    if hasattr(module, "promote_dtype"):
+        made.promote_dtype = module.promote_dtype
+    new = converted(path, norm, params, stats, shape, **used)
+    for (kind, own), values in zip(held.items(), new, strict=True):
+        for k, v in values.items():
+            setattr(made, k, _with_metadata(own[k], v) if k in own else kind(copied(v)))
+    return made
+
+
+def _with_activation(path: str, module: Any, norm: jaxnorm.Norm) -> jaxnorm.Norm:
+    """`norm` with the activation of `module`, unless it has one of its own."""
+    if type(module).__call__ not in {kind.__call__ for kind in _KNOWN}:
+        raise ValueError(
+            f"the norm at {path!r} is {_class_of(module)}, which computes something "
+            "of its own that would be lost: leave it out with `where`"
+        )
+    own = _activation(module)
+    if own is None or getattr(norm, "activation", None) is not None:
+        return norm
+    if not hasattr(norm, "activation"):
+        raise ValueError(
+            f"the norm at {path!r} applies activation={own!r}, and "
+            f"{type(norm).__name__} has none: call it after the norm in the model, or "
+            "leave this norm out with `where`"
+        )
+    return dataclasses.replace(norm, activation=own)
+
+
+def _activation(module: Any) -> str | None:
+    settings = module.norm if isinstance(module, Norm) else module
+    return getattr(settings, "activation", None)
+
+
+def _class_of(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _with_metadata(variable: Any, value: Array) -> Any:
+    """`variable`, or one of `value` with its metadata, where that has more axes.
+
+    The first ones are new, and not partitioned.
+    """
+    axes = value.ndim - variable.ndim
+    if not axes:
+        return variable
+    new = variable.replace(value)
+    for _ in range(axes):
+        nnx.spmd.add_axis(new, 0, {nnx.PARTITION_NAME: None})
+    return new
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be a flax.nnx.Module, got {kind_of(model)}: the tools of "
+            "jaxnorm itself take the variables of Linen models, such as "
+            "jaxnorm.fold(variables, pairs)"
+        )
+
+
+def _copy(model: Any) -> Any:
+    """`model` in modules and buffers of its own."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, copied(state))
+
+
+def _become(module: Any, new: Any) -> None:
+    """Makes `module` be `new` for all that hold it, in attributes or containers."""
+    object.__setattr__(module, "__class__", type(new))
+    vars(module).clear()
+    vars(module).update(vars(new))
+
+
+_FLAX_NORMS = (
     nnx.BatchNorm,
     nnx.LayerNorm,
     nnx.RMSNorm,
     nnx.GroupNorm,
     nnx.InstanceNorm,
 )
+_NORMS = (Norm, *_FLAX_NORMS)
+_KNOWN = (*_NORMS, BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
@@ -233,10 +311,10 @@ def _by_names(items: Iterable[tuple[tuple, Any]]) -> dict[tuple[str, ...], Any]:
 def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
     if not isinstance(module, (Norm, BatchNorm)):
         raise ValueError(
-            f"the layer at {_named(path)!r} is {type(module).__module__}."
-            f"{type(module).__name__}, which does not read marks such as those of a "
-            "frozen layer: leave it out with `where`, or replace it by jaxnorm's own "
-            "with jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())"
+            f"the layer at {_named(path)!r} is {_class_of(module)}, which does not "
+            "read marks such as those of a frozen layer: leave it out with `where`, or "
+            "take the model that jaxnorm.nnx.convert(model, jaxnorm.BatchNorm()) "
+            "returns, with jaxnorm's own"
         )
 
 
@@ -267,11 +345,66 @@ def _named(path: tuple) -> str:
 
 
 class Identity(nnx.Module):
-    """Returns its input, where there was a norm before `fold`."""
+    """The identity, where there was a norm before `fold`, and what followed the norm.
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        """Returns `x`; other arguments count for nothing."""
-        return x
+        activation(x + residual)
+
+    Args:
+        path: where it is in the model.
+        activation: that of the norm, such as "relu"; None is none.
+        dtype: of the result; by default that of `x` and `dtypes` together.
+        dtypes: of the parameters that were.
+        before: whether the layer it is folded into takes its result, and does not give
+            its input.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        activation: str | None = None,
+        dtype: DTypeLike | None = None,
+        dtypes: Sequence[DTypeLike] = (),
+        before: bool = False,
+    ):
+        self.path = path
+        self.activation = activation
+        self.dtype = dtype
+        self.dtypes = tuple(dtypes)
+        self.before = before
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        **inputs: Any,
+    ) -> Array:
+        """Returns `x`, followed by what followed the norm; 0 where `mask` is false.
+
+        Other inputs of the norm count for nothing. Raises ValueError for the statistics
+        of a batch, and for what cannot come between a norm and the layer after it.
+        """
+        known = not isinstance(use_running_average, Tracer | None)
+        if known and not use_running_average:
+            raise ValueError(
+                f"the norm at {self.path!r} is folded, and normalizes by no batch: "
+                "call it with use_running_average=True, or train the model that was "
+                "folded"
+            )
+        if self.before and (mask is not None or residual is not None):
+            raise ValueError(
+                f"the norm at {self.path!r} is folded into the layer after it, and its "
+                "mask or residual would come between: leave this pair out"
+            )
+        x = jnp.asarray(x)
+        dtype = promote(x.dtype, *self.dtypes) if self.dtype is None else self.dtype
+        mask = as_mask(mask, x.shape)
+        return followed(
+            without_masked(x.astype(dtype), mask), self.activation, residual, mask
+        )
 
 
 def fold(
@@ -279,103 +412,115 @@ def fold(
     *args: Any,
     pairs: Mapping[str, str] | Iterable[Sequence[Any]] | None = None,
     epsilon: float | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A copy of `model` for inference, with norms folded into the layers beside them.
 
-    An `Identity` is in the place of each of these norms, and the layers have a bias.
+    An `Identity` is in the place of each of these norms, which does what followed the
+    norm in its call, `activation(x + residual)`, and the layers have a bias.
 
     Args:
         model: the module, which stays as it is.
-        args: what it is called with, or `jax.ShapeDtypeStruct`s; for `find_pairs`.
-        pairs: as in `jaxnorm.fold`; by default those that `jaxnorm.find_pairs` finds.
+        args, kwargs: what it is called with, or `jax.ShapeDtypeStruct`s; for
+            `find_pairs`.
+        pairs: as in `jaxnorm.fold`, and taken as they are; by default those that
+            `jaxnorm.find_pairs` finds.
         epsilon: as in `jaxnorm.fold`.
 
-    Raises:
-        ValueError: as `jaxnorm.fold` does, also where there are no pairs, and for a
-            layer that has no attribute "bias".
+    Returns:
+        The copy, in buffers of its own.
 
-    >>> import jax, jaxnorm.nnx
+    Raises:
+        ValueError, TypeError: as `jaxnorm.fold` does, also where there are no pairs,
+            for a layer that has no attribute "bias", or does not add it, and for norms
+            that compute something of their own.
+
+    >>> import jax, jax.numpy as jnp, jaxnorm.nnx
     >>> from flax import nnx
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
     ...                        jaxnorm.nnx.BatchNorm(3, rngs=rngs), nnx.relu)
-    >>> folded = jaxnorm.nnx.fold(model, jax.ShapeDtypeStruct((1, 2), float))
+    >>> x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    >>> folded = jaxnorm.nnx.fold(model, x)
     >>> print(type(folded.layers[1]).__name__, folded.layers[0].bias.shape)
     Identity (3,)
     """
-    copy = nnx.clone(model)
+    _check_model(model)
+    copy = _copy(model)
     copy.eval()
     held = variables(copy)
-    if pairs is None:
-        pairs = jaxnorm.find_pairs(_functional(copy), held, *args)
-    pairs = as_pairs(pairs)
-    folded = jaxnorm.fold(held, pairs, epsilon=epsilon)
-    flat = [nnx.traversals.flatten_mapping(tree) for tree in held.values()]
-    paths = {_named(path[:-1]): path[:-1] for tree in flat for path in tree}
-    for pair in pairs:
-        path = paths[pair.layer]
-        new = functools.reduce(operator.getitem, path, folded["params"])["bias"]
-        _set_bias(pair.layer, _at(copy, path), new)
-    gone = {id(_at(copy, paths[pair.norm])): Identity() for pair in pairs}
-    copy = _replaced(copy, gone)
+
+    def found() -> list[Pair]:
+        return jaxnorm.find_pairs(_functional(copy), variables(copy), *args, **kwargs)
+
+    chosen = found() if pairs is None else as_pairs(pairs)
+    folded = jaxnorm.fold(held, chosen, epsilon=epsilon)
+    modules = {_named(path): module for path, module in nnx.iter_modules(copy)}
+    left = {pair: _left(pair, modules[pair.norm]) for pair in chosen}
+    flat = {_named(path): v for path, v in _flat(folded["params"]).items()}
+    for pair in chosen:
+        _set_bias(pair.layer, modules[pair.layer], flat[f"{pair.layer}/bias"])
+    for pair in {*chosen} - {*found()} if pairs is None else ():
+        raise ValueError(
+            f"the layer at {pair.layer!r}, {_class_of(modules[pair.layer])}, does not "
+            "add its attribute 'bias' to its result, which is to hold what is left of "
+            "the norm: leave this pair out"
+        )
+    for pair in chosen:
+        _become(modules[pair.norm], left[pair])
     update(copy, folded)
     return copy
 
 
+def _left(pair: Pair, norm: Any) -> Identity:
+    """What is left of the `norm` of `pair`."""
+    ours = type(norm).__call__ in {
+        kind.__call__ for kind in (Norm, BatchNorm, nnx.BatchNorm)
+    }
+    if ours and isinstance(norm, Norm):
+        ours = cast(Any, norm.norm).evaluate.__module__.startswith("jaxnorm.")
+    if not ours:
+        raise ValueError(
+            f"the norm at {pair.norm!r}, {_class_of(norm)}, computes something of its "
+            "own, which might be lost: leave this pair out, with pairs= of the others"
+        )
+    activation = _activation(norm)
+    if pair.norm_first and activation is not None:
+        raise ValueError(
+            f"the norm at {pair.norm!r} applies activation={activation!r} before the "
+            f"layer at {pair.layer!r}, so that it cannot be folded into it: leave this "
+            "pair out"
+        )
+    kept = ["scale", "bias", *(["mean", "var"] * hasattr(norm, "promote_dtype"))]
+    held = [getattr(norm, k, None) for k in kept]
+    dtypes = [v.dtype for v in held if v is not None]
+    return Identity(
+        pair.norm,
+        activation=activation,
+        dtype=norm.dtype,
+        dtypes=dtypes,
+        before=pair.norm_first,
+    )
+
+
+def _flat(tree: Any) -> dict[tuple, Any]:
+    return nnx.traversals.flatten_mapping(tree)
+
+
 def _functional(model: nnx.Module) -> Callable[..., Any]:
-    """`apply(variables, *args)`: what `model` makes of `args` with these variables."""
+    """`apply(variables, ...)`: what `model` makes of arguments with these variables."""
     graph, state = nnx.split(model)
 
-    def apply(variables, *args):
-        flat = {k: nnx.traversals.flatten_mapping(variables[k]) for k in _KINDS}
+    def apply(variables, *args, **kwargs):
+        flat = {k: _flat(variables[k]) for k in _KINDS}
         new = {path: value for tree in flat.values() for path, value in tree.items()}
         called = [
             (path, v.replace(new[path]) if path in new else v)
             for path, v in nnx.to_flat_state(state)
         ]
-        return nnx.merge(graph, nnx.from_flat_state(called))(*args)
+        return nnx.merge(graph, nnx.from_flat_state(called))(*args, **kwargs)
 
     return apply
-
-
-_CONTAINERS = (list, dict, nnx.List, nnx.Dict)
-
-
-def _at(node: Any, path: Iterable[Any]) -> Any:
-    """What `node` holds at `path`."""
-    for name in path:
-        node = node[name] if isinstance(node, _CONTAINERS) else getattr(node, name)
-    return node
-
-
-def _replaced(node: Any, new: dict[int, Any]) -> Any:
-    """`node` with the modules whose id is in `new` replaced, wherever they are.
-
-    In place, but for tuples. `new` comes to hold all that has been seen.
-    """
-    if id(node) in new:
-        return new[id(node)]
-    if isinstance(node, tuple):
-        return type(node)(_replaced(v, new) for v in node)
-    if not isinstance(node, (nnx.Module, list, dict)):
-        return node
-    new[id(node)] = node  # before what it holds, which may hold it
-    for name, child in _held(node):
-        after = _replaced(child, new)
-        if after is child:
-            continue
-        if isinstance(node, _CONTAINERS):
-            node[name] = after
-        else:
-            setattr(node, name, nnx.data(after) if type(after) is tuple else after)
-    return node
-
-
-def _held(node: Any) -> list[tuple[Any, Any]]:
-    """What a module or container holds, by names or numbers."""
-    if isinstance(node, (list, nnx.List)):
-        return list(enumerate(node))
-    return list((node if isinstance(node, dict) else vars(node)).items())
 
 
 def _set_bias(path: str, layer: Any, bias: Array) -> None:
