@@ -35,11 +35,13 @@ def boxed_like(variable: Any, value: Array) -> Any:
 
 def as_array(variable: Any, name: str) -> Array:
     """The value of `variable` as an array; raises unless that is one of numbers."""
-    value = unboxed(variable)
+    value, array = unboxed(variable), None
     try:
-        array = jnp.asarray(value)
+        given = value if hasattr(value, "dtype") else np.asarray(value)
+        if given.dtype.kind not in "OSUMm":
+            array = jnp.asarray(value)
     except (TypeError, ValueError):
-        array = None
+        pass  # a list of lists of several lengths, or a shape without values
     kinds = (jnp.number, jnp.bool_)
     if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise TypeError(f"{name} must be an array of numbers, got {kind_of(value)}")

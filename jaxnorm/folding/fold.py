@@ -4,8 +4,9 @@ import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -20,6 +21,7 @@ from jaxnorm.layers import (
     keys_at,
     kind_of,
     layers,
+    path_name,
     put,
 )
 from jaxnorm.leaves import as_array, boxed_like, copied, unboxed
@@ -96,7 +98,7 @@ def affine_form(
             f"a norm with the parameters {unknown} is not affine in its input: only "
             "norms of scale and bias can be folded"
         )
-    if "var" not in stats:
+    if stats.get("var") is None:
         raise ValueError(
             f"a norm to fold keeps a running variance, 'var', got {sorted(stats)}"
         )
@@ -261,6 +263,8 @@ def fold(
     chosen = as_pairs(pairs)
     _check_pairs(chosen, nodes, norms)
     for pair in chosen:
+        _check_dicts(pair.norm, params, stats)
+    for pair in chosen:
         node, norm = nodes[pair.layer], nodes.get(pair.norm, {})
         layer = _folded(pair, node, norm, norms[pair.norm], epsilon)
         params = _with(params, pair.layer, layer)
@@ -286,7 +290,7 @@ def _as_pair(pair: Any) -> Pair:
     """A `Pair` of what `pair` holds."""
     listed = isinstance(pair, Sequence) and not isinstance(pair, str | bytes)
     if listed and 2 <= len(pair) <= len(Pair._fields):
-        made = Pair(*pair)
+        made = Pair(*cast(Iterable[Any], pair))
         paths = isinstance(made.layer, str) and isinstance(made.norm, str)
         if paths and isinstance(made.norm_first, bool):
             return made
@@ -329,7 +333,7 @@ def _check_epsilon(epsilon: Any) -> None:
             f"epsilon must be a number, got {kind_of(epsilon)}: what the norm adds to "
             "its variance, such as 1e-5"
         )
-    if not 0 <= epsilon < math.inf:
+    if not 0 <= float(epsilon) < math.inf:
         raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
 
 
@@ -467,6 +471,18 @@ def _check_pairs(
             raise ValueError(
                 f"{path!r} is in {times} pairs, but a norm goes into one layer, and a "
                 "layer takes in one norm at a time: fold one pair of them"
+            )
+
+
+def _check_dicts(path: str, *trees: Tree) -> None:
+    """Raises where the node at `path` is within a list or tuple."""
+    for tree in trees:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        has = any(path_name(at).startswith(f"{path}/") for at, _ in leaves)
+        if has and keys_at([tree], path) is None:
+            raise ValueError(
+                f"the norm at {path!r} is within a list or tuple, which cannot lose "
+                "it: fold trees of dicts"
             )
 
 

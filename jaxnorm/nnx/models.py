@@ -136,6 +136,11 @@ def recalibrate(
     >>> print(model.layers[0].mean[...])
     [2.]
     """
+    _check_model(model)
+    if not callable(call):
+        raise TypeError(
+            f"call must be a function, call(model, batch), got {kind_of(call)}"
+        )
     graphdef, state = nnx.split(model)
 
     def apply(arrays: Mapping[str, Any], batch: Any) -> Any:
@@ -212,7 +217,9 @@ def _converted(
         kind: {k: v for k, v in vars(module).items() if isinstance(v, kind)}
         for kind in _KINDS.values()
     }
-    params, stats = ({k: v[...] for k, v in own.items()} for own in held.values())
+    params, stats = (
+        {k: v.get_value() for k, v in own.items()} for own in held.values()
+    )
     size = getattr(module, "num_features", None)
     shape = features(path, params, stats) if size is None else (size,)
     used: dict[str, Any] = {"use_scale": use_scale, "use_bias": use_bias}
