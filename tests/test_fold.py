@@ -1308,6 +1308,17 @@ class Product(nnx.Module):
         return y + self.bias[...][None] if self.adds and self.bias is not None else y
 
 
+class Held(nnx.Module):
+    """Holds its variables in a dict."""
+
+    def __init__(self):
+        self.held = nnx.data({"kernel": nnx.Param(sample(3, 3))})
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x @ self.held["kernel"][...])
+
+
 def chain(*modules):
     return nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), *modules)
 
@@ -1328,6 +1339,8 @@ def test_what_an_nnx_model_cannot_keep_is_named():
     with pytest.raises(ValueError, match="'layers/0', .*Product, does not add its"):
         fold(model, x)
     assert model.layers[0].bias is None and model.layers[1] is norm
+    with pytest.raises(ValueError, match="variables at 'held' are not those of a mod"):
+        fold(Held(), x)
     relu = jaxnorm.nnx.BatchNorm(3, activation="relu", rngs=rngs)
     model = nnx.Sequential(relu, nnx.Linear(3, 3, rngs=rngs))
     pairs = [Pair("layers/1", "layers/0", 1e-5, norm_first=True)]

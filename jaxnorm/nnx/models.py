@@ -221,7 +221,7 @@ def _converted(
         {k: v.get_value() for k, v in own.items()} for own in held.values()
     )
     size = getattr(module, "num_features", None)
-    shape = features(path, params, stats) if size is None else (size,)
+    shape = (size,) if isinstance(size, int) else features(path, params, stats)
     used: dict[str, Any] = {"use_scale": use_scale, "use_bias": use_bias}
     flag = getattr(module, "use_running_average", False)
     made: Any = Norm(norm, shape, use_running_average=flag, dtype=module.dtype, **used)
@@ -463,6 +463,11 @@ def fold(
     chosen = found() if pairs is None else as_pairs(pairs)
     folded = jaxnorm.fold(held, chosen, epsilon=epsilon)
     modules = {_named(path): module for path, module in nnx.iter_modules(copy)}
+    for path in (path for pair in chosen for path in pair[:2] if path not in modules):
+        raise ValueError(
+            f"the variables at {path!r} are not those of a module, so that nothing can "
+            "take its place: leave this pair out, with pairs= of the others"
+        )
     left = {pair: _left(pair, modules[pair.norm]) for pair in chosen}
     flat = {_named(path): v for path, v in _flat(folded["params"]).items()}
     for pair in chosen:
