@@ -6,6 +6,7 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from jaxnorm import running
+from jaxnorm.arguments import as_bool, as_momentum
 from jaxnorm.axes import keep
 from jaxnorm.layers import Tree, Where, everywhere, layers, map_layers
 from jaxnorm.running import BATCH
@@ -32,6 +33,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
     Raises:
         ValueError: if `where` means no layer; in training, for methods whose statistics
             are no moments of data (L1, range, moving average and others).
+        TypeError: for what is no tree of arrays.
 
     Source: Chan, Golub and LeVeque, 1983.
 
@@ -76,11 +78,15 @@ def commit(
 
     Raises:
         ValueError: if the tree does not come from `accumulate`, or `momentum` is None
-            where a layer counts no batches, or a number where it does.
+            where a layer counts no batches, or a number where it does, or not from 0
+            to 1.
+        TypeError: for what is no tree of arrays, no number and no boolean.
 
     Source: Li et al., 2016 (https://arxiv.org/abs/1603.04779); Schneider et al., 2020
     (https://arxiv.org/abs/2006.16971).
     """
+    momentum = as_momentum("momentum", momentum)
+    unbiased = as_bool("unbiased", unbiased)
 
     def moved(path: str, stats: Mapping[str, Any]) -> dict[str, Any]:
         if ("count" in stats) != (momentum is None):
@@ -107,7 +113,8 @@ def commit(
 def discard(batch_stats: Tree) -> Tree:
     """Statistics as they were before `accumulate`, whatever was gathered since.
 
-    Raises ValueError if the tree does not come from `accumulate`.
+    Raises ValueError if the tree does not come from `accumulate`, and TypeError for
+    what is no tree of arrays.
 
     >>> import jaxnorm
     >>> sorted(jaxnorm.discard(jaxnorm.accumulate(jaxnorm.init_stats(1))))

@@ -1,12 +1,14 @@
 """What follows a norm: a residual that is added, and an activation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import check_real, shown
 from jaxnorm.dtypes import as_floating
 from jaxnorm.moments import sharded_axes
 
@@ -21,17 +23,25 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def check_following(activation: str | None, residual: Array | None, x: Array) -> None:
-    """Raises unless both can follow a norm of `x`."""
-    if activation is not None and activation not in ACTIVATIONS:
+def as_activation(name: str, activation: Any) -> str | None:
+    """`activation` as one of those that are known by name, or None."""
+    if activation is not None and activation not in list(ACTIVATIONS):
         raise ValueError(
-            f"activation={activation!r} is none of {sorted(ACTIVATIONS)}: name one of "
+            f"{name}={shown(activation)} is none of {sorted(ACTIVATIONS)}: name one of "
             "these, or leave it out and call your own on the result"
         )
+    return activation
+
+
+def check_following(activation: str | None, residual: Array | None, x: Array) -> None:
+    """Raises unless both can follow a norm of `x`."""
+    as_activation("activation", activation)
     if activation is not None and jnp.iscomplexobj(x):
         raise TypeError(
             f"activation={activation!r} takes real numbers, got {x.dtype}: leave it out"
         )
+    if residual is not None:
+        check_real("residual", residual, x)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"residual has shape {residual.shape}, but it is added to the norm of an "
@@ -43,7 +53,7 @@ def followed(
     y: Array, activation: str | None, residual: ArrayLike | None, mask: Array | None
 ) -> Array:
     """`activation(y + residual)` in the dtype of `y`, and 0 where `mask` is false."""
-    residual = None if residual is None else as_floating(residual)
+    residual = None if residual is None else as_floating(residual, "residual")
     check_following(activation, residual, y)
     if residual is not None:
         # Before the sum: a NaN masked later would still poison gradients.

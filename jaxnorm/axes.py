@@ -1,9 +1,10 @@
 """Step 1: which elements share statistics, and which axes carry the parameters."""
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from jaxnorm.arguments import as_integer, as_integers, as_shape
 
 Shape = tuple[int, ...]
 
@@ -73,13 +74,8 @@ def canonicalize(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Sh
 
     Raises TypeError for what is not an integer, ValueError for one out of range.
     """
-    try:
-        given = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
-        given = tuple(operator.index(a) for a in given)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer or a sequence of integers, got {axis!r}"
-        ) from None
+    given = as_integers(name, axis)
+    given = (given,) if isinstance(given, int) else given
     for a in given:
         if not -ndim <= a < ndim:
             raise ValueError(
@@ -91,6 +87,7 @@ def canonicalize(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Sh
 
 def keep(shape: Shape, axis: int | Sequence[int]) -> Axes:
     """Reduces every axis but `axis` (batch norm)."""
+    shape = as_shape("shape", shape)
     feature = canonicalize(axis, len(shape))
     reduce = tuple(a for a in range(len(shape)) if a not in feature)
     return _unfolded(shape, reduce, feature)
@@ -102,6 +99,7 @@ def over(
     feature_axes: int | Sequence[int],
 ) -> Axes:
     """Reduces `reduction_axes`; `feature_axes` carry parameters (layer norm)."""
+    shape = as_shape("shape", shape)
     reduce = canonicalize(reduction_axes, len(shape), "reduction_axes")
     feature = canonicalize(feature_axes, len(shape), "feature_axes")
     return _unfolded(shape, reduce, feature)
@@ -109,6 +107,7 @@ def over(
 
 def per_example(shape: Shape, axis: int | Sequence[int]) -> Axes:
     """Reduces every axis but the leading one and `axis` (instance norm)."""
+    shape = as_shape("shape", shape)
     feature = _not_leading(shape, axis)
     reduce = tuple(a for a in range(1, len(shape)) if a not in feature)
     return _unfolded(shape, reduce, feature)
@@ -127,6 +126,7 @@ def groups(
     Groups are of consecutive features; exactly one of `num_groups` and `group_size` is
     given. `reduction_axes` names the axes to reduce instead, the features among them.
     """
+    shape = as_shape("shape", shape)
     if reduction_axes is None:
         feature = _not_leading(shape, axis)
         reduced = tuple(range(1, len(shape)))
@@ -140,8 +140,8 @@ def groups(
             f"{shape}"
         )
     at = feature[0]
-    count = _num_groups(shape[at], num_groups, group_size)
-    split = _split(shape, at, count, shape[at] // count)
+    count, size = _groups(shape[at], num_groups, group_size)
+    split = _split(shape, at, count, size)
     moved = tuple(a + (a >= at) for a in reduced)
     return split._replace(reduce=moved, feature=feature)
 
@@ -151,6 +151,7 @@ def virtual_batches(shape: Shape, axis: int | Sequence[int], size: int) -> Axes:
 
     Raises ValueError where `size` does not divide the leading axis.
     """
+    shape, size = as_shape("shape", shape), as_integer("size", size)
     feature = _not_leading(shape, axis)
     if size < 1 or shape[0] % size:
         raise ValueError(
@@ -183,7 +184,10 @@ def _not_leading(shape: Shape, axis: int | Sequence[int]) -> Shape:
     return feature
 
 
-def _num_groups(features: int, num_groups: int | None, group_size: int | None) -> int:
+def _groups(
+    features: int, num_groups: int | None, group_size: int | None
+) -> tuple[int, int]:
+    """How many groups there are, and of how many features."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             "exactly one of num_groups and group_size must be given, got num_groups="
@@ -193,10 +197,10 @@ def _num_groups(features: int, num_groups: int | None, group_size: int | None) -
     name, value = (
         ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     )
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    value = as_integer(name, value)
     if value < 1 or features % value:
         raise ValueError(
             f"{name}={value} does not divide the {features} features: choose a divisor"
         )
-    return value if group_size is None else features // value
+    other = features // value
+    return (value, other) if group_size is None else (other, value)

@@ -2,21 +2,39 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, cast, dataclass_transform, final
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, final
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import axes, devices, running
+from jaxnorm.activation import as_activation
+from jaxnorm.arguments import (
+    as_array,
+    as_bool,
+    as_dtype,
+    as_epsilon,
+    as_feature_shape,
+    as_integer,
+    as_integers,
+    as_momentum,
+    as_name,
+    as_real,
+    as_shape,
+    check_mapping,
+    check_real,
+    optional,
+)
+from jaxnorm.arguments import as_flag as as_flag
 from jaxnorm.axes import Axes, Shape
 from jaxnorm.control import NAMES as CONTROLS
-from jaxnorm.dtypes import as_floating, at_least_float32, promote
+from jaxnorm.dtypes import as_floating, at_least_float32, out_dtype, promote
 from jaxnorm.moments import Moments, moments
-from jaxnorm.normalize import normalize
+from jaxnorm.normalize import as_implementation, normalize
 from jaxnorm.running import as_arrays
 from jaxnorm.standardize import standardize
 
@@ -24,10 +42,51 @@ Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
 Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
 
 
+Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
+
+# By the name of a setting, or else by its type.
+CHECKS: dict[Any, Callable[[str, Any], Any]] = {
+    "epsilon": as_epsilon,
+    "momentum": as_momentum,
+    "axis_name": lambda _, value: devices.as_axis_name(value),
+    "axis_index_groups": lambda _, value: devices.as_groups(value),
+    "activation": as_activation,
+    "implementation": as_implementation,
+    bool: as_bool,
+    int: as_integer,
+    int | None: optional(as_integer),
+    float: as_real,
+    float | None: optional(as_real),
+    str | None: as_name,
+    tuple[int, ...]: as_shape,
+    int | Sequence[int]: as_integers,
+    int | Sequence[int] | None: optional(as_integers),
+}
+
+
+@functools.cache
+def _checks(kind: type) -> list[tuple[str, Callable[[str, Any], Any]]]:
+    """The settings of `kind`, and what checks each."""
+    fields = dataclasses.fields(kind)
+    checks = {f.name: CHECKS.get(f.name) or CHECKS.get(f.type) for f in fields}
+    return [(name, check) for name, check in checks.items() if check]
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def method(cls):
     """A frozen dataclass: comparable, hashable, and safe as a static argument."""
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _initializer(init: Init) -> Init:
+    """`init` of arguments that have been checked, whichever method it is of."""
+
+    @functools.wraps(init)
+    def checked(self, feature_shape, dtype=jnp.float32):
+        shape = as_feature_shape("feature_shape", feature_shape)
+        return init(self, shape, as_dtype("dtype", dtype))
+
+    return cast(Init, checked)
 
 
 @method
@@ -51,27 +110,25 @@ class Norm(abc.ABC):
     real: ClassVar[bool] = False  # whether complex numbers are refused
 
     def __post_init__(self):
-        hashable = {
-            "axis_name": devices.as_axis_name(self.axis_name),
-            "axis_index_groups": devices.as_groups(self.axis_index_groups),
-        }
-        for name, value in vars(self).items():
-            value = hashable.get(name, value)
-            hashable[name] = tuple(value) if isinstance(value, list) else value
-        for name, value in hashable.items():
-            object.__setattr__(self, name, value)
-        if isinstance(self.epsilon, int | float) and not self.epsilon >= 0:
-            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+        for name, check in _checks(type(self)):
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.axis_name is not None and not self.pools:
             raise ValueError(
                 f"{type(self).__name__} shares nothing between devices, got axis_name="
                 f"{self.axis_name!r}: leave it out"
             )
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name in ("init_params", "init_stats"):
+            if name in vars(cls):
+                setattr(cls, name, _initializer(vars(cls)[name]))
+
     @abc.abstractmethod
     def axes(self, shape: Shape) -> Axes:
         """Which axes of an array of `shape` are reduced and which carry parameters."""
 
+    @_initializer
     def init_params(
         self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
     ) -> dict[str, Array]:
@@ -122,9 +179,10 @@ class Norm(abc.ABC):
         Raises ValueError or TypeError where shapes, dtypes or settings do not fit, and
         where each variance would be that of a single value.
         """
-        x = as_floating(x)
-        flag = as_flag(use_running_average)
+        x, flag = as_floating(x), as_flag(use_running_average)
+        running.check_kind(stats)
         self.check_call(x, params, inputs)
+        dtype = None if dtype is None else out_dtype(x, dtype)
         problem = self.lone_values(x.shape, running.RUNNING in stats or flag)
         if problem:
             raise ValueError(problem)
@@ -141,11 +199,15 @@ class Norm(abc.ABC):
                 f"{kind} takes real numbers, got {x.dtype}: batch, group, layer and "
                 "RMS norm take complex ones"
             )
+        check_mapping("params", params, "init_params")
         unknown = sorted(set(params) - set(self.params))
         if unknown:
             raise ValueError(
                 f"{kind} has no parameter {unknown}: it takes {list(self.params)}"
             )
+        for k, v in params.items():
+            if v is not None:
+                check_real(k, as_array(k, v), x)
         if set(inputs) - set(self.options) != set(self.inputs):
             raise TypeError(
                 f"{kind} is called with the inputs {list(self.inputs)} beside x, got "
@@ -157,10 +219,7 @@ class Norm(abc.ABC):
         if not self.center or flag is True:
             return None
         size = self.axes(shape).size
-        count = devices.group_size(
-            devices.as_axis_name(self.axis_name),
-            devices.as_groups(self.axis_index_groups),
-        )
+        count = self.check_bound()
         if size * count != 1:
             return None
         return (
@@ -231,22 +290,18 @@ class Norm(abc.ABC):
             dtype=dtype,
         )
 
+    @final
+    def check_bound(self) -> int:
+        """The least number of devices that share statistics here; raises unless they
+        can, along `axis_name`."""
+        groups = cast(devices.Groups | None, self.axis_index_groups)
+        return devices.group_size(self.axis_name, groups)
+
     def local(self) -> Self:
         """The same method on one device, as needed while a module initializes."""
         return dataclasses.replace(
             cast(Any, self), axis_name=None, axis_index_groups=None
         )
-
-
-def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
-    """`value` as a bool where it is known, else as the traced boolean scalar it is."""
-    if not isinstance(value, Tracer):
-        return bool(value)
-    if value.shape or value.dtype != jnp.bool_:
-        raise TypeError(
-            f"{name} must be a boolean scalar, got {value.dtype} of shape {value.shape}"
-        )
-    return cast(Array, value)
 
 
 @method
@@ -273,6 +328,13 @@ class StatelessNorm(Norm):
 
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
+        self.check_bound()
+        unknown = sorted(running.without(stats, running.MARKS))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} keeps no statistics, but stats holds "
+                f"{unknown}: pass {{}}"
+            )
         y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
         return y, as_arrays(stats)
 
@@ -327,11 +389,6 @@ class StatefulNorm(Norm):
                 f"{type(self).__name__} does not count batches to average over all of "
                 "them, as momentum=None asks for: give a weight from 0 to 1"
             )
-        if isinstance(self.momentum, int | float) and not 0 <= self.momentum <= 1:
-            raise ValueError(
-                f"momentum is the weight of the old statistics, from 0 to 1, got "
-                f"{self.momentum}: PyTorch's momentum m is 1 - m here"
-            )
 
     @abc.abstractmethod
     def train(
@@ -360,16 +417,37 @@ class StatefulNorm(Norm):
     @final
     def check_stats(self, stats: Stats, shape: Shape) -> None:
         """Raises unless `stats` hold what `init_stats` makes for inputs of `shape`."""
-        features = self.axes(shape).feature_shape
-        expected = jax.eval_shape(lambda: self.init_stats(features))
-        running.require(stats, expected)
-        for k, v in expected.items():
-            if jnp.shape(stats[k]) != v.shape:
+        running.require(stats, self._expected(shape))
+        self._check_given(as_arrays(stats), shape)
+
+    def _check_given(self, stats: Mapping[str, Array], shape: Shape) -> None:
+        """Raises for statistics that `init_stats` makes in another way, or not."""
+        expected = self._expected(shape)
+        unknown = sorted(set(stats) - set(expected) - set(running.MARKS))
+        if unknown:
+            raise ValueError(
+                f"stats holds {unknown}, but {self} keeps {sorted(expected)}: start "
+                "from its init_stats"
+            )
+        for k, (like, integer) in expected.items():
+            if k in stats and jnp.shape(stats[k]) != like:
                 raise ValueError(
                     f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but for an input "
-                    f"of shape {shape} it is {v.shape}: start from init_stats of "
-                    f"{self}"
+                    f"of shape {shape} it is {like}: start from init_stats of {self}"
                 )
+            if k in stats and integer == jnp.issubdtype(stats[k].dtype, jnp.inexact):
+                raise TypeError(
+                    f"stats[{k!r}] is {stats[k].dtype}: start from init_stats of {self}"
+                )
+
+    def _expected(self, shape: Shape) -> dict[str, tuple[Shape, bool]]:
+        """The shape of each statistic for inputs of `shape`, and whether it counts."""
+        features = self.axes(shape).feature_shape
+        try:
+            hash(self)
+        except TypeError:  # as with a setting that is traced
+            return _initial.__wrapped__(self, features)
+        return _initial(self, features)
 
     @final
     def apply(self, x, params, stats, *, use_running_average, mask, dtype, **inputs):
@@ -380,10 +458,12 @@ class StatefulNorm(Norm):
                 f"the statistics of {type(self).__name__} are no moments of the data, "
                 "so those of several batches cannot be pooled: leave its layers out"
             )
-        own = running.without(stats, running.SWITCHES)
         same = as_arrays(stats)
+        own = running.without(same, running.SWITCHES)
+        self._check_given(own, x.shape)
         if flag is True or (by_running and held):
             return self.evaluate(x, params, own, **args), same
+        self.check_bound()
         if flag is not False or held:
             params = _held_controls(params, held or flag)
         y, new = self.train(x, params, own, **args)
@@ -394,6 +474,14 @@ class StatefulNorm(Norm):
             return y, new
         kept = self.evaluate(x, params, own, **args), same
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), kept, (y, new))
+
+
+@functools.lru_cache(256)
+def _initial(norm: Norm, features: Shape) -> dict[str, tuple[Shape, bool]]:
+    stats = jax.eval_shape(lambda: norm.init_stats(features))
+    return {
+        k: (v.shape, jnp.issubdtype(v.dtype, jnp.integer)) for k, v in stats.items()
+    }
 
 
 def _held_controls(params: Params, when: bool | Array) -> dict[str, ArrayLike]:

@@ -4,16 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import as_epsilon, as_share, shown
 from jaxnorm.dtypes import at_least_float32
 from jaxnorm.layers import (
     Tree,
     Where,
     below,
+    check_layers,
     check_shapes,
+    check_tree,
     chosen_norms,
+    copied,
     everywhere,
     map_layers,
 )
@@ -40,7 +45,8 @@ def merge_stats(
     Args:
         trees: statistics of one model each, of the same layers.
         weights: how much each counts, such as its number of examples; None for all
-            alike.
+            alike. One of weight 0 counts for nothing, whatever its statistics are.
+            Where all are traced and 0, the result is NaN.
         where: whether the layer at a path is meant; others are those of the first tree.
 
     Returns:
@@ -50,7 +56,9 @@ def merge_stats(
 
     Raises:
         ValueError: if the trees differ in layers or shapes, or the weights in number,
-            and for norms that keep no variance.
+            for weights that are negative, not finite or all 0, and for norms that keep
+            no variance.
+        TypeError: for what are no trees of arrays, and weights that are no numbers.
 
     Source: Chan, Golub and LeVeque, 1983.
 
@@ -60,12 +68,10 @@ def merge_stats(
     >>> jaxnorm.merge_stats([a, b], weights=[30, 10])
     {'mean': Array([1.], dtype=float32), 'var': Array([4.], dtype=float32)}
     """
-    weights = [1] * len(trees) if weights is None else weights
-    if not len(trees) == len(weights) > 0:
-        raise ValueError(
-            f"each tree needs a weight, got {len(trees)} trees and {len(weights)} "
-            "weights"
-        )
+    trees = _listed("trees", trees)
+    for i, tree in enumerate(trees):
+        check_layers(tree, f"trees[{i}]")
+    weights = _weights([1] * len(trees) if weights is None else weights, len(trees))
 
     def merged(path: str, *each: Mapping[str, Any]) -> dict[str, Any]:
         if "var" not in each[0]:
@@ -88,16 +94,43 @@ def _union(
     """Pooled mean and variance, in the dtypes of the first."""
     first = jnp.asarray(each[0]["var"])
     dtype = at_least_float32(first.dtype)
-    total = sum(jnp.asarray(w, dtype) for w in weights)
-    shares = [jnp.asarray(w, dtype) / total for w in weights]
+    known = int | float  # whose shares are exact, however large or small they are
+    weights = [w if isinstance(w, known) else jnp.asarray(w, dtype) for w in weights]
+    shares = [jnp.asarray(w / sum(weights), dtype) for w in weights]
     means = [jnp.asarray(s.get("mean", 0)) for s in each]
-    mean = sum(w * m for w, m in zip(shares, means, strict=True))
+    mean = _weighed(shares, means)
     spreads = [
         jnp.asarray(s["var"], dtype) + abs_square(m - mean)
         for s, m in zip(each, means, strict=True)
     ]
-    var = sum(w * v for w, v in zip(shares, spreads, strict=True))
+    var = _weighed(shares, spreads)
     return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+
+
+def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
+    """The sum of `values` by their shares; one of share 0 may be NaN."""
+    pairs = zip(shares, values, strict=True)
+    return sum(jnp.where(share == 0, 0, share * v) for share, v in pairs)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """`values` in a list; raises TypeError unless they have an order."""
+    ordered = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if ordered or (isinstance(values, np.ndarray | Array) and values.ndim):
+        return list(values)
+    raise TypeError(f"{name} must be a list or tuple, got {shown(values)}")
+
+
+def _weights(weights: Any, number: int) -> list[Any]:
+    """A weight for each of a number of trees, each known one not negative."""
+    weights = [as_epsilon("a weight", w) for w in _listed("weights", weights)]
+    if not len(weights) == number > 0:
+        raise ValueError(
+            f"each tree needs a weight, got {number} trees and {len(weights)} weights"
+        )
+    if all(isinstance(w, int | float) and w == 0 for w in weights):
+        raise ValueError(f"some weight must not be 0, got {weights}")
+    return weights
 
 
 def blend_stats(
@@ -113,26 +146,38 @@ def blend_stats(
 
     Args:
         a, b: statistics of the same layers.
-        weight: of b, from 0 to 1; may be traced.
+        weight: of b, from 0 to 1; may be traced. At 0 and 1 it is exactly those of a
+            and of b, whatever the other holds.
         where: whether the layer at a path is meant; others are those of a.
 
     Returns:
         A new tree. Entries but "mean" and "var" are those of a.
 
     Raises:
-        ValueError: if the trees differ in layers or shapes.
+        ValueError: if the trees differ in layers or shapes, or the weight is NaN or
+            not from 0 to 1.
+        TypeError: for what are no trees of arrays, and a weight that is no number.
 
     Source: Schneider et al., 2020 (https://arxiv.org/abs/2006.16971).
     """
 
+    check_layers(a, "a")
+    check_layers(b, "b")
+    keep = 1 - as_share("weight", weight)
+
     def blended(path, mine, other):
         check_shapes(path, mine, other)
         names = [k for k in ("mean", "var") if k in mine]
-        keep = 1 - jnp.asarray(weight)
-        new = {k: blend(jnp.asarray(mine[k]), other[k], keep) for k in names}
-        return mine | new
+        return mine | {k: between(mine[k], other[k], keep) for k in names}
 
     return map_layers(blended, a, b, where=where)
+
+
+def between(a: ArrayLike, b: ArrayLike, keep: ArrayLike) -> Array:
+    """`keep * a + (1 - keep) * b`, in the dtype of a; what has no weight may be NaN."""
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    mixed = blend(a, b, keep)
+    return jnp.where(keep == 1, a, jnp.where(keep == 0, b.astype(a.dtype), mixed))
 
 
 def swap_stats(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
@@ -150,7 +195,10 @@ def swap_stats(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
 
     Raises:
         ValueError: if the trees differ in layers or shapes.
+        TypeError: for what are no trees of arrays.
     """
+    check_layers(a, "a")
+    check_layers(b, "b")
 
     def swapped(path, mine, other):
         check_shapes(path, mine, other)
@@ -174,6 +222,7 @@ def reset_stats(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
     Raises:
         ValueError: for a layer that keeps something else, such as a history, of which
             only its method knows the start: take it from a fresh model by `swap_stats`.
+        TypeError: for what is no tree of arrays.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> jaxnorm.reset_stats({"mean": jnp.array([4.0]), "var": jnp.array([2.0])})
@@ -209,10 +258,12 @@ def split_norms(
         where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
 
     Returns:
-        Two trees of the same collections, each without what is in the other.
+        Two trees of the same collections, each without what is in the other, of copies
+        of the arrays.
 
     Raises:
         ValueError: if `where` means no norm.
+        TypeError: for what are no trees of arrays.
 
     Source: Li et al., 2021 (https://arxiv.org/abs/2102.07623).
 
@@ -225,11 +276,14 @@ def split_norms(
     ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
     """
     meant = {*chosen_norms(variables, where)}
+    for name, tree in variables.items():
+        check_tree(tree, f"variables[{name!r}]")
+    trees = copied(dict(variables))
     if "" in meant:
-        return dict(variables), {name: {} for name in variables}
-    parts = [_part(tree, meant, "") for tree in variables.values()]
+        return trees, {name: {} for name in trees}
+    parts = [_part(tree, meant, "") for tree in trees.values()]
     norms, others = ({}, {})
-    for name, (mine, rest) in zip(variables, parts, strict=True):
+    for name, (mine, rest) in zip(trees, parts, strict=True):
         norms[name], others[name] = mine, rest
     return norms, others
 
@@ -239,9 +293,12 @@ def join_norms(
 ) -> dict[str, Tree]:
     """The variables of a model of which `split_norms` made these two trees.
 
-    Raises ValueError where both have an array at the same path.
+    Its arrays are copies. Raises ValueError where both have an array at the same path,
+    and TypeError for what are no trees of arrays.
     """
-    return _joined(norms, others, "")
+    check_tree(norms, "norms")
+    check_tree(others, "others")
+    return copied(_joined(norms, others, ""))
 
 
 def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jaxnorm.arguments import as_bool, shown
 from jaxnorm.axes import Shape
 from jaxnorm.base import Norm
 from jaxnorm.layers import (
@@ -13,12 +14,12 @@ from jaxnorm.layers import (
     Where,
     check_variables,
     chosen_norms,
+    copied,
     everywhere,
     keys_at,
-    kind_of,
     put,
 )
-from jaxnorm.leaves import as_array, boxed_like, copied
+from jaxnorm.leaves import array_of, boxed_like
 from jaxnorm.running import BATCH, SWITCHES, marks
 
 
@@ -61,8 +62,8 @@ def convert(
     ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(1)}}
     >>> new = jaxnorm.convert(variables, jaxnorm.GroupNorm(num_groups=1))
     >>> print(new)
-    {'params': {'BatchNorm_0': {'scale': Array([2.], dtype=float32), \
-'bias': Array([0.], dtype=float32)}}, 'batch_stats': {}}
+    {'batch_stats': {}, 'params': {'BatchNorm_0': {'bias': Array([0.], dtype=float32), \
+'scale': Array([2.], dtype=float32)}}}
     """
     check_variables(variables)
     check_norm(norm, use_scale, use_bias)
@@ -92,11 +93,10 @@ def check_norm(norm: Any, use_scale: Any, use_bias: Any) -> None:
     if not isinstance(norm, Norm):
         raise TypeError(
             "norm must be a settings value such as jaxnorm.GroupNorm(), got "
-            f"{kind_of(norm)}"
+            f"{shown(norm)}"
         )
     for name, flag in {"use_scale": use_scale, "use_bias": use_bias}.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {kind_of(flag)}")
+        as_bool(name, flag)
     if getattr(norm, "zero_centered_scale", False):
         raise ValueError(
             "convert copies scales as they are, and zero_centered_scale keeps them "
@@ -152,7 +152,7 @@ def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> 
 def _arrays(path: str, *variables: Mapping[str, Any]) -> dict[str, Array]:
     """The values of all `variables` of the norm at `path`."""
     return {
-        k: as_array(v, f"{k} of the norm at {path!r}")
+        k: array_of(f"{k} of the norm at {path!r}", v)
         for held in variables
         for k, v in held.items()
     }

@@ -3,7 +3,7 @@
 import collections
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core
@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 
+from jaxnorm.arguments import as_integer, check_instance, shown
 from jaxnorm.moments import Moments, joined_size, pool, size_parts
 
 AxisName = str | tuple[str, ...]
@@ -54,14 +55,39 @@ def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
 
 def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
     """`axis_name` as a hashable value; an empty sequence means None."""
-    if axis_name is None or isinstance(axis_name, str):
-        return axis_name
-    return tuple(axis_name) or None
+    if axis_name is None:
+        return None
+    several = isinstance(axis_name, tuple | list)
+    names = tuple(axis_name) if several else (axis_name,)
+    if not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "axis_name must be the name of a mapped axis, a string, or several, got "
+            f"{shown(axis_name)}"
+        )
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"axis_name must name each axis once, and none is empty, got {axis_name!r}"
+        )
+    return cast(AxisName, (names or None) if several else axis_name)
 
 
 def as_groups(groups: Sequence[Sequence[int]] | None) -> Groups | None:
-    """`groups` as a hashable value."""
-    return None if groups is None else tuple(tuple(map(int, g)) for g in groups)
+    """`groups` as a hashable value; raises unless each index is in one of them."""
+    if groups is None:
+        return None
+    try:
+        known = tuple(tuple(as_integer("an index", i) for i in g) for g in groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups must be a list of lists of indices, got {shown(groups)}"
+        ) from None
+    indices = sorted(i for g in known for i in g)
+    if indices != list(range(len(indices))) or not known or not all(known):
+        raise ValueError(
+            f"axis_index_groups={known} must hold each index of axis_name, from 0 on, "
+            "exactly once, and no empty group"
+        )
+    return known
 
 
 def sync(
@@ -83,10 +109,10 @@ def sync(
 
     Raises ValueError if `axis_name` is not bound, or the groups are no partition.
     """
-    name = as_axis_name(axis_name)
+    check_instance("m", m, Moments, "jaxnorm.moments")
+    name, groups = as_axis_name(axis_name), as_groups(axis_index_groups)
     if name is None:
         return m
-    groups = as_groups(axis_index_groups)
     group_size(name, groups)
     known = isinstance(m.size, int) and groups is None
     pooled = _sync(name, groups, m)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import as_array, as_dtype
+
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
     """The least dtype that holds all of `dtypes`, also in JAX's strict mode."""
@@ -19,14 +21,23 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return promote(dtype, jnp.float32)
 
 
-def as_floating(x: ArrayLike) -> Array:
+def as_floating(x: ArrayLike, name: str = "x") -> Array:
     """`x` as an array of real or complex floating point; integers become float32."""
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return x
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
-        return x.astype(jnp.float32)
-    raise TypeError(f"a norm takes arrays of numbers, got dtype {x.dtype}")
+    x = as_array(name, x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
+def out_dtype(x: Array, dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype of what is made of `x`: `dtype`, if given, or that of `x`."""
+    if dtype is None:
+        return x.dtype
+    known = as_dtype("dtype", dtype)
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(known, jnp.complexfloating):
+        raise TypeError(
+            f"dtype is {known}, but the input is {x.dtype}: pass a complex dtype, or "
+            "the real part of the input"
+        )
+    return known
 
 
 def widened(x: Array, dtype: DTypeLike) -> Array:

@@ -8,8 +8,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm.layers import Tree, check_same, layers, with_layers
-from jaxnorm.running import blend
+from jaxnorm.arguments import as_share, shown
+from jaxnorm.combine import between
+from jaxnorm.layers import (
+    Tree,
+    check_same,
+    check_shapes,
+    check_tree,
+    copied,
+    layers,
+    path_name,
+    with_layers,
+)
+from jaxnorm.running import own
 
 POLICIES = ("average", "copy", "recalibrate")
 
@@ -33,7 +44,8 @@ def ema(
     Args:
         average: {"params", "batch_stats"} so far; at first the variables themselves.
         variables: those of the model after a step.
-        decay: weight of the average so far, from 0 to 1; may be traced.
+        decay: weight of the average so far, from 0 to 1; may be traced. At 0 what is
+            in `average` counts for nothing, and may be NaN.
         batch_stats: "recalibrate" leaves the statistics of norms as they are in
             `average`, to be recalibrated before they are used; "average" blends mean
             and var by `decay`; "copy" takes those of `variables`.
@@ -44,7 +56,9 @@ def ema(
         spectral norm keeps, is copied from `variables`.
 
     Raises:
-        ValueError: for an unknown policy, or trees that differ.
+        ValueError: for an unknown policy, trees that differ or lack "params", or a
+            decay that is NaN or not from 0 to 1.
+        TypeError: for what are no trees of arrays, and a decay that is no number.
 
     Source: Tarvainen and Valpola, 2017 (https://arxiv.org/abs/1703.01780); Izmailov et
     al., 2018 (https://arxiv.org/abs/1803.05407).
@@ -55,9 +69,15 @@ def ema(
     >>> jaxnorm.ema(average, variables, 0.75, batch_stats="recalibrate")
     {'params': {'kernel': Array([1.25], dtype=float32)}}
     """
-    if batch_stats not in POLICIES:
-        raise ValueError(f"batch_stats must be one of {POLICIES}, got {batch_stats!r}")
-    new = dict(variables)
+    if not isinstance(batch_stats, str) or batch_stats not in POLICIES:
+        raise ValueError(
+            f"batch_stats must be one of {POLICIES}, got {shown(batch_stats)}"
+        )
+    decay = as_share("decay", decay)
+    check_tree(average, "average")
+    check_tree(variables, "variables")
+    _check_params(average, variables)
+    new = {k: copied(v) for k, v in variables.items() if k != "params"}
     new["params"] = jax.tree.map(
         lambda a, b: _blended(a, b, decay), average["params"], variables["params"]
     )
@@ -65,17 +85,46 @@ def ema(
         stats = variables.get("batch_stats", {})
         old, now = layers(average.get("batch_stats", {})), layers(stats)
         check_same(old, now)
+        for path, a in old.items():
+            check_shapes(path, _moments(a), _moments(now[path]))
         if batch_stats == "average":
             old = {path: _averaged(a, now[path], decay) for path, a in old.items()}
         new |= {"batch_stats": with_layers(stats, old)} if old else {}
     return new
 
 
+def _check_params(average: Mapping[str, Tree], variables: Mapping[str, Tree]) -> None:
+    """Raises ValueError unless both have the same parameters."""
+    for name, tree in (("average", average), ("variables", variables)):
+        if "params" not in tree:
+            raise ValueError(
+                f'{name} must hold "params", got {list(tree)}: pass the variables of a '
+                "model, and not one of their trees"
+            )
+    a, b = (_shapes(tree["params"]) for tree in (average, variables))
+    if a[1] != b[1]:
+        apart = sorted(p for p in {*a[0], *b[0]} if a[0].get(p) != b[0].get(p))
+        raise ValueError(
+            'the "params" of average and of variables must be alike, but differ at '
+            f"{apart or 'the types of their nodes'}: take both from one model"
+        )
+
+
+def _shapes(params: Tree) -> tuple[dict[str, tuple[int, ...]], Any]:
+    """The shape of each array by its path, and these in the structure of `params`."""
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    shapes = {path_name(path): jnp.shape(v) for path, v in found}
+    return shapes, (list(shapes.values()), jax.tree.structure(params))
+
+
+def _moments(stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: stats[k] for k in ("mean", "var") if k in stats}
+
+
 def _averaged(a: Mapping, b: Mapping, decay: ArrayLike) -> dict[str, Any]:
-    moved = {k: _blended(a[k], b[k], decay) for k in ("mean", "var") if k in b}
-    return {**b, **moved}
+    return {**b, **{k: _blended(v, b[k], decay) for k, v in _moments(a).items()}}
 
 
 def _blended(a: ArrayLike, b: ArrayLike, decay: ArrayLike) -> Array:
-    a, b = jnp.asarray(a), jnp.asarray(b)
-    return blend(a, b, decay) if jnp.issubdtype(a.dtype, jnp.inexact) else b
+    floating = jnp.issubdtype(jnp.asarray(a).dtype, jnp.inexact)
+    return between(a, b, decay) if floating else own(jnp.asarray(b))

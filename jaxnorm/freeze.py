@@ -2,6 +2,7 @@
 
 import jax
 
+from jaxnorm.arguments import as_bool
 from jaxnorm.layers import (
     Tree,
     Where,
@@ -44,10 +45,12 @@ def freeze(
         update: let training update the statistics.
 
     Returns:
-        A new tree, with the same arrays and the marks of the layers that `where` means.
+        A new tree, of copies of the arrays and the marks of the layers that `where`
+        means.
 
     Raises:
         ValueError: if `where` means no layer.
+        TypeError: for what is no tree of arrays, and switches that are no booleans.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> stats = jaxnorm.freeze(jaxnorm.init_stats(1))
@@ -58,7 +61,8 @@ def freeze(
     >>> print(y.tolist(), stats["mean"], sorted(stats))
     [[1.0], [3.0]] [0.] ['held', 'mean', 'running', 'var']
     """
-    switches = {RUNNING: use_running_average, HELD: not update}
+    running = as_bool("use_running_average", use_running_average)
+    switches = {RUNNING: running, HELD: not as_bool("update", update)}
     names = [k for k, on in switches.items() if on]
     return map_layers(
         lambda _, stats: without(stats, SWITCHES) | marks(stats, *names),
@@ -70,7 +74,7 @@ def freeze(
 def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
     """Statistics without the marks that `freeze` gave their layers.
 
-    Args and what is raised are as in `freeze`.
+    Args, what is returned and what is raised are as in `freeze`.
 
     >>> import jaxnorm
     >>> sorted(jaxnorm.unfreeze(jaxnorm.freeze(jaxnorm.init_stats(1))))
@@ -81,6 +85,8 @@ def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
 
 def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
     """What training does in each layer: its path, and the two switches of `freeze`.
+
+    Raises TypeError for what is no tree of arrays.
 
     >>> import jaxnorm
     >>> jaxnorm.frozen({"stem": jaxnorm.freeze(jaxnorm.init_stats(1))})
@@ -108,6 +114,7 @@ def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
 
     Raises:
         ValueError: if `where` means no norm.
+        TypeError: for what is no tree of arrays.
 
     >>> import jax, jax.numpy as jnp, jaxnorm
     >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2))},
@@ -136,6 +143,9 @@ def decay_mask(params: Tree) -> Tree:
 
     Returns:
         A tree of booleans, of the structure of `params`.
+
+    Raises:
+        TypeError: for what is no tree of arrays, such as an NNX model.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> params = {"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},

@@ -7,8 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-from jaxnorm.layers import Tree, Where, chosen, everywhere, layers, path_name
+from jaxnorm.arguments import as_epsilon
+from jaxnorm.layers import (
+    Tree,
+    Where,
+    check_layers,
+    chosen,
+    everywhere,
+    layers,
+    path_name,
+)
 from jaxnorm.running import BATCH, MARKS, shape_of
 
 # A few features may stray without a word: in wide layers, some always do.
@@ -139,7 +149,7 @@ def health(
     Args:
         batch_stats: statistics of the layers of a model, or of one layer. Those that
             pool the moments of batches have a fresh batch of their own.
-        params: parameters of the same model, for the scales; without them each is 1.
+        params: parameters of the same model, for the scales; one that is not there is 1.
         fresh: the same tree after a training pass with statistics that pool the moments
             of its batches; one batch of the training tells whether it is large enough.
             Or else moments by layer: "mean", "var" or both, and "size" if known.
@@ -154,8 +164,11 @@ def health(
         `figure()`, and a table by `print` or `rich.print`.
 
     Raises:
-        ValueError: if `where` means no layer, `params` hold no scale of any of them,
-            `fresh` lacks a layer or holds no batch, or shapes differ.
+        ValueError: if `where` means no layer, `params` hold their scales at other
+            paths, `fresh` lacks a layer or holds no batch, a limit is not as it should
+            be, or shapes differ.
+        TypeError: for what is no tree of arrays, limits that are no numbers, and under
+            `jit`.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> x = jnp.array([[1.0, 5.0], [3.0, 5.0]] * 8)
@@ -168,10 +181,12 @@ def health(
     head ['never updated: all 2 features']
     stem ['small variance: 1 of 2 features', 'dead: 1 of 2 features']
     """  # noqa: E501
-    if not epsilon > 0:
+    if not as_epsilon("epsilon", epsilon) > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}: give the layers'")
-    limits = Limits(epsilon, dead, drift, least)
+    given = {"dead": dead, "drift": drift, "least": least}
+    limits = Limits(epsilon, *(as_epsilon(k, v) for k, v in given.items()))
     found = chosen(batch_stats, where)
+    _check_known(batch_stats, params, fresh)
     scales, batches = _scales(found, params), _batches(found, fresh)
     arrays = jax.device_get((found, scales, batches))
     found, scales, batches = ({p: _float64(v) for p, v in t.items()} for t in arrays)
@@ -182,6 +197,16 @@ def health(
     return Health(tuple(rows), limits)
 
 
+def _check_known(*trees: Tree | None) -> None:
+    """Raises TypeError for arrays whose values are not known."""
+    for value in jax.tree.leaves(trees):
+        if isinstance(value, Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"health needs values, got {type(value).__name__} of shape "
+                f"{value.shape}: call it outside of `jit`, with the arrays it returns"
+            )
+
+
 def _by_number(item: tuple[str, Any]) -> list[tuple[int, str]]:
     """Sorts "Block_10" after "Block_9"."""
     parts = re.split(r"(\d+)", item[0])
@@ -189,17 +214,21 @@ def _by_number(item: tuple[str, Any]) -> list[tuple[int, str]]:
 
 
 def _scales(found: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
-    """{"scale"} of the layers that have one."""
+    """{"scale"} of the layers that have one; there may be none."""
     if params is None:
         return {}
+    check_layers(params, "params")
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     by_path = {path_name(path): value for path, value in leaves}
     names = {path: f"{path}/scale".lstrip("/") for path in found}
     scales = {p: {"scale": by_path[k]} for p, k in names.items() if k in by_path}
-    if not scales:
+    if not scales and any(
+        _shifted(k, name) for k in by_path for name in names.values()
+    ):
         raise ValueError(
             f"params hold no scale for any of the layers {list(found)}: pass those of "
-            'the same model, variables["params"], or leave them out'
+            'the same model, variables["params"], with no other tree around them, or '
+            "leave them out"
         )
     for path, scale in scales.items():
         features = shape_of(found[path])
@@ -211,8 +240,15 @@ def _scales(found: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
     return scales
 
 
+def _shifted(a: str, b: str) -> bool:
+    """Whether one path is the other one below something."""
+    return a.endswith(f"/{b}") or b.endswith(f"/{a}")
+
+
 def _batches(found: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
     """The moments of a fresh batch, {"mean", "var", "size"} as far as known."""
+    if fresh is not None:
+        check_layers(fresh, "fresh")
     source = found if fresh is None else layers(fresh)
     missing = [path for path in found if path not in source]
     if missing:
@@ -228,7 +264,7 @@ def _batches(found: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
     if empty:
         raise ValueError(
             f"fresh holds no batch in any of {list(batches)}: pass the statistics that "
-            "a training pass of the model returned"
+            "a training pass of the model returned; Flax's own norms gather none"
         )
     if fresh is not None and not batches:
         batches = source
@@ -464,7 +500,7 @@ RULES = (
         "not reached",
         lambda row, _: "no elements" if row.size == 0 else "",
         "pass a batch that the layer takes part in, in training, or leave the layer "
-        "out with `where`",
+        "out with `where`, as if it is Flax's own, which gathers no batch",
     ),
     Rule(
         "batch not finite",

@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
+from jaxnorm.arguments import shown
 from jaxnorm.base import Norm
+from jaxnorm.running import own
 
 Where = Callable[[str], bool]  # whether the layer at a path is meant
 Tree = Any  # nested mappings of arrays, such as Flax's batch_stats
@@ -26,12 +29,12 @@ def check_tree(tree: Any, name: str) -> None:
     if not isinstance(tree, Mapping):
         raise TypeError(
             f"{name} must be nested mappings of arrays, as a Linen model has them, got "
-            f"{kind_of(tree)}: of an NNX model take jaxnorm.nnx.variables(model)"
+            f"{shown(tree)}: of an NNX model take jaxnorm.nnx.variables(model)"
         )
     for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not _is_array(value):
             raise TypeError(
-                f"{name} must hold arrays and nothing else, got {kind_of(value)} at "
+                f"{name} must hold arrays and nothing else, got {shown(value)} at "
                 f"{path_name(path)!r}: of an NNX model take "
                 "jaxnorm.nnx.variables(model)"
             )
@@ -47,16 +50,6 @@ def check_variables(variables: Any, name: str = "variables") -> None:
 def check_layers(tree: Any, name: str) -> None:
     """As `check_tree`, but for what may be a list or tuple, too, such as of layers."""
     check_tree(dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree, name)
-
-
-def kind_of(value: Any) -> str:
-    """What an error says of a value that is not of the kind it should be."""
-    if value is None:
-        return "None"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    shown = isinstance(value, str | bytes | int | float | complex)
-    return f"{type(value).__name__} {repr(value)[:40] if shown else ''}".strip()
 
 
 def _is_array(value: Any) -> bool:
@@ -95,9 +88,8 @@ def meant(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
     """What `where` means of `found`; raises ValueError if that is nothing."""
     if not callable(where):
         raise TypeError(
-            "`where` must be a function of a layer's path that returns True or False, "
-            f"such as lambda path: path == {next(iter(found), 'norm')!r}, got "
-            f"{kind_of(where)}"
+            "where must be a function of a layer's path that returns True or False, "
+            f"such as {next(iter(found), 'norm')!r}.__eq__, got {shown(where)}"
         )
     if not found:
         raise ValueError(
@@ -114,12 +106,22 @@ def meant(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
 
 
 def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree:
-    """`batch_stats` with the layers at the paths of `new` in place of their own."""
+    """`batch_stats` with the layers at the paths of `new` in place of their own.
+
+    All arrays are copies, but of what is traced.
+    """
 
     def replaced(path, node):
         return new.get(path_name(path), node) if is_layer(node) else node
 
-    return jax.tree_util.tree_map_with_path(replaced, batch_stats, is_leaf=is_layer)
+    return copied(
+        jax.tree_util.tree_map_with_path(replaced, batch_stats, is_leaf=is_layer)
+    )
+
+
+def copied(tree: Tree) -> Tree:
+    """`tree` with arrays of its own, which may be donated while `tree` is in use."""
+    return jax.tree.map(lambda v: own(v) if isinstance(v, Array) else v, tree)
 
 
 def map_layers(

@@ -1,18 +1,22 @@
-"""What is one variable of a tree, in a box of Flax's or not, and how is it copied?"""
+"""What is one variable of a tree, in a box of Flax's or not?"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from jaxnorm.layers import kind_of
+from jaxnorm.arguments import as_array
 
 
 def is_box(node: Any) -> bool:
     """Whether `node` is a variable with Flax's metadata, such as `nn.Partitioned`."""
     return hasattr(node, "replace_boxed")
+
+
+def array_of(name: str, variable: Any) -> Array:
+    """The value of `variable`; raises TypeError unless that is an array of numbers."""
+    return as_array(name, unboxed(variable))
 
 
 def unboxed(variable: Any) -> Any:
@@ -31,30 +35,3 @@ def boxed_like(variable: Any, value: Array) -> Any:
     for _ in range(value.ndim - jnp.ndim(unboxed(variable))):
         variable = variable.add_axis(0, {"partition_name": None})
     return variable.replace_boxed(value)
-
-
-def as_array(variable: Any, name: str) -> Array:
-    """The value of `variable` as an array; raises unless that is one of numbers."""
-    value, array = unboxed(variable), None
-    try:
-        given = value if hasattr(value, "dtype") else np.asarray(value)
-        if given.dtype.kind not in "OSUMm":
-            array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        pass  # a list of lists of several lengths, or a shape without values
-    kinds = (jnp.number, jnp.bool_)
-    if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-        raise TypeError(f"{name} must be an array of numbers, got {kind_of(value)}")
-    return array
-
-
-def copied(tree: Any) -> Any:
-    """`tree` in buffers of its own: no leaf shares one with another, or with `tree`.
-
-    So it can be donated, and what it was made from as well.
-    """
-    if type(tree) is dict:  # whose order JAX does not keep
-        return {k: copied(v) for k, v in tree.items()}
-    return jax.tree.map(
-        lambda v: v.copy() if isinstance(v, Array | np.ndarray) else v, tree
-    )

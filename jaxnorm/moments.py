@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import as_array, as_bool, check_function, check_instance
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import as_floating, at_least_float32
 
@@ -43,7 +44,7 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """`mask` as booleans; raises if it does not broadcast to `shape`."""
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = as_array("mask", mask)
     if not (mask.dtype == jnp.bool_ or jnp.isrealobj(mask)):
         raise TypeError(f"mask must be boolean, or 0 and 1, got dtype {mask.dtype}")
     try:
@@ -57,6 +58,13 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
             "on; add axes of 1 at its end to mask whole examples"
         )
     return mask.astype(bool)
+
+
+def check_axes(axes: Axes, shape: tuple[int, ...]) -> None:
+    """Raises unless `axes` are those of an array of `shape`."""
+    check_instance("axes", axes, Axes, "jaxnorm.axes.keep")
+    if axes.shape != shape:
+        raise ValueError(f"axes are for an array of shape {axes.shape}, got {shape}")
 
 
 def fold(x: Array, mask: Array | None, axes: Axes) -> Array:
@@ -89,8 +97,8 @@ def moments(
     if it does not, and TypeError if `x` holds no numbers.
     """
     x = as_floating(x)
-    if x.shape != axes.shape:
-        raise ValueError(f"axes are for an array of shape {axes.shape}, got {x.shape}")
+    check_axes(axes, x.shape)
+    center = as_bool("center", center)
     mask = as_mask(mask, x.shape)
     size = axes.size if mask is None else _count(mask, axes)
     mean, var, residue = _mean_and_var(axes, center, x, mask, size)
@@ -105,6 +113,8 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     leading axis. Sets of size 0 count for nothing. The variance does not suffer from
     means far from 0 (Chan, Golub and LeVeque, 1983).
     """
+    check_instance("m", m, Moments, "jaxnorm.moments")
+    check_function("total", total)
     dtype = m.mean.dtype
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     parts = [size.astype(v.dtype) * v for v in (m.mean, m.var)]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
 from jaxnorm.activation import check_following, followed, pack, unpack
+from jaxnorm.arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm.axes import Axes
 from jaxnorm.devices import AxisName, Groups
-from jaxnorm.dtypes import as_floating, at_least_float32
+from jaxnorm.dtypes import as_floating, at_least_float32, out_dtype
 from jaxnorm.moments import (
     Moments,
     as_mask,
+    check_axes,
     fold,
     moments,
     moments_tangent,
@@ -32,6 +34,8 @@ from jaxnorm.standardize import (
     standardize_tangent,
     unfold,
 )
+
+IMPLEMENTATIONS = ("xla", "triton", "mosaic")
 
 
 class Plan(NamedTuple):
@@ -82,15 +86,22 @@ def normalize(
     a residual of another shape, and kernels that do not fit.
     """
     x = as_floating(x)
-    residual = None if residual is None else as_floating(residual)
+    residual = None if residual is None else as_floating(residual, "residual")
+    check_mapping("params", params, "init_params")
+    unknown = sorted(set(params) - {"scale", "bias"})
+    if unknown:
+        raise ValueError(f"params holds {unknown}, but takes scale and bias alone")
+    check_axes(axes, x.shape)
+    epsilon = as_epsilon("epsilon", epsilon)
+    implementation = as_implementation("implementation", implementation)
     check_following(activation, residual, x)
     wide = at_least_float32(x.dtype)
     plan = Plan(
         axes,
-        center,
+        as_bool("center", center),
         devices.as_axis_name(axis_name),
         devices.as_groups(axis_index_groups),
-        jnp.dtype(x.dtype if dtype is None else dtype),
+        out_dtype(x, dtype),
     )
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
     mask = as_mask(mask, x.shape)
@@ -104,17 +115,21 @@ def normalize(
     return followed(y, activation, residual, mask), m
 
 
+def as_implementation(name: str, value: Any) -> str | None:
+    """`value` as one of the implementations there are, or None for the usual one."""
+    if value is not None and value not in list(IMPLEMENTATIONS):
+        raise ValueError(
+            f"{name}={shown(value)} is none of None and {list(IMPLEMENTATIONS)}"
+        )
+    return value
+
+
 def _by_kernels(
     plan, x, mask, epsilon, scale, bias, activation, residual, implementation
 ):
     """The same by kernels; raises ValueError if they do not fit."""
     from jaxnorm import kernels  # not needed by most, and not loaded for these
 
-    if implementation not in kernels.BACKENDS:
-        raise ValueError(
-            f"implementation={implementation!r} is none of None, 'xla' and "
-            f"{list(kernels.BACKENDS)}"
-        )
     unfit = {
         "a mask": mask is not None,
         "axis_name": plan.axis_name is not None,

@@ -5,11 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import running
-from jaxnorm.base import Stats, as_flag
+from jaxnorm.arguments import (
+    as_array,
+    as_flag,
+    check_function,
+    check_mapping,
+    shown,
+)
+from jaxnorm.base import Stats
 from jaxnorm.dtypes import as_floating, promote
 from jaxnorm.methods.batch_norm import BatchNorm
 from jaxnorm.moments import Moments
@@ -88,6 +96,9 @@ def quantization_aware_layer(
     >>> print(y.round(2).ravel())
     [-1.  1.]
     """
+    check_function("layer", layer)
+    check_function("quantize", quantize)
+    check_mapping("stats", stats, "init_stats")
     norm = BatchNorm(
         momentum=momentum,
         epsilon=epsilon,
@@ -95,13 +106,14 @@ def quantization_aware_layer(
         axis_index_groups=axis_index_groups,
         unbiased=unbiased,
     )
-    kernel, frozen = as_floating(kernel), as_flag(freeze, "freeze")
+    kernel, frozen = as_floating(as_array("kernel", kernel)), as_flag(freeze, "freeze")
     by_running = True if running.RUNNING in stats else frozen
     held = True if running.HELD in stats else frozen
     past = running.read(stats, norm.axes(kernel.shape), kernel.dtype)
     used, new = past, as_arrays(stats)
     if not (by_running is True and held is True):
-        batch, moved = _of_batch(norm, layer(kernel), stats, by_running, mask)
+        x = _output(layer, kernel)
+        batch, moved = _of_batch(norm, x, stats, by_running, mask)
         mean, var = (v.reshape(past.var.shape) for v in (batch.mean, batch.var))
         batch = Moments(mean, var, past.size)
         used = _chosen(by_running, past, batch)
@@ -110,7 +122,7 @@ def quantization_aware_layer(
     if scale is not None:
         slope = slope * _scale(scale, kernel, slope)
     wide = kernel.astype(promote(kernel.dtype, slope.dtype))
-    y = layer(quantize((wide * slope).astype(kernel.dtype)))
+    y = _output(layer, quantize((wide * slope).astype(kernel.dtype)))
     where = norm.axes(y.shape)
     # (y - mean * slope) * correction is y * correction - mean * scale / std.
     center, correction = (
@@ -118,6 +130,13 @@ def quantization_aware_layer(
         for v in (used.mean * slope, used.rstd(norm.epsilon) / past.rstd(norm.epsilon))
     )
     return standardize(y, center, correction, where, bias=bias, mask=mask), new
+
+
+def _output(layer: Callable[[Array], Any], kernel: Array) -> Array:
+    y = layer(kernel)
+    if not isinstance(y, Array | np.ndarray):
+        raise TypeError(f"layer(kernel) must return one array, got {shown(y)}")
+    return as_array("layer(kernel)", y)
 
 
 def _of_batch(
@@ -141,7 +160,7 @@ def _chosen(when: bool | Array, a: Any, b: Any) -> Any:
 
 def _scale(scale: ArrayLike, kernel: Array, slope: Array) -> Array:
     """`scale` as it broadcasts to the kernel."""
-    scale = jnp.asarray(scale)
+    scale = as_array("scale", scale)
     if scale.shape != kernel.shape[-1:]:
         raise ValueError(
             f"scale has shape {scale.shape}, but the features of a kernel of shape "

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm import running
+from jaxnorm.arguments import as_bool, check_function, shown
 from jaxnorm.layers import (
     Tree,
     Where,
+    check_layers,
+    check_variables,
     chosen,
     everywhere,
     layers,
@@ -73,7 +76,8 @@ def recalibrate(
         ValueError: if there is no batch, a moment is not finite, or a layer gathers
             nothing, as it is not called, or not one of jaxnorm's, or does not settle,
             as it is called several times (`layer_by_layer`); the layer is named, and
-            nothing has changed. TypeError for an iterator with `layer_by_layer`.
+            nothing has changed.
+        TypeError: for an iterator with `layer_by_layer`, and arguments of another kind.
 
     Source: Wu and Johnson, 2021 (https://arxiv.org/abs/2105.07576), section 3.
 
@@ -86,13 +90,24 @@ def recalibrate(
     >>> jaxnorm.recalibrate(apply, variables, batches[:1])["norm"]["mean"]
     Array([2.], dtype=float32)
     """
+    check_function("apply", apply)
+    check_variables(variables)
+    if isinstance(batches, Mapping | str | bytes) or not hasattr(batches, "__iter__"):
+        raise TypeError(
+            f"batches must be an iterable of what `apply` takes, got {shown(batches)}: "
+            "put a single batch into a list"
+        )
+    if progress is not None:
+        check_function("progress", progress)
+    layer_by_layer = as_bool("layer_by_layer", layer_by_layer)
+    unbiased = as_bool("unbiased", unbiased)
     if layer_by_layer and isinstance(batches, Iterator):
         raise TypeError(
             f"layer_by_layer goes over the batches several times, got an iterator, "
             f"{type(batches).__name__}, which ends after the first: pass a list, or an "
             "object whose __iter__ starts again"
         )
-    stats = variables["batch_stats"]
+    stats = variables.get("batch_stats", {})
     meant = chosen(stats, where)
     gather = jax.jit(lambda variables, batch: _gathered(apply, variables, batch, meant))
     base = _by_running(stats) if layer_by_layer else stats
@@ -132,7 +147,9 @@ def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
 
 def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:
     """The moments of one batch in each layer."""
-    new = layers(apply(variables, batch))
+    returned = apply(variables, batch)
+    check_layers(returned, "what apply(variables, batch) returns")
+    new = layers(returned)
     missing = [p for p in meant if p not in new or BATCH[0] not in new[p]]
     if missing:
         raise ValueError(
@@ -164,7 +181,7 @@ def _one_pass(
         raise ValueError(
             f"the layers {empty} have gathered nothing: each must be one of jaxnorm's, "
             "called in training mode (use_running_average=False) on something valid; "
-            "leave others out with `where`"
+            "leave others, such as Flax's own, out with `where`"
         )
     return found
 

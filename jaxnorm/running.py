@@ -6,8 +6,20 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import (
+    as_array,
+    as_bool,
+    as_dtype,
+    as_feature_shape,
+    as_integer,
+    as_momentum,
+    check_instance,
+    check_mapping,
+    shown,
+)
 from jaxnorm.axes import Axes
 from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.moments import Moments, pool
@@ -36,8 +48,10 @@ def init_stats(
     With `momentum=None` there is also "count", the number of batches averaged so far,
     in int32, one per feature. `dtype` is at least float32; complex for complex inputs.
     """
-    shape = (feature_shape,) if isinstance(feature_shape, int) else feature_shape
-    dtype = at_least_float32(dtype)
+    shape = as_feature_shape("feature_shape", feature_shape)
+    as_momentum("momentum", momentum)
+    check_kept(kept)
+    dtype = at_least_float32(as_dtype("dtype", dtype))
     stats = {"mean": jnp.zeros(shape, dtype), "var": jnp.zeros(shape, dtype).real + 1}
     stats = {k: stats[k] for k in kept}
     if momentum is None:
@@ -80,6 +94,10 @@ def update_stats(
     (two, as a variance needs) keeps its statistics, and a batch with any statistic that
     is not finite leaves all as they were, bit for bit.
     """
+    check_kept(kept)
+    least, momentum = as_integer("least", least), as_momentum("momentum", momentum)
+    unbiased = as_bool("unbiased", unbiased)
+    check_instance("m", m, Moments, "jaxnorm.moments")
     check(stats, axes, kept + (("count",) if momentum is None else ()))
     old = as_arrays(stats)
     complex_mean = "mean" in kept and jnp.iscomplexobj(m.mean)
@@ -129,14 +147,20 @@ def shape_of(stats: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
-    """`stats` as they are, in a dict of their own."""
-    return {k: jnp.asarray(v) for k, v in stats.items()}
+    """`stats` in arrays of their own, which may be donated while `stats` are in use."""
+    return {k: own(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
+
+
+def own(value: Any) -> Any:
+    """A copy of an array, where it is not traced."""
+    return value if isinstance(value, Tracer) else value.copy()
 
 
 def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
-    mean = jnp.zeros_like(stats["mean" if "mean" in stats else "var"])
-    zeros = (mean, mean.real, jnp.zeros(mean.shape, jnp.int32), mean)
+    like = jnp.asarray(stats["mean" if "mean" in stats else "var"])
+    dtypes = (like.dtype, like.real.dtype, jnp.int32, like.dtype)
+    zeros = (jnp.zeros_like(like, dtype) for dtype in dtypes)
     return as_arrays(stats) | dict(zip(BATCH, zeros, strict=True))
 
 
@@ -174,8 +198,21 @@ def replaced(
     return out
 
 
+def check_kept(kept: Any) -> None:
+    """Raises ValueError unless `kept` is a tuple of names of statistics."""
+    if not isinstance(kept, tuple) or kept not in (("mean", "var"), ("var",)):
+        raise ValueError(f"kept must be ('mean', 'var') or ('var',), got {shown(kept)}")
+
+
+def check_kind(stats: Any) -> None:
+    """Raises TypeError unless `stats` is a dict or the like."""
+    fix = "give it before scale and bias" if hasattr(stats, "shape") else "start there"
+    check_mapping("stats", stats, "init_stats", fix)
+
+
 def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
     """Raises ValueError unless `stats` holds `names`."""
+    check_kind(stats)
     missing = [k for k in names if k not in stats]
     if missing:
         raise ValueError(
@@ -187,10 +224,12 @@ def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
 def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
     """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
     require(stats, names)
+    check_instance("axes", axes, Axes, "jaxnorm.axes.keep")
     for k in names:
-        if jnp.shape(stats[k]) != axes.feature_shape:
+        shape = as_array(f"stats[{k!r}]", stats[k]).shape
+        if shape != axes.feature_shape:
             raise ValueError(
-                f"stats[{k!r}] has shape {jnp.shape(stats[k])}, but the features of an "
+                f"stats[{k!r}] has shape {shape}, but the features of an "
                 f"input of shape {axes.shape} are {axes.feature_shape}"
             )
 

@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm.arguments import as_array
 from jaxnorm.axes import Axes
 from jaxnorm.devices import vary_together
-from jaxnorm.dtypes import as_floating, promote
-from jaxnorm.moments import as_mask, fold
+from jaxnorm.dtypes import as_floating, out_dtype, promote
+from jaxnorm.moments import aligned, as_mask, check_axes, fold
 
 
 def standardize(
@@ -39,14 +41,34 @@ def standardize(
     dtypes do not fit.
     """
     x = as_floating(x)
+    check_axes(axes, x.shape)
+    mean, rstd, residue = (
+        _as_statistic(k, v, axes)
+        for k, v in (("mean", mean), ("rstd", rstd), ("residue", residue))
+    )
     mask = as_mask(mask, x.shape)
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    dtype = out_dtype(x, dtype)
     scale = as_param("scale", scale, axes, mean.dtype)
     bias = as_param("bias", bias, axes, mean.dtype)
     # A plain 0 is known while tracing, and costs nothing.
     none = isinstance(residue, float) and residue == 0
     rest = None if none else jnp.asarray(residue, mean.dtype)
     return standardized(axes, dtype, x, mask, mean, rest, rstd, scale, bias)
+
+
+def _as_statistic(name: str, value: Any, axes: Axes) -> Any:
+    """`value`, which must broadcast to the array in its folded shape."""
+    if isinstance(value, float):
+        return value
+    value = as_array(name, value)
+    pairs = zip(reversed(value.shape), reversed(axes.folded), strict=False)
+    fits = all(n == 1 or n == whole for n, whole in pairs)
+    if not fits or value.ndim > len(axes.folded):
+        raise ValueError(
+            f"{name} has shape {value.shape}, which does not broadcast to an array of "
+            f"shape {axes.folded}: pass what moments gives for these axes"
+        )
+    return aligned(value, axes.folded) if value.shape else value
 
 
 def pointwise(
@@ -85,7 +107,7 @@ def as_param(
     """A parameter in the precision of the statistics, broadcasting against folded x."""
     if value is None:
         return None
-    value = jnp.asarray(value)
+    value = as_array(name, value)
     if jnp.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} is {value.dtype}, but the input is real")
     per_example = (*axes.shape[:1], *axes.feature_shape)

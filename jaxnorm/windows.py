@@ -1,22 +1,18 @@
 """Sums over the neighbourhood of each element."""
 
-import operator
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxnorm.arguments import as_integers
+
 
 def as_widths(width: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
     """`count` positive widths; raises TypeError or ValueError for anything else."""
-    try:
-        given = tuple(width) if isinstance(width, Sequence) else (width,) * count
-        given = tuple(operator.index(w) for w in given)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer or a sequence of integers, got {width!r}"
-        ) from None
+    given = as_integers(name, width)
+    given = (given,) * count if isinstance(given, int) else given
     if len(given) != count or min(given, default=1) < 1:
         raise ValueError(
             f"{name}={width} must be positive, one number or {count}, one for each axis"

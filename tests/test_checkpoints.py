@@ -465,12 +465,84 @@ def test_safetensors_go_both_ways(tmp_path, dtype):
         "torch", safetensors.numpy.load_file(path), small_template(dtype)
     )
     assert {v.dtype for v in jax.tree.leaves(variables)} == {np.dtype(dtype)}
-    back = jaxnorm.to_checkpoint("torch", variables)
+    source |= {"bn.num_batches_tracked": np.int64(0)}
+    back = jaxnorm.to_checkpoint("torch", variables, template=source)
     safetensors.numpy.save_file(back, path)
-    same(
-        safetensors.numpy.load_file(path),
-        source | {"bn.num_batches_tracked": np.int64(0)},
-    )
+    same(safetensors.numpy.load_file(path), source)
+
+
+class Tensor:
+    """As much of a tensor of torch in bfloat16 on a GPU as is read from it."""
+
+    dtype = "torch.bfloat16"
+
+    def __init__(self, array, where="cuda", grad=True):
+        self.array, self.where, self.grad = array, where, grad
+        self.shape = array.shape
+
+    def detach(self):
+        return Tensor(self.array, self.where, False)
+
+    def cpu(self):
+        return Tensor(self.array, "cpu", self.grad)
+
+    def float(self):
+        tensor = Tensor(self.array.astype(np.float32), self.where, self.grad)
+        tensor.dtype = "torch.float32"
+        return tensor
+
+    def __array__(self, dtype=None, copy=None):
+        if (self.where, self.grad, self.dtype) == ("cpu", False, "torch.float32"):
+            return self.array
+        raise TypeError("can't convert it to numpy")
+
+
+def test_tensors_on_a_device_in_training_and_bfloat16():
+    source = small_state_dict(ml_dtypes.bfloat16)
+    source["bn.num_batches_tracked"] = np.int64(0)
+    tensors = {k: Tensor(v) if v.ndim else v for k, v in source.items()}
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        template = small_template(dtype)
+        variables, report = jaxnorm.from_checkpoint("torch", tensors, template)
+        expected, same_report = jaxnorm.from_checkpoint("torch", source, template)
+        same(flat(variables), flat(expected))
+        assert report == same_report
+    back = jaxnorm.to_checkpoint("torch", variables, template=tensors)
+    wide = {k: v.astype(np.float32) if v.ndim else v for k, v in source.items()}
+    same(back, wide)
+    same(jaxnorm.to_checkpoint("torch", variables), wide)
+    same(jaxnorm.to_checkpoint("torch", variables, template=source), source)
+
+
+def test_torch_takes_what_is_written():
+    torch = pytest.importorskip("torch")
+
+    def module():
+        parts = {"conv": torch.nn.Conv2d(3, 4, 2, bias=False)}
+        parts |= {"bn": torch.nn.BatchNorm2d(4), "fc": torch.nn.Linear(4, 2)}
+        return torch.nn.ModuleDict(parts).to(torch.bfloat16)
+
+    model, twin = module(), module()
+    source = dict([*model.named_parameters(), *model.named_buffers()])
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        variables, _ = jaxnorm.from_checkpoint("torch", source, small_template(dtype))
+        for template in (None, source):
+            back = jaxnorm.to_checkpoint("torch", variables, template=template)
+            tensors = {k: torch.from_numpy(v) for k, v in back.items()}
+            twin.load_state_dict(tensors)
+            for key, value in model.state_dict().items():
+                assert torch.equal(twin.state_dict()[key], value)
+
+
+def test_what_cannot_be_read_is_named():
+    source = small_state_dict() | {"fc.bias": Tensor(np.zeros(2, np.complex64))}
+    source["fc.bias"].dtype = "torch.qint8"
+    lines = raised(source, small_template())
+    assert lines[1].startswith("params/fc/bias: 'fc.bias' of Tensor is no array of")
+    text = unwritten(small_template(), template=source)
+    assert "the template: 'fc.bias' of Tensor is no array of numbers" in text
+    shapes = jax.eval_shape(small_template)
+    assert "params/fc/bias: 'bias' has no value here" in unwritten(shapes)
 
 
 def test_the_values_are_copies():

@@ -224,7 +224,7 @@ def test_bfloat16_kernels_are_rounded_once(folding):
 
 
 def test_a_layer_keeps_what_else_it_holds():
-    layer = {"kernel": np.ones((IN, OUT), np.float32), "mask": np.ones(3)}
+    layer = {"kernel": np.ones((IN, OUT), np.float32), "mask": jnp.ones(3)}
     kept = fold_output(layer, *form(OUT))["mask"]
     np.testing.assert_array_equal(kept, layer["mask"])
     assert kept is not layer["mask"]
@@ -957,7 +957,10 @@ STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
     [
         (lambda: untyped.fold_output({}, *form(OUT)), r"holds a 'kernel', got \[\]"),
         (lambda: untyped.fold_input(None, *form(OUT)), "layer must be nested.*None"),
-        (lambda: untyped.fold_output({"kernel": "k"}, *form(OUT)), "arrays.*str 'k'"),
+        (
+            lambda: untyped.fold_output({"kernel": "k"}, *form(OUT)),
+            "arrays.*'k' at 'kernel'",
+        ),
         (lambda: untyped.fold_output(KERNEL, None, 1), "^a must be an array.*None"),
         (
             lambda: untyped.fold_output(
@@ -967,7 +970,7 @@ STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
         ),
         (
             lambda: untyped.fold_output(KERNEL, *form(OUT), axis="last"),
-            "an int, got 'last'",
+            "axis must be an integer, got 'last'",
         ),
         (
             lambda: untyped.fold_output(KERNEL, jnp.ones(OUT), 1j * jnp.ones(OUT)),
@@ -988,11 +991,11 @@ STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
         ),
         (
             lambda: untyped.affine_form({}, STATS, epsilon="1e-5"),
-            "a number, got str '1e-5'",
+            "one real number, got '1e-5'",
         ),
         (
             lambda: untyped.affine_form({}, STATS, epsilon=float("nan")),
-            "negative, got nan",
+            "epsilon must be a number, got nan",
         ),
         (
             lambda: untyped.affine_form({"scale": jnp.ones(2)}, STATS, epsilon=0),
@@ -1008,7 +1011,7 @@ STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
             r"no layer at .* \[\]",
         ),
         (lambda: untyped.fold(TREE, None), "pairs must be a list of pairs.*None"),
-        (lambda: untyped.fold(TREE, CONV), "pairs must be a list of pairs.*str"),
+        (lambda: untyped.fold(TREE, CONV), "pairs must be a list of pairs.*'Block_0"),
         (
             lambda: untyped.fold(TREE, Pair(CONV, NORM)),
             "pairs must be a list of pairs.*Pair",
@@ -1023,7 +1026,7 @@ STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
         ),
         (
             lambda: untyped.fold(TREE, [(CONV, NORM, "eps")]),
-            f"cannot fold '{NORM}' .* a number, got str 'eps'",
+            f"cannot fold '{NORM}' .* real number, got 'eps'",
         ),
         (
             lambda: untyped.fold(
@@ -1352,5 +1355,5 @@ def test_what_an_nnx_model_cannot_keep_is_named():
         folded.layers[0](x, residual=x)
     with pytest.raises(ValueError, match="'layers/0' is folded, and normalizes by no"):
         folded.layers[0](x, use_running_average=False)
-    with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got dict"):
+    with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got.*dict"):
         fold(jaxnorm.nnx.variables(model), x)

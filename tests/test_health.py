@@ -140,6 +140,27 @@ def test_dead_by_scale():
     assert "dead" not in found(health(tree, {"scale": first(1, 2.0)}))
 
 
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"a": {"bias": np.ones(20)}}, {"dense": {"kernel": np.ones((3, 20))}}],
+)
+def test_norms_without_scale(params):
+    assert health({"a": stats()}, params).healthy
+    tree = {"a": stats(var=[0.0])}
+    assert only(health(tree, params)) == only(health(tree))
+
+
+def test_a_norm_that_is_used_twice():
+    x = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
+    norm, gathering = jaxnorm.BatchNorm(), jaxnorm.accumulate(stats())
+    for batch in (x[:8], x[8:]):
+        _, gathering = norm(batch, {}, gathering)
+    report = health(
+        {"a": stats(), "b": stats()}, fresh={"a": gathering, "b": gathering}
+    )
+    assert [row.size for row in report.rows] == [16, 16]
+
+
 def test_dead_by_a_batch_that_is_large_enough():
     tree = stats()
     fresh = batch(tree, size=np.where(np.arange(20) < 19, 16, 15), ratio=0.0)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxnorm.arguments import as_epsilon, as_integer, as_share, shown
+
 SAME = object()  # an extra that has the value of the statistic that it accompanies
 
 
@@ -35,6 +37,7 @@ class Convention:
         collections: names of the two collections; None if all keys are in one.
         modules: a collection is {module: {name: array}}, however deep modules are.
         keeps_rank: the arrays of a norm may have axes of length 1, as its input has.
+        numpy_only: it takes arrays of the dtypes that NumPy itself has, and no others.
     """
 
     separator: str
@@ -50,6 +53,7 @@ class Convention:
     collections: Mapping[str, str] | None = None
     modules: bool = False
     keeps_rank: bool = False
+    numpy_only: bool = False
 
 
 # "conv" is every kernel of which nothing else is said, those of dense layers included;
@@ -109,6 +113,7 @@ TORCH = Convention(
     unbiased=True,
     arguments={"eps": "epsilon", "momentum": "momentum", "num_groups": "num_groups"},
     extras={"mean": {"num_batches_tracked": np.int64(0)}},
+    numpy_only=True,
 )
 
 KERAS = Convention(
@@ -178,11 +183,14 @@ CONVENTIONS = {"flax": FLAX, "haiku": HAIKU, "keras": KERAS, "torch": TORCH}
 
 def convention(framework: str) -> Convention:
     """That of `framework`; raises ValueError if there is none."""
-    if framework not in CONVENTIONS:
+    if not isinstance(framework, str) or framework not in CONVENTIONS:
         raise ValueError(
-            f"framework must be one of {list(CONVENTIONS)}, got {framework!r}"
+            f"framework must be one of {list(CONVENTIONS)}, got {shown(framework)}"
         )
     return CONVENTIONS[framework]
+
+
+_CHECKS = {"epsilon": as_epsilon, "momentum": as_share, "num_groups": as_integer}
 
 
 def norm_settings(
@@ -211,7 +219,9 @@ def norm_settings(
         Arguments for the class of jaxnorm, or of `jaxnorm.linen` and `jaxnorm.nnx`.
 
     Raises:
-        ValueError: for a framework, method or argument that is not in the table.
+        ValueError: for a framework, method or argument that is not in the table, a
+            momentum that is not from 0 to 1, and an epsilon that is negative.
+        TypeError: for those that are no numbers.
 
     >>> import jaxnorm
     >>> jaxnorm.norm_settings("torch", eps=1e-3, momentum=0.25)
@@ -220,10 +230,10 @@ def norm_settings(
     0.001
     """
     table = convention(framework)
-    if method not in table.epsilon:
+    if not isinstance(method, str) or method not in table.epsilon:
         raise ValueError(
             f"method must be one of {list(table.epsilon)}, which {framework} has, got "
-            f"{method!r}"
+            f"{shown(method)}: it is the name of a class of jaxnorm"
         )
     unknown = sorted({*arguments} - {*table.arguments})
     if unknown:
@@ -231,7 +241,10 @@ def norm_settings(
             f"arguments of {framework} are {list(table.arguments)}, got {unknown}: "
             "leave out those that do not change how a norm computes"
         )
-    given = {table.arguments[k]: v for k, v in arguments.items()}
+    given = {
+        table.arguments[k]: None if v is None else _CHECKS[table.arguments[k]](k, v)
+        for k, v in arguments.items()
+    }
     if given.get("epsilon") is None:
         given["epsilon"] = table.epsilon[method]
     if method in ("BatchNorm", "RunningInstanceNorm"):

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from jaxnorm.arguments import check_function, shown
 from jaxnorm.checkpoints.conventions import FLAX, Convention
 from jaxnorm.layers import Tree, path_name
 
@@ -41,10 +43,13 @@ def leaves(
 ) -> list[Leaf]:
     """All leaves of `variables`, in JAX's order of them."""
     found = [
-        ([path_name((key,)) for key in path], value)
+        ([path_name((key,)) for key in path], _shaped(value))
         for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]
     ]
     _check_collections({path[0] if path else "" for path, _ in found})
+    for name, given in (("rename", rename), ("kinds", kinds)):
+        if not isinstance(given, Mapping) and given is not None:
+            check_function(name, given)
     layers: dict[str, set[str]] = {}
     for (_, *layer, name), _ in found:
         layers.setdefault("/".join(layer), set()).add(name)
@@ -75,6 +80,21 @@ def leaves(
         )
 
     return [leaf(path, value) for path, value in found]
+
+
+def _shaped(value: Any) -> Any:
+    """`value`, or a plain number as an array."""
+    return value if hasattr(value, "ndim") else np.asarray(value)
+
+
+def check_checkpoint(name: str, checkpoint: Any) -> None:
+    """Raises TypeError unless `checkpoint` is a mapping."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping of arrays by their keys, got "
+            f"{shown(checkpoint)}: of a module of torch pass its state_dict(), of a "
+            "file what it holds"
+        )
 
 
 def flatten(checkpoint: Mapping[Any, Any], separator: str) -> dict[str, Any]:
@@ -113,12 +133,21 @@ def _source_name(layer: str, rename: Renamed, separator: str) -> str:
         if starts:
             start = max(starts, key=len)
             rest = layer[len(start) :].strip("/").replace("/", separator)
-            return separator.join(v for v in (rename[start], rest) if v)
+            name = _checked_name(layer, rename[start])
+            return separator.join(v for v in (name, rest) if v)
     elif rename is not None:
         name = rename(layer)
         if name is not None:
-            return name
+            return _checked_name(layer, name)
     return layer.replace("/", separator)
+
+
+def _checked_name(layer: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`rename` must give {layer!r} a string for a name, got {shown(name)}"
+        )
+    return name
 
 
 def _kind(layer: str, kinds: Kinds) -> str:
@@ -126,10 +155,10 @@ def _kind(layer: str, kinds: Kinds) -> str:
         return "conv"
     kind = kinds.get(layer) if isinstance(kinds, Mapping) else kinds(layer)
     kind = "conv" if kind is None else kind
-    if kind not in FLAX.kernels:
+    if not isinstance(kind, str) or kind not in FLAX.kernels:
         raise ValueError(
             f"the kind of the kernel of {layer!r} must be one of {list(FLAX.kernels)}, "
-            f"got {kind!r}"
+            f"got {shown(kind)}"
         )
     return kind
 

@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm.arguments import check_function
+from jaxnorm.checkpoints.arrays import as_numpy
 from jaxnorm.checkpoints.conventions import Convention, convention
 from jaxnorm.checkpoints.fit import Misfit, fail, key_in, layouts, of_rank
 from jaxnorm.checkpoints.layouts import relayout
-from jaxnorm.checkpoints.names import Kinds, Leaf, Renamed, flatten, leaves
+from jaxnorm.checkpoints.names import (
+    Kinds,
+    Leaf,
+    Renamed,
+    check_checkpoint,
+    flatten,
+    leaves,
+)
 from jaxnorm.checkpoints.report import Mapped, Report
-from jaxnorm.layers import Tree, Where
+from jaxnorm.layers import Tree, Where, check_variables, copied
 from jaxnorm.running import MARKS
 
 
@@ -53,7 +62,8 @@ def from_checkpoint(
 
     Args:
         framework: "flax", "haiku", "keras" or "torch".
-        checkpoint: arrays by their keys, or nested mappings of them.
+        checkpoint: arrays by their keys, or nested mappings of them. Tensors of torch
+            may be on any device, require gradients, and be bfloat16.
         template: the variables of the model, from `init` or `jaxnorm.nnx.variables`,
             or their shapes and dtypes, from `jax.eval_shape`.
         rename: the framework's name for the layer at a path; a function, which may
@@ -73,6 +83,8 @@ def from_checkpoint(
     Raises:
         ValueError: naming every leaf that was not found or does not fit, and every key
             that was not used.
+        TypeError: for a checkpoint that is no mapping, a template that is no tree of
+            arrays, and for `rename`, `kinds`, `keep` and `ignore` of another kind.
 
     >>> import jaxnorm, numpy as np
     >>> template = {"params": {"fc": {"kernel": np.zeros((3, 2), np.float32)}}}
@@ -83,6 +95,10 @@ def from_checkpoint(
     (3, 2) params/fc/kernel  fc.weight  OI to IO
     """
     table = convention(framework)
+    check_checkpoint("checkpoint", checkpoint)
+    check_variables(template, "template")
+    for name, given in (("keep", keep), ("ignore", ignore)):
+        check_function(name, given)
     found = flatten(checkpoint, table.separator)
     model = leaves(template, table, rename, kinds)
     kept = [leaf for leaf in model if keep(leaf.layer)]
@@ -94,7 +110,7 @@ def from_checkpoint(
         for leaf in kept
         if isinstance(leaf.value, jax.ShapeDtypeStruct)
     ]
-    values, rows = {leaf.path: leaf.value for leaf in kept}, []
+    values, rows = {leaf.path: copied(leaf.value) for leaf in kept}, []
     for leaf in wanted:
         try:
             key = _found_key(leaf, found, unused)
@@ -145,7 +161,7 @@ def _found_key(leaf: Leaf, found: Mapping[str, Any], unused: list[str]) -> str:
 
 def _read(leaf: Leaf, table: Convention, key: str, value: Any) -> tuple[Any, str]:
     """The value of a leaf, in a new array, and how it was changed."""
-    array, shape, dtype = np.asarray(value), leaf.value.shape, leaf.value.dtype
+    array, shape, dtype = as_numpy(key, value), leaf.value.shape, leaf.value.dtype
     if not any(
         jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind)
         for kind in (jnp.floating, jnp.integer, jnp.complexfloating, jnp.bool_)

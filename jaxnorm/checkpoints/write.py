@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax import Array
 
+from jaxnorm.checkpoints.arrays import as_numpy, as_torch_takes
 from jaxnorm.checkpoints.conventions import FLAX, SAME, Convention, convention
 from jaxnorm.checkpoints.fit import Misfit, fail, key_in, layouts, of_rank
 from jaxnorm.checkpoints.layouts import relayout
-from jaxnorm.checkpoints.names import Kinds, Leaf, Renamed, flatten, leaves, nest
-from jaxnorm.layers import Tree
+from jaxnorm.checkpoints.names import (
+    Kinds,
+    Leaf,
+    Renamed,
+    check_checkpoint,
+    flatten,
+    leaves,
+    nest,
+)
+from jaxnorm.layers import Tree, check_variables
 from jaxnorm.running import MARKS
 
 
@@ -38,11 +48,16 @@ def to_checkpoint(
 
     Returns:
         NumPy arrays, contiguous and writable: {key: array} for torch and Keras, nested
-        as `from_checkpoint` takes them for Haiku and Flax.
+        as `from_checkpoint` takes them for Haiku and Flax. `torch.from_numpy` takes all
+        of them: bfloat16, of which it takes none, becomes float32, which a model in
+        bfloat16 loads bit for bit. With a `template` of NumPy arrays in bfloat16, as
+        from safetensors, it stays what it is.
 
     Raises:
-        ValueError: naming all leaves that the framework has no place for, and all that
-            `template` has or lacks.
+        ValueError: naming all leaves that the framework has no place for, that have no
+            values, as under `jit`, and all that `template` has or lacks.
+        TypeError: for what are no trees of arrays, a template that is no mapping, and
+            for `rename` and `kinds` of another kind.
 
     >>> import jaxnorm, numpy as np
     >>> params = {"norm": {"scale": np.ones(2), "bias": np.zeros(2)}}
@@ -50,6 +65,9 @@ def to_checkpoint(
     {'norm/beta': array([0., 0.]), 'norm/gamma': array([1., 1.])}
     """
     table = convention(framework)
+    check_variables(variables)
+    if template is not None:
+        check_checkpoint("template", template)
     like = None if template is None else flatten(template, table.separator)
     out, extras, problems = {}, {}, []
     for leaf in leaves(variables, table, rename, kinds):
@@ -69,6 +87,9 @@ def to_checkpoint(
         out = {k: v for k, v in extras.items() if k in like} | out
         out, misfits = _fitted_to(like, out, table)
         problems += misfits
+    if table.numpy_only:
+        kept = {k for k, v in (like or {}).items() if isinstance(v, np.ndarray | Array)}
+        out = {k: v if k in kept else as_torch_takes(v) for k, v in out.items()}
     fail(
         problems,
         f"the variables cannot become a {framework} checkpoint",
@@ -93,7 +114,7 @@ def _written(
         raise Misfit(f"it has no counterpart{f'; {marks}' * (leaf.name in MARKS)}")
     if table.keeps_rank and like is None and leaf.extras:
         raise Misfit("its shape is that of the layer's input: pass `template`")
-    array = np.asarray(leaf.value)
+    array = as_numpy(leaf.name, leaf.value)
     if leaf.kind is not None:
         theirs, ours = layouts(leaf, table, leaf.kind)
         return relayout(array, ours, theirs)
@@ -111,7 +132,11 @@ def _fitted_to(
     problems += [f"the model has nothing for {key!r}" for key in like if key not in out]
     fitted = {}
     for key in (key for key in like if key in out):
-        array, goal = out[key], np.asarray(like[key])
+        try:
+            array, goal = out[key], as_numpy(key, like[key])
+        except Misfit as misfit:
+            problems.append(f"the template: {misfit}")
+            continue
         if table.keeps_rank:
             array = of_rank(array, goal.shape)
         if array.shape != goal.shape:

@@ -1,7 +1,5 @@
 """How does a batch norm disappear into the layer beside it, for inference?"""
 
-import math
-import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -12,19 +10,27 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import (
+    as_bool,
+    as_epsilon,
+    as_integer,
+    check_known,
+    optional,
+    shown,
+)
 from jaxnorm.dtypes import at_least_float32, promote
 from jaxnorm.layers import (
     Tree,
     below,
     check_tree,
     check_variables,
+    copied,
     keys_at,
-    kind_of,
     layers,
     path_name,
     put,
 )
-from jaxnorm.leaves import as_array, boxed_like, copied, unboxed
+from jaxnorm.leaves import array_of, boxed_like, unboxed
 
 Layer = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
 
@@ -102,9 +108,9 @@ def affine_form(
         raise ValueError(
             f"a norm to fold keeps a running variance, 'var', got {sorted(stats)}"
         )
-    _check_epsilon(epsilon)
+    check_known("epsilon", as_epsilon("epsilon", epsilon))
     named = {k: {**params, **stats}.get(k) for k in ("scale", "bias", "mean", "var")}
-    held = {k: as_array(v, k) for k, v in named.items() if v is not None}
+    held = {k: array_of(k, v) for k, v in named.items() if v is not None}
     shapes = {k: v.shape for k, v in held.items()}
     if len({*shapes.values()}) > 1:
         raise ValueError(
@@ -199,7 +205,12 @@ def fold_input(
     [-4.]
     """
     kernel, a, b = _arrays(layer, a, b)
-    _check_options(groups, padded)
+    if as_integer("groups", groups) < 1:
+        raise ValueError(
+            f"groups must be 1 or more, got {groups}: the feature_group_count of the "
+            "layer"
+        )
+    optional(as_bool)("padded", padded)
     if {_axis(kernel, axis)} - {kernel.ndim - 1, kernel.ndim - 2}:
         raise ValueError(
             f"input features are on axis -2 or -1 of a kernel, got axis={axis} for one "
@@ -251,13 +262,12 @@ def fold(
     >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 1))}},
     ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(1)}}
     >>> jaxnorm.fold(variables, {"Dense_0": "BatchNorm_0"}, epsilon=0.0)["params"]
-    {'Dense_0': {'kernel': Array([[1.],
-           [1.]], dtype=float32), 'bias': Array([0.], dtype=float32)}}
+    {'Dense_0': {'bias': Array([0.], dtype=float32), 'kernel': Array([[1.],
+           [1.]], dtype=float32)}}
     """
     check_variables(variables)
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
-    if epsilon is not None:
-        _check_epsilon(epsilon)
+    optional(as_epsilon)("epsilon", epsilon)
     nodes = _nodes(params)
     norms = {path: own for path, own in layers(stats).items() if path}
     chosen = as_pairs(pairs)
@@ -279,7 +289,7 @@ def as_pairs(pairs: Mapping[str, str] | Iterable[Sequence[Any]]) -> list[Pair]:
     """What `fold` takes as `pairs`, as a list of `Pair`; else raises TypeError."""
     if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes | Pair):
         raise TypeError(
-            f"pairs must be a list of pairs or a mapping, got {kind_of(pairs)}: "
+            f"pairs must be a list of pairs or a mapping, got {shown(pairs)}: "
             '[("Conv_0", "BatchNorm_0")], or what find_pairs returns'
         )
     named = pairs.items() if isinstance(pairs, Mapping) else pairs
@@ -327,30 +337,6 @@ def _folded(
         raise kind(f"cannot fold {pair.norm!r} into {pair.layer!r}: {error}") from error
 
 
-def _check_epsilon(epsilon: Any) -> None:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
-        raise TypeError(
-            f"epsilon must be a number, got {kind_of(epsilon)}: what the norm adds to "
-            "its variance, such as 1e-5"
-        )
-    if not 0 <= float(epsilon) < math.inf:
-        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
-
-
-def _check_options(groups: Any, padded: Any) -> None:
-    """Raises unless these are what `fold_input` takes."""
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-        raise ValueError(
-            f"groups must be 1 or more, got {groups!r}: the feature_group_count of the "
-            "layer"
-        )
-    if not isinstance(padded, bool | None):
-        raise TypeError(
-            f"padded must be True, False or None, got {padded!r}: whether the layer "
-            "reads zeros beside its input"
-        )
-
-
 def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Array]:
     """Kernel, a and b in the dtype to compute in; raises unless a and b fit."""
     check_tree(layer, "layer")
@@ -360,7 +346,7 @@ def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Arr
             "the parameters of one Dense, Conv or ConvTranspose"
         )
     named = {"kernel": layer["kernel"], "a": a, "b": b}
-    kernel, a, b = (as_array(v, name) for name, v in named.items())
+    kernel, a, b = (array_of(name, v) for name, v in named.items())
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         raise TypeError(
             f"a norm cannot be folded into a kernel of {kernel.dtype}: fold it into "
@@ -377,8 +363,7 @@ def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Arr
 
 def _axis(kernel: Array, axis: int) -> int:
     """`axis` counted from the first; raises unless `kernel` has it."""
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis must be one axis of the kernel, an int, got {axis!r}")
+    axis = as_integer("axis", axis)
     if not -kernel.ndim <= axis < kernel.ndim:
         raise ValueError(f"a kernel of shape {kernel.shape} has no axis {axis}")
     return axis % kernel.ndim
@@ -422,7 +407,7 @@ def _by_group(kernel: Array, axis: int, groups: int) -> Array:
 
 def _bias(layer: Layer, like: Array) -> Array:
     """The bias of `layer`, or 0, in the dtype and shape of `like`."""
-    bias = as_array(layer.get("bias", jnp.zeros_like(like)), "bias")
+    bias = array_of("bias", layer.get("bias", jnp.zeros_like(like)))
     if bias.shape != like.shape:
         raise ValueError(
             f"the layer has {like.size} output features, but a bias of shape "

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm.arguments import check_function
 from jaxnorm.folding.affine import affine_image, ones_along
 from jaxnorm.folding.fold import Pair
 from jaxnorm.folding.trace import ARITHMETIC, Flow, Known, Leaf, Trace, Value, leaf_at
-from jaxnorm.layers import Tree, check_variables, kind_of
+from jaxnorm.layers import Tree, check_variables
 from jaxnorm.leaves import is_box
 
 
@@ -99,10 +100,7 @@ def _check_apply(apply: Any) -> None:
             "apply must be a function of the variables, got a model of "
             f"{type(apply).__name__}: pass its method, find_pairs(model.apply, ...)"
         )
-    if not callable(apply):
-        raise TypeError(
-            f"apply must be a function, apply(variables, *args), got {kind_of(apply)}"
-        )
+    check_function("apply", apply)
 
 
 def _is_array(leaf: Any) -> bool:

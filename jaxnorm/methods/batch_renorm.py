@@ -7,6 +7,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
+from jaxnorm.arguments import as_real
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.standardize import standardize
 
@@ -32,6 +33,8 @@ class BatchRenorm(RunningNorm):
         super().__post_init__()
         for name, least in (("rmax", 1), ("dmax", 0)):
             limit = getattr(self, name)
+            limit = limit if callable(limit) else as_real(name, limit)
+            object.__setattr__(self, name, limit)
             if isinstance(limit, int | float) and not limit >= least:
                 raise ValueError(f"{name} must be at least {least}, got {limit}")
 

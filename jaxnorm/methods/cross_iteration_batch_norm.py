@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
+from jaxnorm.arguments import as_array, check_function
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.devices import vary_together
 from jaxnorm.dtypes import at_least_float32
@@ -65,6 +66,7 @@ class CrossIterationBatchNorm(RunningNorm):
     def train(self, x, params, stats, *, mask, dtype, **inputs):
         y, new = super().train(x, params, stats, mask=mask, dtype=dtype, **inputs)
         past, layer = self._past(stats, x.shape), inputs["layer"]
+        check_function("layer", layer)
         # Each device has slopes of its own, where the kernel is shared.
         (kernel,) = vary_together(x, self._checked(inputs["kernel"], x.shape))
         now, size = self._with_slopes(
@@ -95,7 +97,7 @@ class CrossIterationBatchNorm(RunningNorm):
                 f"kernel has shape {jnp.shape(kernel)}, but kernel_shape is "
                 f"{self.kernel_shape}, and its last axis holds the {features} features"
             )
-        return jnp.asarray(kernel)
+        return as_array("kernel", kernel)
 
     def _over_batches(self, own, past, kernel, shape):
         """Moments of this batch and of past ones, as if by the present kernel."""
@@ -198,7 +200,7 @@ def cross_iteration_batch_norm(
     [-1.  1.] [2.  0.5]
     """
     norm = CrossIterationBatchNorm(
-        kernel_shape=jnp.shape(kernel),
+        kernel_shape=as_array("kernel", kernel).shape,
         window=window,
         axis=axis,
         momentum=momentum,

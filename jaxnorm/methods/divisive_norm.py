@@ -31,7 +31,8 @@ class DivisiveNorm(StatelessNorm):
     initial_sigma: float = 1.0
 
     def axes(self, shape):
-        return axes.over(shape, self.window_axes, self.axis)
+        along = axes.canonicalize(self.window_axes, len(shape), "window_axes")
+        return axes.over(shape, along, axes.canonicalize(self.axis, len(shape)))
 
     def init_params(self, feature_shape, dtype=jnp.float32):
         """Ones for the scale, zeros for the bias, and one sigma."""

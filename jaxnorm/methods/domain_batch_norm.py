@@ -7,6 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
+from jaxnorm.arguments import as_array
 from jaxnorm.base import Params, RunningNorm, Stats, method
 from jaxnorm.moments import Moments, as_mask, moments, pool
 
@@ -75,7 +76,7 @@ class DomainBatchNorm(RunningNorm):
         return self._standardized(x, params, m, domain, mask, dtype)
 
     def _checked(self, domain, shape):
-        domain = jnp.asarray(domain)
+        domain = as_array("domain", domain)
         if domain.shape != shape[:1] or not jnp.issubdtype(domain.dtype, jnp.integer):
             raise ValueError(
                 f"domain must hold an integer for each of the {shape[:1]} examples of "

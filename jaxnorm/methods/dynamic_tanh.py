@@ -28,7 +28,7 @@ class DynamicTanh(StatelessNorm):
     initial_alpha: float = 0.5
 
     def axes(self, shape):
-        return axes.over(shape, (), self.axis)
+        return axes.over(shape, (), axes.canonicalize(self.axis, len(shape)))
 
     def init_params(self, feature_shape, dtype=jnp.float32):
         """Ones for the scale, zeros for the bias, and one alpha."""

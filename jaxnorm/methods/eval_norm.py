@@ -7,6 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
+from jaxnorm.arguments import as_share
 from jaxnorm.base import RunningNorm, Stats, method
 from jaxnorm.moments import Moments, abs_square, moments
 
@@ -25,8 +26,7 @@ class EvalNorm(RunningNorm):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.weight, int | float) and not 0 <= self.weight <= 1:
-            raise ValueError(f"weight must be from 0 to 1, got {self.weight}")
+        as_share("weight", self.weight)
 
     def axes(self, shape):
         return axes.keep(shape, self.axis)

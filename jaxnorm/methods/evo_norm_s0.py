@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
+from jaxnorm.arguments import check_no_count
 from jaxnorm.base import StatelessNorm, method
 from jaxnorm.standardize import affine, as_param, pointwise
 
@@ -85,6 +86,7 @@ def evo_norm_s0(
     >>> print(jaxnorm.evo_norm_s0(x, num_groups=2).round(3))
     [[ 0.731  2.858 -0.    -0.   ]]
     """
+    check_no_count("scale", scale, "num_groups")
     norm = EvoNormS0(
         num_groups=num_groups,
         group_size=group_size,

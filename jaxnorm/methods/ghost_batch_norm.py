@@ -55,7 +55,12 @@ class GhostBatchNorm(RunningNorm):
         each = each.broadcast_to(each.var.shape)
         cut = max(x.shape[0] // self.size - 1, 0) * self.size
         equal = pool(
-            Moments(*(v[:cut].reshape(-1, self.size, *v.shape[1:]) for v in each)),
+            Moments(
+                *(
+                    v[:cut].reshape(cut // self.size, self.size, *v.shape[1:])
+                    for v in each
+                )
+            ),
             lambda v: v.sum(1, keepdims=True),
         )
         last = pool(

@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import axes
+from jaxnorm.arguments import check_no_count
 from jaxnorm.base import StatelessNorm, method
 
 
@@ -96,6 +97,7 @@ def group_norm(
     >>> print(jaxnorm.group_norm(x, num_groups=2).round(3))
     [[-1.  1. -1.  1.]]
     """
+    check_no_count("scale", scale, "num_groups")
     norm = GroupNorm(
         num_groups=num_groups,
         group_size=group_size,

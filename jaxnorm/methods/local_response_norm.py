@@ -29,7 +29,8 @@ class LocalResponseNorm(StatelessNorm):
         windows.as_widths(self.size, 1, "size")
 
     def axes(self, shape):
-        return axes.over(shape, self.axis, self.axis)
+        axis = axes.canonicalize(self.axis, len(shape))
+        return axes.over(shape, axis, axis)
 
     def transform(self, x, params, *, mask, dtype):
         where = self.axes(x.shape)

@@ -35,7 +35,7 @@ class MovingAverageBatchNorm(StatefulNorm):
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1 batch, got {self.window}")
-        if not self.clip >= 1:
+        if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(f"clip must be at least 1, got {self.clip}")
 
     def axes(self, shape):

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, control, devices, running
+from jaxnorm.arguments import as_share, check_known
 from jaxnorm.axes import Axes
 from jaxnorm.base import StatefulNorm, Stats, method
 from jaxnorm.devices import vary_together
@@ -39,10 +40,10 @@ class OnlineNorm(StatefulNorm):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.control_momentum <= 1:
-            raise ValueError(
-                f"control_momentum must be from 0 to 1, got {self.control_momentum}"
-            )
+        # Settings of the backward pass, which is a rule of its own.
+        check_known("epsilon", self.epsilon)
+        check_known("control_momentum", self.control_momentum)
+        as_share("control_momentum", self.control_momentum)
 
     def axes(self, shape):
         return axes.per_example(shape, self.axis)
@@ -87,7 +88,7 @@ class OnlineNorm(StatefulNorm):
         def step(state, example):
             mean, var = state
             m, v, n = (e[None] for e in example)
-            keep = jnp.asarray(self.momentum, var.dtype)
+            keep = lax.stop_gradient(jnp.asarray(self.momentum, var.dtype))
             apart = m - mean
             moved = mean + (1 - keep) * apart
             spread = keep * var + (1 - keep) * (v + keep * apart * apart)

@@ -20,7 +20,8 @@ class PositionalNorm(StatelessNorm):
     axis: int | Sequence[int] = -1
 
     def axes(self, shape):
-        return axes.over(shape, self.axis, self.axis)
+        axis = axes.canonicalize(self.axis, len(shape))
+        return axes.over(shape, axis, axis)
 
 
 def positional_norm(

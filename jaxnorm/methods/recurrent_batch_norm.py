@@ -7,6 +7,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxnorm import axes, running
+from jaxnorm.arguments import as_array
 from jaxnorm.base import RunningNorm, Stats, method
 
 
@@ -56,7 +57,7 @@ class RecurrentBatchNorm(RunningNorm):
         return super().evaluate(x, params, now, mask=mask, dtype=dtype)
 
     def _place(self, step):
-        step = jnp.asarray(step)
+        step = as_array("step", step)
         if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
             raise TypeError(
                 f"step must be an integer scalar, got {step.dtype} of shape "

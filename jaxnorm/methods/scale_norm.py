@@ -21,7 +21,8 @@ class ScaleNorm(StatelessNorm):
     axis: int | Sequence[int] = -1
 
     def axes(self, shape):
-        return axes.over(shape, self.axis, self.axis)
+        axis = axes.canonicalize(self.axis, len(shape))
+        return axes.over(shape, axis, axis)
 
     def init_params(self, feature_shape, dtype=jnp.float32):
         """One scale, the square root of the number of features."""

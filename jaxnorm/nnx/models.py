@@ -12,11 +12,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
 from jaxnorm.activation import followed, without_masked
+from jaxnorm.arguments import as_array, check_function, shown
 from jaxnorm.convert import check_norm, converted, features
 from jaxnorm.dtypes import promote
 from jaxnorm.folding.fold import Pair, as_pairs
-from jaxnorm.layers import Where, check_tree, everywhere, kind_of, meant
-from jaxnorm.leaves import as_array, copied
+from jaxnorm.layers import Where, check_tree, copied, everywhere, meant
 from jaxnorm.moments import as_mask
 from jaxnorm.nnx.norms import (
     BatchNorm,
@@ -137,10 +137,7 @@ def recalibrate(
     [2.]
     """
     _check_model(model)
-    if not callable(call):
-        raise TypeError(
-            f"call must be a function, call(model, batch), got {kind_of(call)}"
-        )
+    check_function("call", call)
     graphdef, state = nnx.split(model)
 
     def apply(arrays: Mapping[str, Any], batch: Any) -> Any:
@@ -279,7 +276,7 @@ def _with_metadata(variable: Any, value: Array) -> Any:
 def _check_model(model: Any) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"model must be a flax.nnx.Module, got {kind_of(model)}: the tools of "
+            f"model must be a flax.nnx.Module, got {shown(model)}: the tools of "
             "jaxnorm itself take the variables of Linen models, such as "
             "jaxnorm.fold(variables, pairs)"
         )
@@ -327,7 +324,7 @@ def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
 
 def _of_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
     """`value` as an array; raises unless it is of the shape of `held`."""
-    array = as_array(value, f"{name} at {_named(path)!r}")
+    array = as_array(f"{name} at {_named(path)!r}", value)
     if array.shape != held.shape:
         raise ValueError(
             f"{name} at {_named(path)!r} are of shape {array.shape}, but those of the "

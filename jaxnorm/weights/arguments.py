@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import as_array, check_real
 from jaxnorm.axes import Axes, Shape, canonicalize, keep
 
 
@@ -15,11 +16,14 @@ def features(shape: Shape, feature_axes: int | Sequence[int] | None) -> Axes:
     return keep(shape, canonicalize(axes, len(shape), "feature_axes"))
 
 
-def per_feature(name: str, value: ArrayLike | None, axes: Axes) -> Array | None:
-    """`value` in the shape of the features; raises ValueError if it does not fit."""
+def per_feature(
+    name: str, value: ArrayLike | None, axes: Axes, kernel: Array
+) -> Array | None:
+    """`value` in the shape of the features; raises if it does not fit the kernel."""
     if value is None:
         return None
-    value = jnp.asarray(value)
+    value = as_array(name, value)
+    check_real(name, value, kernel)
     if value.shape not in ((), axes.feature_shape):
         raise ValueError(
             f"{name} has shape {value.shape}, but the features of a kernel of shape "
@@ -27,11 +31,3 @@ def per_feature(name: str, value: ArrayLike | None, axes: Axes) -> Array | None:
             "shape, or a scalar for all of them"
         )
     return jnp.broadcast_to(value, axes.feature_shape)
-
-
-def check_epsilon(epsilon: ArrayLike) -> None:
-    """Raises ValueError where `epsilon` is known and negative."""
-    if isinstance(epsilon, int | float) and not epsilon >= 0:
-        raise ValueError(
-            f"epsilon must not be negative, got {epsilon}: pass 0 for none"
-        )

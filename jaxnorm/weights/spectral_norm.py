@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import as_epsilon, as_integer
 from jaxnorm.dtypes import as_floating, at_least_float32, promote
-from jaxnorm.weights.arguments import check_epsilon
 
 
 def spectral_norm(
@@ -51,8 +51,8 @@ def spectral_norm(
     [[1.    0.   ]
      [0.    0.333]] 3.000
     """
-    kernel, u = as_floating(kernel), as_floating(u)
-    check_epsilon(epsilon)
+    kernel, u = as_floating(kernel, "kernel"), as_floating(u, "u")
+    epsilon, n_steps = as_epsilon("epsilon", epsilon), as_integer("n_steps", n_steps)
     _check(kernel, u, n_steps)
     wide = at_least_float32(promote(kernel.dtype, u.dtype))
     weights = kernel.astype(wide)
@@ -83,8 +83,6 @@ def _check(kernel: Array, u: Array, n_steps: int) -> None:
             f"u has shape {u.shape}, but a kernel of shape {kernel.shape} needs "
             f"({features},) or (1, {features}): draw one with jax.random.normal"
         )
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int):
-        raise TypeError(f"n_steps must be an integer, got {n_steps!r}")
     if n_steps < 1:
         raise ValueError(f"n_steps must be 1 or more, got {n_steps}")
 

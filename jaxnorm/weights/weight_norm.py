@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import as_epsilon
 from jaxnorm.dtypes import as_floating
 from jaxnorm.moments import moments
 from jaxnorm.standardize import standardize
-from jaxnorm.weights.arguments import check_epsilon, features, per_feature
+from jaxnorm.weights.arguments import features, per_feature
 
 
 def weight_norm(
@@ -46,10 +47,9 @@ def weight_norm(
     [[6. 2.]
      [8. 0.]]
     """
-    kernel = as_floating(kernel)
-    check_epsilon(epsilon)
+    kernel, epsilon = as_floating(kernel, "kernel"), as_epsilon("epsilon", epsilon)
     split = features(kernel.shape, feature_axes)
     m = moments(kernel, split, center=False)
     inverse = lax.rsqrt(m.var * split.size + epsilon)
-    scale = per_feature("scale", scale, split)
+    scale = per_feature("scale", scale, split, kernel)
     return standardize(kernel, m.mean, inverse, split, scale=scale)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import as_bool, as_epsilon
 from jaxnorm.axes import canonicalize, keep
 from jaxnorm.dtypes import as_floating
 from jaxnorm.moments import moments
 from jaxnorm.standardize import standardize
-from jaxnorm.weights.arguments import check_epsilon, per_feature
+from jaxnorm.weights.arguments import per_feature
 
 
 def weight_standardize(
@@ -58,8 +59,8 @@ def weight_standardize(
     [[-0.707 -0.707]
      [ 0.707  0.707]]
     """
-    kernel = as_floating(kernel)
-    check_epsilon(epsilon)
+    kernel, epsilon = as_floating(kernel, "kernel"), as_epsilon("epsilon", epsilon)
+    scaled = as_bool("scaled", scaled)
     if axes is None:
         if kernel.ndim < 2:
             raise ValueError(
@@ -73,5 +74,5 @@ def weight_standardize(
     rstd = m.rstd(epsilon)
     if scaled:
         rstd = rstd / math.sqrt(max(split.size, 1))
-    gain = per_feature("gain", gain, split)
+    gain = per_feature("gain", gain, split, kernel)
     return standardize(kernel, m.mean, rstd, split, scale=gain)
