@@ -4,18 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 
+from jaxnorm.arguments import as_bool, shown
 from jaxnorm.axes import Shape
 from jaxnorm.base import Norm
 from jaxnorm.layers import (
     Tree,
     Where,
+    check_variables,
     chosen_norms,
+    copied,
     everywhere,
     keys_at,
     put,
 )
-from jaxnorm.running import SWITCHES, marks
+from jaxnorm.leaves import array_of, boxed_like
+from jaxnorm.running import BATCH, SWITCHES, marks
 
 
 def convert(
@@ -33,7 +38,8 @@ def convert(
     becomes synchronized, ghost, domain or recurrent batch norm or renorm, and back from
     those without such axes, with nothing lost. Group norm takes over scale and bias of
     batch norm and has to be fine-tuned; the other way round, the statistics have to be
-    taken first (`recalibrate`). `freeze` makes the norms of a model frozen ones.
+    taken first (`recalibrate`). `freeze` makes the norms of a model frozen ones. All
+    settings, such as epsilon, axis and axis_name, are those of `norm`.
 
     Args:
         variables: {"params", "batch_stats"} of the model, as nested dicts.
@@ -43,78 +49,121 @@ def convert(
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
     Returns:
-        New variables, for the model built with `norm` in the same places.
+        New variables, in buffers of their own, for the model built with `norm` in the
+        same places. Marks of frozen layers stay, and so do boxes of Flax's, such as
+        `nn.Partitioned`, around what they held.
 
     Raises:
-        ValueError: if `where` means no norm, or arrays of one do not fit `norm`; its
-            path is named.
+        ValueError, TypeError: if `where` means no norm, arrays of one do not fit
+            `norm`, or it gathers batches (`accumulate`); its path is named.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> variables = {"params": {"BatchNorm_0": {"scale": jnp.array([2.0])}},
     ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(1)}}
     >>> new = jaxnorm.convert(variables, jaxnorm.GroupNorm(num_groups=1))
     >>> print(new)
-    {'params': {'BatchNorm_0': {'scale': Array([2.], dtype=float32), \
-'bias': Array([0.], dtype=float32)}}, 'batch_stats': {}}
+    {'batch_stats': {}, 'params': {'BatchNorm_0': {'bias': Array([0.], dtype=float32), \
+'scale': Array([2.], dtype=float32)}}}
     """
+    check_variables(variables)
+    check_norm(norm, use_scale, use_bias)
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-    meant = chosen_norms(variables, where)
+    new = dict(variables) | trees
+    for path, old in chosen_norms(variables, where).items():
+        keys = keys_at(trees.values(), path)
+        if keys is None:
+            raise ValueError(
+                f"the norm at {path!r} is within a list or tuple, where a new variable "
+                "has no place: convert trees of dicts"
+            )
+        used = {"use_scale": use_scale, "use_bias": use_bias}
+        nodes = converted(path, norm, *old, features(path, *old), **used)
+        for name, node in zip(trees, nodes, strict=True):
+            new[name] = put(new[name], keys, node)
+    return copied(new)
+
+
+def check_norm(norm: Any, use_scale: Any, use_bias: Any) -> None:
+    """Raises unless norms can be converted to `norm`, with these parameters or not."""
+    if isinstance(norm, type) and issubclass(norm, Norm):
+        raise TypeError(
+            f"norm must be a settings value, got the class {norm.__name__}: call it, "
+            f"{norm.__name__}()"
+        )
+    if not isinstance(norm, Norm):
+        raise TypeError(
+            "norm must be a settings value such as jaxnorm.GroupNorm(), got "
+            f"{shown(norm)}"
+        )
+    for name, flag in {"use_scale": use_scale, "use_bias": use_bias}.items():
+        as_bool(name, flag)
     if getattr(norm, "zero_centered_scale", False):
         raise ValueError(
             "convert copies scales as they are, and zero_centered_scale keeps them "
             "less 1: convert without it, and subtract 1 from the scales"
         )
-    used = {"scale": use_scale, "bias": use_bias}
-    new = dict(variables) | trees
-    for path, old in meant.items():
-        keys = keys_at(trees.values(), path)
-        assert keys is not None  # as the path comes from one of them
-        for name, node in zip(trees, _converted(path, norm, *old), strict=True):
-            node = {k: v for k, v in node.items() if used.get(k, True)}
-            new[name] = put(new[name], keys, node)
-    return new
 
 
-def _converted(
-    path: str, norm: Norm, params: Mapping[str, Any], stats: Mapping[str, Any]
+def converted(
+    path: str,
+    norm: Norm,
+    params: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    shape: Shape,
+    *,
+    use_scale: bool,
+    use_bias: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and statistics of `norm` in the place of these."""
-    shape, dtype = features(path, params, stats)
-    new_params = norm.init_params(shape, dtype)
-    new_stats = norm.init_stats(shape, jnp.asarray(stats.get("mean", 0.0)).dtype)
-    new_params = _kept(path, norm, new_params, params)
-    new_stats = _kept(path, norm, new_stats, stats)
-    if new_stats:
-        new_stats |= marks(new_stats, *(k for k in SWITCHES if k in stats))
-    return new_params, new_stats
+    """Parameters and statistics of `norm`, for features of `shape`, in the place of
+    these, at `path`."""
+    gathering = [k for k in BATCH if k in stats]
+    if gathering:
+        raise ValueError(
+            f"the norm at {path!r} gathers batches, which convert would lose: commit "
+            "or discard them first"
+        )
+    arrays = _arrays(path, params, stats)
+    dtypes = [arrays[k].dtype for k in ("scale", "bias") if k in params]
+    new_params = norm.init_params(shape, *dtypes[:1])
+    dtypes = [arrays[k].dtype for k in ("mean", "var") if k in stats]
+    new_stats = norm.init_stats(shape, *dtypes[:1])
+    used = {"scale": use_scale, "bias": use_bias}
+    new_params = {k: v for k, v in new_params.items() if used.get(k, True)}
+    switches = [k for k in SWITCHES if k in stats and new_stats]
+    switched = marks(new_stats, *switches)
+    for new, old in ((new_params, params), (new_stats, stats)):
+        for k in (k for k in new if k in old):
+            array = _spread(path, norm, k, arrays[k], new[k].shape)
+            new[k] = boxed_like(old[k], array)
+    return new_params, new_stats | switched
 
 
-def features(
-    path: str, params: Mapping[str, Any], stats: Mapping[str, Any]
-) -> tuple[Shape, Any]:
-    """Shape of the features of the norm at `path`, and dtype of its parameters."""
-    for tree, names in ((params, ("scale", "bias")), (stats, ("mean", "var"))):
-        for name in (k for k in names if k in tree):
-            dtype = tree[name].dtype if tree is params else jnp.float32
-            return jnp.shape(tree[name]), dtype
+def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Shape:
+    """Shape of the features of the norm at `path`."""
+    arrays = _arrays(path, params, stats)
+    for name in (k for k in ("scale", "bias", "mean", "var") if k in arrays):
+        return arrays[name].shape
     raise ValueError(
         f"the norm at {path!r} has none of scale, bias, mean and var, which would say "
-        f"how many features there are: it has {sorted({*params, *stats})}"
+        f"how many features there are: it has {sorted(arrays)}"
     )
 
 
-def _kept(
-    path: str, norm: Norm, new: Mapping[str, Any], old: Mapping[str, Any]
-) -> dict[str, Any]:
-    """`new`, with what `old` has of the same name in its place."""
-    out = dict(new)
-    for k in (k for k in new if k in old):
-        try:
-            out[k] = jnp.broadcast_to(old[k], jnp.shape(new[k]))
-        except ValueError:
-            raise ValueError(
-                f"{k} of the norm at {path!r} has shape {jnp.shape(old[k])}, but "
-                f"{type(norm).__name__} there has {jnp.shape(new[k])}: choose one row "
-                "of a table of domains or steps before converting it"
-            ) from None
-    return out
+def _arrays(path: str, *variables: Mapping[str, Any]) -> dict[str, Array]:
+    """The values of all `variables` of the norm at `path`."""
+    return {
+        k: array_of(f"{k} of the norm at {path!r}", v)
+        for held in variables
+        for k, v in held.items()
+    }
+
+
+def _spread(path: str, norm: Norm, name: str, old: Array, shape: Shape) -> Array:
+    """`old` as copies along the leading axes that `shape` has beside its own."""
+    if shape[len(shape) - old.ndim :] == old.shape:
+        return jnp.broadcast_to(old, shape)
+    raise ValueError(
+        f"{name} of the norm at {path!r} has shape {old.shape}, but "
+        f"{type(norm).__name__} there has {shape}: choose one row of a table of "
+        "domains or steps before converting it"
+    )

@@ -1,7 +1,8 @@
 """Statistics of several models: merged, blended, swapped, reset, split; converted."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from norms import NORMS
 
 import jaxnorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
+from jaxnorm import running
 
 
 def same(a, b):
@@ -301,8 +304,84 @@ def test_marks_are_as_large_as_the_new_statistics():
     assert {v.shape for v in new["batch_stats"]["n"].values()} == {(3, 8)}
 
 
+def buffers(*trees):
+    """Where the arrays are in memory."""
+    return [v.unsafe_buffer_pointer() for v in jax.tree.leaves(trees)]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_is_converted_into_buffers_of_its_own(name):
+    norm = NORMS[name].norm
+    ones = jnp.ones(8)
+    stats = jaxnorm.freeze({"n": {"mean": ones, "var": ones}})
+    params = {"n": {"scale": ones, "bias": ones}, "dense": {"kernel": ones}}
+    variables = {"params": params, "batch_stats": stats}
+    try:
+        new = jaxnorm.convert(variables, norm)
+    except ValueError as error:
+        scale = norm.init_params((8,)).get("scale", ones)
+        centered = getattr(norm, "zero_centered_scale", False)
+        assert centered or (scale.ndim == 0 and "'n'" in str(error))
+        return
+    own = buffers(new)
+    assert len({*own}) == len(own) and not {*own} & {*buffers(variables)}
+    expected = {"params": norm.init_params((8,)), "batch_stats": norm.init_stats((8,))}
+    if expected["batch_stats"]:
+        expected["batch_stats"] |= running.marks(
+            expected["batch_stats"], *running.SWITCHES
+        )
+    for tree, node in expected.items():
+        held = new[tree].get("n", {})
+        assert {k: v.shape for k, v in held.items()} == {
+            k: v.shape for k, v in node.items()
+        }
+
+
+def test_boxes_stay_around_what_they_held():
+    ones = nn.Partitioned(jnp.ones(8), ("model",))
+    variables = {
+        "params": {"n": {"scale": ones}, "d": {"kernel": ones}},
+        "batch_stats": {"n": jaxnorm.init_stats(8)},
+    }
+    new = jaxnorm.convert(variables, jaxnorm.GroupNorm())["params"]
+    assert new["n"]["scale"].names == new["d"]["kernel"].names == ("model",)
+    norm = jaxnorm.DomainBatchNorm(num_domains=3, share_affine=False)
+    new = jaxnorm.convert(variables, norm)["params"]["n"]
+    assert new["scale"].names == (None, "model") and new["scale"].value.shape == (3, 8)
+    assert new["bias"].shape == (3, 8)
+
+
 def test_conversions_that_cannot_be():
     variables = trained(jaxnorm.BatchNorm())
+    convert: Any = jaxnorm.convert
+    for norm, words in (
+        (jaxnorm.GroupNorm, r"settings value, .* GroupNorm: call it, GroupNorm\(\)"),
+        ("GroupNorm", "settings value such as .*'GroupNorm'"),
+        (jaxnorm.group_norm, "settings value such as .*function"),
+        (None, "settings value such as .*None"),
+    ):
+        with pytest.raises(TypeError, match=f"norm must be a {words}"):
+            convert(variables, norm)
+        with pytest.raises(TypeError, match=f"norm must be a {words}"):
+            convert_model(nnx_model(nnx.BatchNorm), norm)
+    norm = jaxnorm.BatchRenorm()
+    with pytest.raises(TypeError, match="jaxnorm.nnx.variables"):
+        convert(nnx_model(nnx.BatchNorm), norm)
+    with pytest.raises(TypeError, match="variables must be nested mappings.*'trained'"):
+        convert("trained", norm)
+    with pytest.raises(TypeError, match="use_bias must be True or False, got None"):
+        convert(variables, norm, use_bias=None)
+    with pytest.raises(TypeError, match="scale of the norm at 'n' must be .*None"):
+        convert({"params": {"n": {"scale": None, "bias": jnp.ones(2)}}}, norm)
+    with pytest.raises(ValueError, match="'l/0' is within a list"):
+        convert({"params": {"l": [{"scale": jnp.ones(2)}]}}, norm)
+    gathering = jaxnorm.accumulate(variables["batch_stats"])
+    with pytest.raises(ValueError, match="'(Norm_0|last)' gathers batches.*commit"):
+        convert({**variables, "batch_stats": gathering}, norm)
+    ones = {"params": {"n": {"scale": jnp.ones(1)}}}
+    ones["batch_stats"] = {"n": jaxnorm.init_stats(8)}
+    with pytest.raises(ValueError, match=r"mean of the norm at 'n' has shape \(8,\)"):
+        convert(ones, norm)
     with pytest.raises(ValueError, match=r"none of the norms.*'Norm_0', 'last'"):
         jaxnorm.convert(variables, jaxnorm.GroupNorm(), lambda path: False)
     with pytest.raises(ValueError, match="subtract 1"):
@@ -310,6 +389,9 @@ def test_conversions_that_cannot_be():
     tanh = {"params": {"tanh": {"alpha": jnp.ones(())}}}
     with pytest.raises(ValueError, match="'tanh' has none of scale.*\\['alpha'\\]"):
         jaxnorm.convert(tanh, jaxnorm.BatchNorm())
+
+
+convert_model: Any = jx.convert
 
 
 def nnx_model(norm):
@@ -335,14 +417,15 @@ def test_nnx_modules_are_replaced_wherever_they_are(norm):
     forward(model, X)
     model.eval()
     before = forward(model, X)
-    assert jx.convert(model, jaxnorm.BatchRenorm()) is model
+    given, model = model, jx.convert(model, jaxnorm.BatchRenorm())
+    assert type(given.again) is norm and given.again is given.layers[1]
     names = [type(m) for _, m in nnx.iter_modules(model)]
     assert names.count(jx.Norm) == 2 and norm not in names
     assert model.again is model.layers[1]
     np.testing.assert_allclose(forward(model, X), before, 1e-5, 1e-6)
     model.train()
     forward(model, X)
-    jx.convert(model, jaxnorm.GroupNorm(num_groups=2), "again".__ne__)
+    model = jx.convert(model, jaxnorm.GroupNorm(num_groups=2), "again".__ne__)
     inner = model.layers[2]["inner"].layers[1]
     assert isinstance(inner.norm, jaxnorm.GroupNorm) and not hasattr(inner, "mean")
     assert isinstance(model.again.norm, jaxnorm.BatchRenorm)
@@ -355,17 +438,93 @@ class Holds(nnx.Module):
         self.again = held[0] if isinstance(held, tuple) else nnx.data(None)
 
 
-@pytest.mark.parametrize("kind", [tuple, list, dict, "deep"])
-def test_nnx_norms_in_plain_containers_are_replaced(kind):
+class Named(NamedTuple):
+    norm: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+    norm: Any
+
+
+CONTAINERS = {
+    "tuple": lambda norm: (norm,),
+    "list": lambda norm: [norm],
+    "dict": lambda norm: {3: norm},
+    "deep": lambda norm: [({"a": norm},)],
+    "named tuple": Named,
+    "dataclass": Registered,
+    "nnx.List": lambda norm: nnx.List([norm]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_nnx_norms_in_containers_are_replaced(kind):
     norm = jx.BatchNorm(8, rngs=nnx.Rngs(0))
-    held = {"deep": [({"a": norm},)], dict: {"a": norm}}.get(kind)
-    held = kind([norm]) if held is None else held
-    model: Any = Holds(held)
-    jx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    held = CONTAINERS[kind](norm)
+    model: Any = jx.convert(Holds(held), jaxnorm.GroupNorm(num_groups=2))
     kinds = [type(m) for _, m in nnx.iter_modules(model)]
     assert jx.Norm in kinds and jx.BatchNorm not in kinds
-    if kind is tuple:
+    assert type(model.held) is type(held)
+    if isinstance(held, tuple):
         assert model.again is model.held[0]
+
+
+class Own(jx.GroupNorm):
+    def __call__(self, x, *args, **kwargs):
+        return -super().__call__(x, *args, **kwargs)
+
+
+def test_what_an_nnx_norm_does_stays_or_is_named():
+    rngs = nnx.Rngs(0)
+    held = {"eager_sharding": False, "out_sharding": ("model",), "rate": 2}
+    model: Any = nnx.Sequential(
+        nnx.relu,
+        jx.BatchNorm(8, activation="relu", scale_metadata=held, rngs=rngs),
+        nnx.LayerNorm(8, use_scale=False, use_bias=False, rngs=rngs),
+    )
+    new = jx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    assert [new.layers[i].norm.activation for i in (1, 2)] == ["relu", None]
+    assert new.layers[2].scale.shape == (8,)  # of which the norm had none
+    metadata = new.layers[1].scale.get_metadata()
+    assert metadata == model.layers[1].scale.get_metadata() and metadata["rate"] == 2
+    tables = jaxnorm.DomainBatchNorm(num_domains=3, share_affine=False)
+    with pytest.raises(ValueError, match="'layers/1' applies activation='relu', and"):
+        jx.convert(model, tables)
+    model.layers[1].activation = None
+    scale = jx.convert(model, tables).layers[1].scale
+    assert scale.shape == (3, 8) and scale.out_sharding == (None, "model")
+    assert jx.convert(model, jaxnorm.GroupNorm(num_groups=2, activation="silu"))
+    model.layers[2] = Own(8, num_groups=2, rngs=rngs)
+    with pytest.raises(ValueError, match="'layers/2' is .*Own, which computes some"):
+        jx.convert(model, jaxnorm.LayerNorm())
+    model.layers[2] = jx.Norm(jaxnorm.PositionalNorm(), 8)
+    with pytest.raises(ValueError, match="'layers/2' has none of scale, bias"):
+        jx.convert(model, jaxnorm.LayerNorm())
+    assert isinstance(model.layers[1], jx.BatchNorm)
+    with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got.*dict"):
+        convert_model(jx.variables(model), jaxnorm.LayerNorm())
+
+
+def test_variables_that_nnx_norms_share_stay_shared():
+    rngs = nnx.Rngs(0)
+    model: Any = nnx.Sequential(*(nnx.BatchNorm(8, rngs=rngs) for _ in range(2)))
+    model.layers[1].scale = model.layers[0].scale
+    first, second = jx.convert(model, jaxnorm.BatchRenorm()).layers
+    assert first.scale is second.scale and first.bias is not second.bias
+
+
+def test_an_nnx_update_that_cannot_be_leaves_the_model():
+    model: Any = jx.BatchNorm(2, rngs=nnx.Rngs(0))
+    before = jx.variables(model)
+    stats = {"mean": jnp.ones(2), "var": jnp.ones(2)}
+    for wrong in (None, "var", jnp.ones(2) * 1j):
+        with pytest.raises(TypeError, match="batch_stats at 'var'|must hold arrays"):
+            jx.update(model, {"batch_stats": {**stats, "var": wrong}})
+        same(jx.variables(model), before)
+    with pytest.raises(TypeError, match="jaxnorm.nnx.variables"):
+        jx.update(model, model)
 
 
 def test_an_nnx_norm_by_itself_and_errors():

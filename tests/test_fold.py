@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import freeze as frozen_dict
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxnorm
 import jaxnorm.linen
@@ -223,8 +224,10 @@ def test_bfloat16_kernels_are_rounded_once(folding):
 
 
 def test_a_layer_keeps_what_else_it_holds():
-    layer = {"kernel": np.ones((IN, OUT), np.float32), "mask": np.ones(3)}
-    assert fold_output(layer, *form(OUT))["mask"] is layer["mask"]
+    layer = {"kernel": np.ones((IN, OUT), np.float32), "mask": jnp.ones(3)}
+    kept = fold_output(layer, *form(OUT))["mask"]
+    np.testing.assert_array_equal(kept, layer["mask"])
+    assert kept is not layer["mask"]
 
 
 ONES = {"kernel": jnp.ones((3, 3, IN, OUT))}
@@ -427,6 +430,14 @@ def power(net, x):
     return net.conv(x)
 
 
+def relu_of(net, y, residual):
+    """`relu(norm(y) + residual)`, in one call; without the norm what is left of it."""
+    if not net.norms:
+        return nn.relu(y + residual)
+    norm = net.kind(use_running_average=True, activation="relu")
+    return norm(y, residual=residual)
+
+
 FIRST = [("Conv_0", "BatchNorm_0")]
 PAIRS: dict[str, tuple[Callable[..., Any], list[tuple[str, str]]]] = {
     "a relu after": (lambda net, x: nn.relu(net.norm(net.conv(x))), FIRST),
@@ -436,6 +447,14 @@ PAIRS: dict[str, tuple[Callable[..., Any], list[tuple[str, str]]]] = {
     ),
     "a skip connection around": (
         lambda net, x: x + net.norm(net.conv(nn.relu(x))),
+        FIRST,
+    ),
+    "an activation and a residual of the norm": (
+        lambda net, x: relu_of(net, net.conv(x), jnp.tanh(x)),
+        FIRST,
+    ),
+    "a name": (
+        lambda net, x: net.norm(checkpoint_name(net.conv(x), "y")),
         FIRST,
     ),
     "what does nothing": (
@@ -491,6 +510,47 @@ PAIRS: dict[str, tuple[Callable[..., Any], list[tuple[str, str]]]] = {
 def test_pairs(name):
     body, expected = PAIRS[name]
     assert in_one(body) == expected
+
+
+class Switched(nn.Module):
+    @nn.compact
+    def __call__(self, x, shift=None, *, train):
+        x = jaxnorm.linen.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        return x if shift is None else x + shift
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "found"),
+    [
+        (["x"], {"train": False}, True),
+        ([], {"x": "x", "train": False}, True),
+        (["x"], {"train": False, "shift": "x"}, True),
+        (["x", None], {"train": False, "method": "__call__"}, True),
+        (["x"], {"train": True, "mutable": ["batch_stats"]}, False),
+    ],
+)
+def test_other_arguments_of_the_call_are_passed_on(args, kwargs, found):
+    arrays = {"x": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+    net = Switched()
+    variables = net.init(jax.random.key(0), sample(4, 3), train=False)
+    args = [arrays.get(v, v) for v in args]
+    named = {k: arrays["x"] if v == "x" else v for k, v in kwargs.items()}
+    pairs = find_pairs(net.apply, variables, *args, **named)
+    assert names(pairs) == [("Dense_0", "BatchNorm_0")] * found
+
+
+def test_arrays_by_keyword_are_no_constants():
+    def apply(variables, x, *, gain):
+        kernel, stats = variables["params"]["a"]["kernel"], variables["batch_stats"]
+        mean, var = (stats["n"][k][None] for k in ("mean", "var"))
+        return by_hand(x @ kernel * gain, mean, var)
+
+    variables = {
+        "params": {"a": {"kernel": sample(3, 3)}},
+        "batch_stats": {"n": jaxnorm.init_stats(3)},
+    }
+    assert len(find_pairs(apply, variables, sample(3, 3), gain=1.0)) == 1
+    assert find_pairs(apply, variables, sample(3, 3), gain=jnp.ones((1, 1))) == []
 
 
 def used_twice(net, x):
@@ -598,6 +658,15 @@ NO_PAIRS: dict[str, Callable[..., Any]] = {
     "norm before two": lambda net, x: (lambda y: nn.Dense(2)(y) + nn.Dense(2)(y))(
         net.norm(x)
     ),
+    "an activation of the norm before a layer": lambda net, x: nn.Dense(2)(
+        net.norm(x, activation="relu")
+    ),
+    "a residual of the norm before a layer": lambda net, x: nn.Dense(2)(
+        net.kind(use_running_average=True)(x, residual=jnp.tanh(x))
+    ),
+    "a residual that the layer gives as well": lambda net, x: (
+        lambda y: net.kind(use_running_average=True)(y, residual=y)
+    )(net.conv(x)),
     "norm read beside its layer": lambda net, x: (lambda y: nn.Dense(OUT)(y) + y)(
         net.norm(x)
     ),
@@ -619,6 +688,7 @@ def test_no_pairs(name):
 
 
 def batch_norm(x, kernel, stats, axis=-1):
+    stats = {k: stats[k] for k in ("mean", "var")}
     return jaxnorm.batch_norm(x, stats, axis=axis, use_running_average=True)[0]
 
 
@@ -819,12 +889,169 @@ def test_what_is_not_folded_is_kept():
     assert sorted(folded) == ["batch_stats", "cache", "params"]
     assert list(folded["batch_stats"]["Block_0"]) == ["five"]
     assert list(folded["params"]["Block_0"]) == ["Conv_0"]
-    assert folded["params"]["Dense_0"]["kernel"] is TREE["params"]["Dense_0"]["kernel"]
+    dense = (tree["params"]["Dense_0"]["kernel"] for tree in (folded, TREE))
+    np.testing.assert_array_equal(*dense)
     assert "norm" in TREE["params"]["Block_0"]
     both = {CONV: NORM, "Dense_0": "three"}
     tree = TREE | {"batch_stats": {"a": {"norm": {}}, "three": jaxnorm.init_stats(3)}}
     tree["batch_stats"]["Block_0"] = {"norm": jaxnorm.init_stats(OUT)}
     assert fold(tree, both, epsilon=0.0)["batch_stats"] == {"a": {"norm": {}}}
+
+
+def buffers(*trees):
+    """Where the arrays are in memory."""
+    return [v.unsafe_buffer_pointer() for v in jax.tree.leaves(trees)]
+
+
+def assert_apart(given, result):
+    """No leaf of `result` shares a buffer with another, or with one of `given`."""
+    own = buffers(result)
+    assert len({*own}) == len(own) and not {*own} & {*buffers(given)}
+
+
+def test_results_can_be_donated():
+    ones = jnp.ones(OUT)
+    shared = {"mean": ones, "var": ones}
+    tree = TREE | {"batch_stats": {"Block_0": {"norm": shared, "other": shared}}}
+    assert_apart(tree, fold(tree, {CONV: NORM}, epsilon=0.0))
+    layer = {"kernel": jnp.ones((IN, OUT)), "bias": ones, "mask": ones}
+    assert_apart(layer, fold_output(layer, ones, jnp.zeros(OUT)))
+    assert_apart(layer, fold_input(layer, jnp.ones(IN), jnp.zeros(IN)))
+    params = {"scale": ones, "bias": ones}
+    assert_apart([params, shared], affine_form(params, shared, epsilon=0.0))
+
+
+class Partitioned(Net):
+    @nn.compact
+    def __call__(self, x):
+        def init(fill, *names):
+            return nn.with_partitioning(fill, names)
+
+        kernel = init(nn.initializers.lecun_normal(), None, "model")
+        x = nn.Dense(OUT, use_bias=not self.norms, kernel_init=kernel)(x)
+        ones = init(nn.initializers.ones, "model")
+        return self.norm(x, scale_init=ones)
+
+
+def test_partitioned_variables_are_folded_and_stay_so():
+    net, x = Partitioned(lambda net, x: x), sample(2, IN)
+    variables = drawn(net.init(jax.random.key(0), x))
+    pairs = find_pairs(net.apply, variables, x)
+    assert names(pairs) == [("Dense_0", "BatchNorm_0")]
+    automatic = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((2,), ("model",), automatic)):  # constrains them
+        assert find_pairs(net.apply, variables, x) == pairs
+    folded = fold(variables, pairs)
+    kernel = folded["params"]["Dense_0"]["kernel"]
+    assert isinstance(kernel, nn.Partitioned) and kernel.names == (None, "model")
+    got = Partitioned(net.body, norms=False).apply(folded, x)
+    assert_same(got, net.apply(variables, x))
+
+
+untyped: Any = jaxnorm  # as type checkers would refuse these calls
+KERNEL = {"kernel": jnp.ones((IN, OUT))}
+STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: untyped.fold_output({}, *form(OUT)), r"holds a 'kernel', got \[\]"),
+        (lambda: untyped.fold_input(None, *form(OUT)), "layer must be nested.*None"),
+        (
+            lambda: untyped.fold_output({"kernel": "k"}, *form(OUT)),
+            "arrays.*'k' at 'kernel'",
+        ),
+        (lambda: untyped.fold_output(KERNEL, None, 1), "^a must be an array.*None"),
+        (
+            lambda: untyped.fold_output(
+                {"kernel": jnp.ones((2, 2), jnp.int8)}, *form(2)
+            ),
+            "kernel of int8: fold it into the floating point one",
+        ),
+        (
+            lambda: untyped.fold_output(KERNEL, *form(OUT), axis="last"),
+            "axis must be an integer, got 'last'",
+        ),
+        (
+            lambda: untyped.fold_output(KERNEL, jnp.ones(OUT), 1j * jnp.ones(OUT)),
+            "the kernel of the layer is float32, and would be complex",
+        ),
+        (
+            lambda: untyped.fold_input(KERNEL, *form(IN), groups=0),
+            "groups must be 1 or more",
+        ),
+        (
+            lambda: untyped.fold_input(KERNEL, *form(IN), padded="VALID"),
+            "padded must be True",
+        ),
+        (lambda: untyped.affine_form(None, STATS, epsilon=0), "^params must be.*None"),
+        (
+            lambda: untyped.affine_form({}, "stats", epsilon=0),
+            "^stats must be.*'stats'",
+        ),
+        (
+            lambda: untyped.affine_form({}, STATS, epsilon="1e-5"),
+            "one real number, got '1e-5'",
+        ),
+        (
+            lambda: untyped.affine_form({}, STATS, epsilon=float("nan")),
+            "epsilon must be a number, got nan",
+        ),
+        (
+            lambda: untyped.affine_form({"scale": jnp.ones(2)}, STATS, epsilon=0),
+            r"of one shape, got \{'scale': \(2,\), 'mean': \(6,\)",
+        ),
+        (lambda: untyped.fold(None, {CONV: NORM}), "^variables must be.*None"),
+        (
+            lambda: untyped.fold({"params": None}, {CONV: NORM}),
+            r"\['params'\] must be.*None",
+        ),
+        (
+            lambda: untyped.fold({"batch_stats": {}}, {CONV: NORM}),
+            r"no layer at .* \[\]",
+        ),
+        (lambda: untyped.fold(TREE, None), "pairs must be a list of pairs.*None"),
+        (lambda: untyped.fold(TREE, CONV), "pairs must be a list of pairs.*'Block_0"),
+        (
+            lambda: untyped.fold(TREE, Pair(CONV, NORM)),
+            "pairs must be a list of pairs.*Pair",
+        ),
+        (
+            lambda: untyped.fold(TREE, (CONV, NORM)),
+            "each of pairs must be the path.*Conv_0",
+        ),
+        (
+            lambda: untyped.fold(TREE, [(CONV, NORM, 0, "no")]),
+            "each of pairs must be.*'no'",
+        ),
+        (
+            lambda: untyped.fold(TREE, [(CONV, NORM, "eps")]),
+            f"cannot fold '{NORM}' .* real number, got 'eps'",
+        ),
+        (
+            lambda: untyped.fold(
+                {"params": {"d": KERNEL}, "batch_stats": {"l": [STATS]}},
+                {"d": "l/0"},
+                epsilon=0.0,
+            ),
+            "'l/0' is within a list",
+        ),
+        (lambda: untyped.find_pairs(None, TREE), "apply must be a function.*None"),
+        (
+            lambda: untyped.find_pairs(nn.Dense(2), TREE),
+            "got a model of Dense.*model.apply",
+        ),
+        (
+            lambda: untyped.find_pairs(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TREE),
+            "an NNX model: jaxnorm.nnx.fold",
+        ),
+        (lambda: untyped.find_pairs(max, nnx.Param(1)), "jaxnorm.nnx.variables"),
+    ],
+)
+def test_other_kinds_of_arguments_are_named(call, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()
 
 
 # ---- NNX --------------------------------------------------------------------------
@@ -950,3 +1177,184 @@ def test_an_nnx_layer_needs_a_place_for_the_bias():
         jaxnorm.nnx.fold(model, sample(2, 3))
     with pytest.raises(ValueError, match="got none"):
         jaxnorm.nnx.fold(nnx.Sequential(nnx.relu), sample(2, 3))
+
+
+class Fused(nnx.Module):
+    """Norms that add a residual and apply an activation in their own call."""
+
+    def __init__(self, norm, rngs, dtype=None):
+        self.first = nnx.Conv(3, 4, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.second = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.norms = nnx.List([norm(rngs), norm(rngs)])
+
+    def __call__(self, x, train=False, mask=None):
+        flag = not train
+        x = self.norms[0](self.first(x), flag)
+        y = self.second(x)
+        return self.norms[1](y, use_running_average=flag, residual=x, mask=mask)
+
+
+def fused(norm, **kwargs):
+    model = Fused(norm, nnx.Rngs(0), **kwargs)
+    jaxnorm.nnx.update(model, drawn(jaxnorm.nnx.variables(model)))
+    model.eval()
+    return model
+
+
+def named_norm(rngs, **kwargs):
+    return jaxnorm.nnx.BatchNorm(4, rngs=rngs, **kwargs)
+
+
+def generic_norm(rngs, use_scale=True, dtype=None, **kwargs):
+    norm = jaxnorm.BatchNorm(**kwargs)
+    return jaxnorm.nnx.Norm(norm, 4, use_scale=use_scale, dtype=dtype)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("norm", [named_norm, generic_norm])
+def test_what_follows_a_norm_in_its_call_stays(norm, activation):
+    model, x = fused(functools.partial(norm, activation=activation)), sample(2, 4, 4, 3)
+    mask = np.arange(2 * 16 * 4).reshape(2, 4, 4, 4) % 5 > 0
+    folded = jaxnorm.nnx.fold(model, x, train=False)
+    assert [type(m) for m in folded.norms] == [Identity] * 2
+    for given in (None, mask):
+        expected = nnx.jit(model)(x, mask=given)
+        assert_same(nnx.jit(folded)(x, mask=given), expected)
+        same = jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())
+        assert_same(nnx.jit(same)(x, mask=given), expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        (named_norm, {}),
+        (named_norm, {"use_scale": False, "use_bias": False}),
+        (named_norm, {"dtype": jnp.bfloat16}),
+        (generic_norm, {}),
+        (generic_norm, {"dtype": jnp.float16}),
+    ],
+)
+def test_the_dtype_of_a_norm_stays(norm, options):
+    class Half(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.layer = nnx.Linear(3, 4, dtype=jnp.bfloat16, rngs=rngs)
+            self.norm = norm(rngs, **options)
+
+        def __call__(self, x):
+            return self.norm(self.layer(x))
+
+    model, x = Half(), sample(2, 3)
+    model.eval()
+    expected = model(x).dtype
+    assert jaxnorm.nnx.fold(model, x)(x).dtype == expected
+    assert jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())(x).dtype == expected
+
+
+def test_nnx_copies_can_be_donated():
+    model: Any = fused(named_norm)
+    x = sample(2, 4, 4, 3)
+    model.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    held = jaxnorm.nnx.variables(model)
+    copies = [
+        held,
+        nnx.state(jaxnorm.nnx.fold(model, x)),
+        nnx.state(jaxnorm.nnx.convert(model, jaxnorm.DomainBatchNorm(num_domains=2))),
+        nnx.state(jaxnorm.nnx.convert(model, jaxnorm.SwitchableNorm())),
+    ]
+    for copy in copies:
+        arrays = [v for v in jax.tree.leaves(copy) if not is_key(v)]
+        others = [v for v in jax.tree.leaves(nnx.state(model)) if not is_key(v)]
+        assert_apart(others, arrays)
+    before = held["params"]["first"]["kernel"]
+    jaxnorm.nnx.update(model, held)
+    assert_apart(held, [v for v in jax.tree.leaves(nnx.state(model)) if not is_key(v)])
+    folded = jaxnorm.nnx.fold(model, x)
+    expected = folded(x)
+    jax.jit(lambda state: jax.tree.map(lambda v: v, state), donate_argnums=0)(
+        nnx.state(model)
+    )
+    np.testing.assert_array_equal(folded(x), expected)
+    assert not before.is_deleted()
+
+
+def is_key(v):
+    return jnp.issubdtype(v.dtype, jax.dtypes.prng_key)
+
+
+class Own(nnx.BatchNorm):
+    def __call__(self, x, *args, **kwargs):
+        return nnx.relu(super().__call__(x, *args, **kwargs))
+
+
+class Set(nnx.BatchNorm):
+    """Flax's, with another default."""
+
+    def __init__(self, features, rngs):
+        super().__init__(features, epsilon=1e-3, rngs=rngs)
+
+
+@jaxnorm.method
+class Doubled(jaxnorm.BatchNorm):
+    def evaluate(self, x, params, stats, **kwargs):
+        return 2 * super().evaluate(x, params, stats, **kwargs)
+
+
+class Product(nnx.Module):
+    """Has a place for a bias, which it adds or not."""
+
+    def __init__(self, adds):
+        self.kernel, self.bias = nnx.Param(sample(3, 3)), nnx.data(None)
+        self.adds = adds
+
+    def __call__(self, x):
+        y = x @ self.kernel[...]
+        return y + self.bias[...][None] if self.adds and self.bias is not None else y
+
+
+class Held(nnx.Module):
+    """Holds its variables in a dict."""
+
+    def __init__(self):
+        self.held = nnx.data({"kernel": nnx.Param(sample(3, 3))})
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x @ self.held["kernel"][...])
+
+
+def chain(*modules):
+    return nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), *modules)
+
+
+def test_what_an_nnx_model_cannot_keep_is_named():
+    rngs, x = nnx.Rngs(0), sample(2, 3)
+    fold: Any = jaxnorm.nnx.fold
+    assert type(fold(chain(Set(3, rngs=rngs)), x).layers[1]) is Identity
+    generic = jaxnorm.nnx.Norm(Doubled(), 3)
+    for norm in (Own(3, rngs=rngs), generic):
+        with pytest.raises(ValueError, match=r"'layers/1', .*(Own|Norm), computes som"):
+            fold(chain(norm), x)
+    norm = nnx.BatchNorm(3, rngs=rngs)
+    model = nnx.Sequential(Product(True), norm)
+    model.eval()
+    assert_same(fold(model, x)(x), model(x))
+    model: Any = nnx.Sequential(Product(False), norm)
+    with pytest.raises(ValueError, match="'layers/0', .*Product, does not add its"):
+        fold(model, x)
+    assert model.layers[0].bias is None and model.layers[1] is norm
+    with pytest.raises(ValueError, match="variables at 'held' are not those of a mod"):
+        fold(Held(), x)
+    relu = jaxnorm.nnx.BatchNorm(3, activation="relu", rngs=rngs)
+    model = nnx.Sequential(relu, nnx.Linear(3, 3, rngs=rngs))
+    pairs = [Pair("layers/1", "layers/0", 1e-5, norm_first=True)]
+    with pytest.raises(ValueError, match="'layers/0' applies activation='relu' before"):
+        fold(model, pairs=pairs)
+    relu.activation = None
+    folded = fold(model, pairs=pairs)
+    with pytest.raises(ValueError, match="'layers/0' is folded into the layer after"):
+        folded.layers[0](x, residual=x)
+    with pytest.raises(ValueError, match="'layers/0' is folded, and normalizes by no"):
+        folded.layers[0](x, use_running_average=False)
+    with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got.*dict"):
+        fold(jaxnorm.nnx.variables(model), x)

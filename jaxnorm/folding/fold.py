@@ -4,13 +4,33 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxnorm.arguments import (
+    as_bool,
+    as_epsilon,
+    as_integer,
+    check_known,
+    optional,
+    shown,
+)
 from jaxnorm.dtypes import at_least_float32, promote
-from jaxnorm.layers import Tree, below, keys_at, layers, put
+from jaxnorm.layers import (
+    Tree,
+    below,
+    check_tree,
+    check_variables,
+    copied,
+    keys_at,
+    layers,
+    path_name,
+    put,
+)
+from jaxnorm.leaves import array_of, boxed_like, unboxed
 
 Layer = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
 
@@ -67,8 +87,8 @@ def affine_form(
         a and b, in at least float32.
 
     Raises:
-        ValueError: for parameters of other methods, missing statistics, or an epsilon
-            that is negative.
+        ValueError, TypeError: for parameters of other methods, missing statistics,
+            shapes that differ, and an epsilon that is negative or no number.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> stats = {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}
@@ -76,20 +96,27 @@ def affine_form(
     >>> print(a, b)
     [3.] [-3.]
     """
+    check_tree(params, "params")
+    check_tree(stats, "stats")
     unknown = sorted({*params} - {"scale", "bias", "control"})
     if unknown:
         raise ValueError(
             f"a norm with the parameters {unknown} is not affine in its input: only "
             "norms of scale and bias can be folded"
         )
-    if "var" not in stats:
+    if stats.get("var") is None:
         raise ValueError(
             f"a norm to fold keeps a running variance, 'var', got {sorted(stats)}"
         )
-    if epsilon < 0:
-        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    check_known("epsilon", as_epsilon("epsilon", epsilon))
     named = {k: {**params, **stats}.get(k) for k in ("scale", "bias", "mean", "var")}
-    held = {k: jnp.asarray(v) for k, v in named.items() if v is not None}
+    held = {k: array_of(k, v) for k, v in named.items() if v is not None}
+    shapes = {k: v.shape for k, v in held.items()}
+    if len({*shapes.values()}) > 1:
+        raise ValueError(
+            f"the parameters and statistics of a norm are of one shape, got {shapes}: "
+            "take both from one layer, and one row of a table of domains or steps"
+        )
     wide = at_least_float32(promote(*(v.dtype for v in held.values())))
     held = {k: v.astype(wide) for k, v in held.items()}
     a = held.get("scale", 1) / jnp.sqrt(held["var"] + epsilon)
@@ -116,10 +143,13 @@ def fold_output(
 
     Returns:
         {"kernel", "bias"} in the dtypes of the layer, rounded once from at least
-        float32; a new bias has the dtype of the kernel.
+        float32; a new bias has the dtype of the kernel. What else the layer holds is
+        copied, and boxes of Flax's, such as `nn.Partitioned`, stay around what they
+        held.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError, TypeError: for shapes that do not fit, and a layer without a kernel,
+            or with one of integers.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> layer = {"kernel": jnp.ones((2, 1))}
@@ -165,8 +195,8 @@ def fold_input(
         As `fold_output` does.
 
     Raises:
-        ValueError: for shapes that do not fit, and where `padded` and `b` is not known
-            to be 0 (as a traced one is not).
+        ValueError, TypeError: as `fold_output` does, and where `padded` and `b` is not
+            known to be 0 (as a traced one is not).
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> layer = {"kernel": jnp.ones((2, 1))}
@@ -175,6 +205,12 @@ def fold_input(
     [-4.]
     """
     kernel, a, b = _arrays(layer, a, b)
+    if as_integer("groups", groups) < 1:
+        raise ValueError(
+            f"groups must be 1 or more, got {groups}: the feature_group_count of the "
+            "layer"
+        )
+    optional(as_bool)("padded", padded)
     if {_axis(kernel, axis)} - {kernel.ndim - 1, kernel.ndim - 2}:
         raise ValueError(
             f"input features are on axis -2 or -1 of a kernel, got axis={axis} for one "
@@ -201,7 +237,10 @@ def fold(
 
     Each layer gets the kernel and bias that do the work of its norm, too
     (`fold_output`, `fold_input`); one that had no bias gets one. So the result fits the
-    same model without these norms and with `use_bias=True` in these layers.
+    same model without these norms and with `use_bias=True` in these layers. What
+    follows the formula of a norm stays with the model: where it was
+    `BatchNorm(activation="relu")(x, residual=r)`, it is `relu(x + r)`, and what a mask
+    excludes is 0.
 
     Args:
         variables: {"params", "batch_stats"} of a model, others are kept.
@@ -210,39 +249,65 @@ def fold(
         epsilon: what the norms add to the variance, for pairs that do not say it.
 
     Returns:
-        New variables, in which the norms are gone. A collection of which nothing is
-        left is gone, too, as it is in the variables of a model without norms.
+        New variables, in buffers of their own, in which the norms are gone. A
+        collection of which nothing is left is gone, too, as it is in the variables of a
+        model without norms.
 
     Raises:
-        ValueError: for no pairs, a path that the variables have not, a layer or norm in
-            two pairs, a missing epsilon, shapes that do not fit, and a norm before a
-            padded layer (see `fold_input`).
+        ValueError, TypeError: for no pairs, a path that the variables have not, a layer
+            or norm in two pairs, a missing epsilon, shapes that do not fit, and a norm
+            before a padded layer (see `fold_input`).
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 1))}},
     ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(1)}}
     >>> jaxnorm.fold(variables, {"Dense_0": "BatchNorm_0"}, epsilon=0.0)["params"]
-    {'Dense_0': {'kernel': Array([[1.],
-           [1.]], dtype=float32), 'bias': Array([0.], dtype=float32)}}
+    {'Dense_0': {'bias': Array([0.], dtype=float32), 'kernel': Array([[1.],
+           [1.]], dtype=float32)}}
     """
+    check_variables(variables)
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
+    optional(as_epsilon)("epsilon", epsilon)
     nodes = _nodes(params)
     norms = {path: own for path, own in layers(stats).items() if path}
     chosen = as_pairs(pairs)
     _check_pairs(chosen, nodes, norms)
+    for pair in chosen:
+        _check_dicts(pair.norm, params, stats)
     for pair in chosen:
         node, norm = nodes[pair.layer], nodes.get(pair.norm, {})
         layer = _folded(pair, node, norm, norms[pair.norm], epsilon)
         params = _with(params, pair.layer, layer)
         params, stats = (_with(tree, pair.norm, {}) for tree in (params, stats))
     left = {**variables, "params": params, "batch_stats": stats}
-    return {name: tree for name, tree in left.items() if tree or not variables[name]}
+    return copied(
+        {name: tree for name, tree in left.items() if tree or not variables[name]}
+    )
 
 
 def as_pairs(pairs: Mapping[str, str] | Iterable[Sequence[Any]]) -> list[Pair]:
-    """What `fold` takes as `pairs`, as a list of `Pair`."""
+    """What `fold` takes as `pairs`, as a list of `Pair`; else raises TypeError."""
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes | Pair):
+        raise TypeError(
+            f"pairs must be a list of pairs or a mapping, got {shown(pairs)}: "
+            '[("Conv_0", "BatchNorm_0")], or what find_pairs returns'
+        )
     named = pairs.items() if isinstance(pairs, Mapping) else pairs
-    return [Pair(*cast(Iterable[Any], pair)) for pair in named]
+    return [_as_pair(pair) for pair in named]
+
+
+def _as_pair(pair: Any) -> Pair:
+    """A `Pair` of what `pair` holds."""
+    listed = isinstance(pair, Sequence) and not isinstance(pair, str | bytes)
+    if listed and 2 <= len(pair) <= len(Pair._fields):
+        made = Pair(*cast(Iterable[Any], pair))
+        paths = isinstance(made.layer, str) and isinstance(made.norm, str)
+        if paths and isinstance(made.norm_first, bool):
+            return made
+    raise TypeError(
+        "each of pairs must be the path of a layer and that of its norm, and maybe "
+        f"what a Pair says more, got {pair!r}"
+    )
 
 
 def _folded(
@@ -267,15 +332,26 @@ def _folded(
         axis = -2 if pair.axis is None else pair.axis
         groups, padded = pair.groups, pair.padded
         return fold_input(layer, a, b, axis=axis, groups=groups, padded=padded)
-    except ValueError as error:
-        raise ValueError(
-            f"cannot fold {pair.norm!r} into {pair.layer!r}: {error}"
-        ) from error
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"cannot fold {pair.norm!r} into {pair.layer!r}: {error}") from error
 
 
 def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Array]:
     """Kernel, a and b in the dtype to compute in; raises unless a and b fit."""
-    kernel, a, b = (jnp.asarray(v) for v in (layer["kernel"], a, b))
+    check_tree(layer, "layer")
+    if "kernel" not in layer:
+        raise ValueError(
+            f"a layer to fold a norm into holds a 'kernel', got {sorted(layer)}: pass "
+            "the parameters of one Dense, Conv or ConvTranspose"
+        )
+    named = {"kernel": layer["kernel"], "a": a, "b": b}
+    kernel, a, b = (array_of(name, v) for name, v in named.items())
+    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        raise TypeError(
+            f"a norm cannot be folded into a kernel of {kernel.dtype}: fold it into "
+            "the floating point one, and quantize that then"
+        )
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(
             "a norm to fold has one mean and variance per feature, on one axis, but "
@@ -287,6 +363,7 @@ def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Arr
 
 def _axis(kernel: Array, axis: int) -> int:
     """`axis` counted from the first; raises unless `kernel` has it."""
+    axis = as_integer("axis", axis)
     if not -kernel.ndim <= axis < kernel.ndim:
         raise ValueError(f"a kernel of shape {kernel.shape} has no axis {axis}")
     return axis % kernel.ndim
@@ -330,7 +407,7 @@ def _by_group(kernel: Array, axis: int, groups: int) -> Array:
 
 def _bias(layer: Layer, like: Array) -> Array:
     """The bias of `layer`, or 0, in the dtype and shape of `like`."""
-    bias = jnp.asarray(layer.get("bias", jnp.zeros_like(like)))
+    bias = array_of("bias", layer.get("bias", jnp.zeros_like(like)))
     if bias.shape != like.shape:
         raise ValueError(
             f"the layer has {like.size} output features, but a bias of shape "
@@ -340,11 +417,18 @@ def _bias(layer: Layer, like: Array) -> Array:
 
 
 def _layer(layer: Layer, kernel: Array, bias: Array) -> dict[str, ArrayLike]:
-    """`layer` with these, in its own dtypes."""
-    dtypes = {"bias": jnp.result_type(layer["kernel"])}
-    dtypes |= {k: jnp.result_type(v) for k, v in layer.items()}
-    new = {"kernel": kernel, "bias": bias}
-    return {**layer, **{k: v.astype(dtypes[k]) for k, v in new.items()}}
+    """`layer` with these, in its own dtypes and boxes."""
+    new = {k: v for k, v in layer.items() if k not in ("kernel", "bias")}
+    for k, v in {"kernel": kernel, "bias": bias}.items():
+        old = layer.get(k, unboxed(layer["kernel"]))
+        dtype = jnp.result_type(unboxed(old))
+        if jnp.iscomplexobj(v) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"the {k} of the layer is {dtype}, and would be complex with a norm of "
+                "complex numbers in it: leave this pair out"
+            )
+        new[k] = boxed_like(old, v.astype(dtype))
+    return copied(new)
 
 
 def _check_pairs(
@@ -372,6 +456,18 @@ def _check_pairs(
             raise ValueError(
                 f"{path!r} is in {times} pairs, but a norm goes into one layer, and a "
                 "layer takes in one norm at a time: fold one pair of them"
+            )
+
+
+def _check_dicts(path: str, *trees: Tree) -> None:
+    """Raises where the node at `path` is within a list or tuple."""
+    for tree in trees:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        has = any(path_name(at).startswith(f"{path}/") for at, _ in leaves)
+        if has and keys_at([tree], path) is None:
+            raise ValueError(
+                f"the norm at {path!r} is within a list or tuple, which cannot lose "
+                "it: fold trees of dicts"
             )
 
 

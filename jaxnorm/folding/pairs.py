@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm.arguments import check_function
 from jaxnorm.folding.affine import affine_image, ones_along
 from jaxnorm.folding.fold import Pair
 from jaxnorm.folding.trace import ARITHMETIC, Flow, Known, Leaf, Trace, Value, leaf_at
-from jaxnorm.layers import Tree
+from jaxnorm.layers import Tree, check_variables
+from jaxnorm.leaves import is_box
 
 
 def find_pairs(
-    apply: Callable[..., Any], variables: Mapping[str, Tree], *args: Any
+    apply: Callable[..., Any], variables: Mapping[str, Tree], *args: Any, **kwargs: Any
 ) -> list[Pair]:
     """The pairs of layer and norm that `fold` can fold, found in a trace of the model.
 
@@ -33,16 +35,23 @@ def find_pairs(
     Whatever is not understood is no pair: what happens within `scan`, `cond`, `vmap`ped
     kernels and `shard_map`, layers used twice, masks, kernels of several output axes,
     complex numbers. `jit`, `remat` and custom derivatives are seen through. A layer
-    between two norms is paired with the one after it.
+    between two norms is paired with the one after it. What follows the formula of a
+    norm, a residual that is added and an activation, is no part of it: the model that
+    takes the folded variables still has to do it (see `fold`).
 
     Args:
-        apply: the model in evaluation, `apply(variables, *args)`.
+        apply: the model in evaluation, `apply(variables, *args, **kwargs)`.
         variables: {"params", "batch_stats"}; of arrays only shapes and dtypes count, so
             that `jax.ShapeDtypeStruct` will do.
-        args: what else it takes, arrays or `jax.ShapeDtypeStruct`s.
+        args, kwargs: what else it takes. Of arrays only shapes and dtypes count here,
+            too; all else, such as `train=False`, is passed on as it is.
 
     Returns:
         The pairs in the order of the computation, with the epsilon of each.
+
+    Raises:
+        TypeError: for an `apply` that is no function, and variables that are no arrays.
+            What `apply` raises comes through.
 
     >>> import jax, jax.numpy as jnp, jaxnorm
     >>> def apply(variables, x):
@@ -56,8 +65,18 @@ def find_pairs(
     ...     print(pair.layer, pair.norm, pair.epsilon)
     Dense_0 BatchNorm_0 1e-05
     """
-    flat = jax.tree_util.tree_flatten_with_path(variables)[0]
-    closed = jax.make_jaxpr(apply)(variables, *args)
+    _check_apply(apply)
+    check_variables(variables)
+    flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
+    given, tree = jax.tree.flatten((args, kwargs))
+
+    def call(variables: Any, arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        leaves = [next(rest) if _is_array(v) else v for v in given]
+        args, kwargs = tree.unflatten(leaves)
+        return apply(variables, *args, **kwargs)
+
+    closed = jax.make_jaxpr(call)(variables, [v for v in given if _is_array(v)])
     leaves = [leaf_at(path) for path, _ in flat]
     inputs = closed.jaxpr.invars
     trace = Trace({leaf: v.aval for leaf, v in zip(leaves, inputs, strict=False)})
@@ -67,6 +86,25 @@ def find_pairs(
     with jax.ensure_compile_time_eval():  # also while something else is traced
         trace.read_by(Flow(None), trace.run(closed.jaxpr, consts, values))
         return _pairs(trace)
+
+
+def _check_apply(apply: Any) -> None:
+    """Raises unless `apply` is a function, and not a model that has one."""
+    if any(c.__module__.startswith("flax.nnx") for c in type(apply).__mro__):
+        raise TypeError(
+            f"apply must be a function of the variables, got {type(apply).__name__}, "
+            "an NNX model: jaxnorm.nnx.fold(model, ...) finds its pairs and folds them"
+        )
+    if hasattr(apply, "apply"):
+        raise TypeError(
+            "apply must be a function of the variables, got a model of "
+            f"{type(apply).__name__}: pass its method, find_pairs(model.apply, ...)"
+        )
+    check_function("apply", apply)
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _pairs(trace: Trace) -> list[Pair]:

@@ -104,6 +104,7 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 ARITHMETIC = ("add", "sub", "mul", "div")
+SAME = ("sharding_constraint", "reshard", "name")  # the value as it is
 MOVES = ("reshape", "transpose", "rev", "squeeze", "broadcast_in_dim", "copy")
 
 
@@ -134,6 +135,8 @@ class Trace:
 
     def outputs(self, eqn: Any, args: list[Value]) -> Sequence[Value]:
         """The outputs of one equation."""
+        if eqn.primitive.name in SAME:
+            return args
         inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
         if inner is not None:
             consts = [Known(frozenset(), value=v) for v in getattr(inner, "consts", ())]

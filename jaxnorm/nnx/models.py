@@ -1,28 +1,40 @@
 """A whole NNX model: its variables as plain trees, and what is done with them."""
 
-import functools
-import operator
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm.convert import features
-from jaxnorm.folding.fold import as_pairs
-from jaxnorm.layers import Where, everywhere, meant
-from jaxnorm.nnx.norms import BatchNorm, Norm
+from jaxnorm.activation import followed, without_masked
+from jaxnorm.arguments import as_array, check_function, shown
+from jaxnorm.convert import check_norm, converted, features
+from jaxnorm.dtypes import promote
+from jaxnorm.folding.fold import Pair, as_pairs
+from jaxnorm.layers import Where, check_tree, copied, everywhere, meant
+from jaxnorm.moments import as_mask
+from jaxnorm.nnx.norms import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+)
 from jaxnorm.running import MARKS
 
 
 def variables(model: nnx.Module) -> dict[str, Any]:
-    """The arrays of `model` as plain dicts: {"params": ..., "batch_stats": ...}.
+    """Copies of the arrays of `model`: {"params": ..., "batch_stats": ...}.
 
-    What the tools for trained models take, and what `update` writes back. The
-    parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are those of
-    the model's attributes.
+    Plain dicts, as the tools for trained models take them, and what `update` writes
+    back. The parameters are the nnx.Param, the statistics the nnx.BatchStat; paths are
+    those of the model's attributes. Raises TypeError for what is no model.
 
     >>> from flax import nnx
     >>> import jaxnorm.nnx
@@ -30,13 +42,15 @@ def variables(model: nnx.Module) -> dict[str, Any]:
     >>> print(list(jaxnorm.layers(jaxnorm.nnx.variables(model)["batch_stats"])))
     ['layers/1']
     """
+    _check_model(model)
     return {
-        name: nnx.to_pure_dict(nnx.state(model, kind)) for name, kind in _KINDS.items()
+        name: copied(nnx.to_pure_dict(nnx.state(model, kind)))
+        for name, kind in _KINDS.items()
     }
 
 
 def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Writes `variables`, such as those of `jaxnorm.freeze`, into `model`.
+    """Writes copies of `variables`, such as those of `jaxnorm.freeze`, into `model`.
 
     Args:
         model: the module, changed in place.
@@ -46,8 +60,9 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
             they lack are taken from it.
 
     Raises:
-        ValueError: for paths that the model has not, arrays of other shapes, and marks
-            of layers that are not jaxnorm's; the model is then as it was.
+        ValueError, TypeError: for paths that the model has not, values that are no
+            arrays or of other shapes, and marks of layers that are not jaxnorm's; the
+            model is then as it was.
 
     >>> from flax import nnx
     >>> import jaxnorm, jaxnorm.nnx
@@ -55,23 +70,25 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     >>> stats = jaxnorm.nnx.variables(model)["batch_stats"]
     >>> jaxnorm.nnx.update(model, {"batch_stats": jaxnorm.freeze(stats)})
     """
+    _check_model(model)
+    check_tree(variables, "variables")
     modules = _by_names(nnx.iter_modules(model))
     writes, additions = [], []
     for name, tree in variables.items():
         if name not in _KINDS:
             raise ValueError(f"a model has the variables {list(_KINDS)}, got {name!r}")
+        check_tree(tree, name)
         held = _by_names(nnx.to_flat_state(nnx.state(model, _KINDS[name])))
         new = _by_names(nnx.traversals.flatten_mapping(tree).items())
         for path, value in new.items():
             if path in held:
-                _check_shape(name, path, value, held[path])
-                writes.append((held[path], value))
+                writes.append((held[path], _fitting(name, path, value, held[path])))
             elif path[-1] in MARKS and path[:-1] in modules:
                 module = modules[path[:-1]]
                 _check_reads_marks(path[:-1], module)
                 like = "var" if hasattr(module, "var") else "mean"
-                _check_shape(name, path, value, getattr(module, like))
-                additions.append((module, path[-1], value))
+                array = _of_shape(name, path, value, getattr(module, like))
+                additions.append((module, path[-1], jnp.array(array)))
             else:
                 raise ValueError(f"the model has no {name} at {_named(path)!r}")
         for path in held:
@@ -83,12 +100,12 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
         removals = [p for p in held if p not in new]
         additions += [(modules[p[:-1]], p[-1], None) for p in removals]
     for variable, value in writes:
-        variable[...] = jnp.asarray(value, variable.dtype)
+        variable[...] = value
     for module, name, value in additions:
         if value is None:
             delattr(module, name)
         else:
-            setattr(module, name, nnx.BatchStat(jnp.asarray(value)))
+            setattr(module, name, nnx.BatchStat(value))
 
 
 def recalibrate(
@@ -119,6 +136,8 @@ def recalibrate(
     >>> print(model.layers[0].mean[...])
     [2.]
     """
+    _check_model(model)
+    check_function("call", call)
     graphdef, state = nnx.split(model)
 
     def apply(arrays: Mapping[str, Any], batch: Any) -> Any:
@@ -142,36 +161,47 @@ def convert(
     *,
     use_scale: bool = True,
     use_bias: bool = True,
-) -> nnx.Module:
-    """Replaces norms of `model` by `Norm(norm)` with their variables (`convert`).
+) -> Any:
+    """A copy of `model` with `Norm(norm)` for norms, and their variables (`convert`).
 
     Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
-    model of Flax's with jaxnorm's batch norm.
+    model of Flax's with jaxnorm's batch norm. What a norm does beyond its settings
+    stays: its dtypes, the metadata of its variables, such as their sharding, and an
+    activation that `norm` leaves open. What uses the model, such as an optimizer, has
+    to be made for the copy.
 
     Args:
-        model: the module, changed in place.
-        norm: the settings of the new norms.
-        where: whether the norm at a path, such as "layers/1", is meant.
+        model: the module, which stays as it is.
+        norm: the settings of the new norms: all of them, such as epsilon and axis.
+        where: whether the norm at a path, such as "layers/1", is meant. One that is
+            held in several places has one path.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
     Returns:
-        The model; its replacement where it is a norm itself.
+        The copy, in buffers of its own; a `Norm` where the model is a norm itself.
 
     Raises:
-        ValueError: as `jaxnorm.convert` does; the model is then as it was.
+        ValueError, TypeError: as `jaxnorm.convert` does, for an activation that `norm`
+            cannot have, and for classes of norms that compute something of their own.
+
+    >>> from flax import nnx
+    >>> import jaxnorm, jaxnorm.nnx
+    >>> model = nnx.Sequential(nnx.relu, nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> new = jaxnorm.nnx.convert(model, jaxnorm.GroupNorm(num_groups=2))
+    >>> print(type(new.layers[1].norm).__name__, type(model.layers[1]).__name__)
+    GroupNorm BatchNorm
     """
+    _check_model(model)
+    check_norm(norm, use_scale, use_bias)
+    new = _copy(model)
     norms = {
         _named(path): module
-        for path, module in nnx.iter_modules(model)
+        for path, module in nnx.iter_modules(new)
         if isinstance(module, _NORMS)
     }
-    found = meant(norms, where, "norms of the model")
-    # All of them before the first is put in its place, as one may not fit.
-    new = {
-        id(module): _converted(path, module, norm, use_scale, use_bias)
-        for path, module in found.items()
-    }
-    return _replaced(model, new)
+    for path, module in meant(norms, where, "norms of the model").items():
+        _become(module, _converted(path, module, norm, use_scale, use_bias))
+    return new
 
 
 def _converted(
@@ -179,30 +209,101 @@ def _converted(
 ) -> Norm:
     """A module for `norm` in the place of `module`, which is at `path`."""
     path = path or "."  # the model itself
-    old = {name: {path: tree} for name, tree in variables(module).items()}
-    new = jaxnorm.convert(old, norm, use_scale=use_scale, use_bias=use_bias)
-    shape, param_dtype = features(path, old["params"][path], old["batch_stats"][path])
-    made = Norm(
-        norm,
-        shape,
-        use_running_average=getattr(module, "use_running_average", False),
-        dtype=module.dtype,
-        param_dtype=param_dtype,
-        use_scale=use_scale,
-        use_bias=use_bias,
+    norm = _with_activation(path, module, norm)
+    held = {
+        kind: {k: v for k, v in vars(module).items() if isinstance(v, kind)}
+        for kind in _KINDS.values()
+    }
+    params, stats = (
+        {k: v.get_value() for k, v in own.items()} for own in held.values()
     )
-    update(made, {name: tree.get(path, {}) for name, tree in new.items()})
+    size = getattr(module, "num_features", None)
+    shape = (size,) if isinstance(size, int) else features(path, params, stats)
+    used: dict[str, Any] = {"use_scale": use_scale, "use_bias": use_bias}
+    flag = getattr(module, "use_running_average", False)
+    made: Any = Norm(norm, shape, use_running_average=flag, dtype=module.dtype, **used)
+    if hasattr(module, "promote_dtype"):
+        made.promote_dtype = module.promote_dtype
+    new = converted(path, norm, params, stats, shape, **used)
+    for (kind, own), values in zip(held.items(), new, strict=True):
+        for k, v in values.items():
+            setattr(made, k, _with_metadata(own[k], v) if k in own else kind(copied(v)))
     return made
 
 
-_NORMS = (
-    Norm,
+def _with_activation(path: str, module: Any, norm: jaxnorm.Norm) -> jaxnorm.Norm:
+    """`norm` with the activation of `module`, unless it has one of its own."""
+    if type(module).__call__ not in {kind.__call__ for kind in _KNOWN}:
+        raise ValueError(
+            f"the norm at {path!r} is {_class_of(module)}, which computes something "
+            "of its own that would be lost: leave it out with `where`"
+        )
+    own = _activation(module)
+    if own is None or getattr(norm, "activation", None) is not None:
+        return norm
+    if not hasattr(norm, "activation"):
+        raise ValueError(
+            f"the norm at {path!r} applies activation={own!r}, and "
+            f"{type(norm).__name__} has none: call it after the norm in the model, or "
+            "leave this norm out with `where`"
+        )
+    return dataclasses.replace(norm, activation=own)
+
+
+def _activation(module: Any) -> str | None:
+    settings = module.norm if isinstance(module, Norm) else module
+    return getattr(settings, "activation", None)
+
+
+def _class_of(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _with_metadata(variable: Any, value: Array) -> Any:
+    """`variable`, or one of `value` with its metadata, where that has more axes.
+
+    The first ones are new, and not partitioned.
+    """
+    axes = value.ndim - variable.ndim
+    if not axes:
+        return variable
+    new = variable.replace(value)
+    for _ in range(axes):
+        nnx.spmd.add_axis(new, 0, {nnx.PARTITION_NAME: None})
+    return new
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be a flax.nnx.Module, got {shown(model)}: the tools of "
+            "jaxnorm itself take the variables of Linen models, such as "
+            "jaxnorm.fold(variables, pairs)"
+        )
+
+
+def _copy(model: Any) -> Any:
+    """`model` in modules and buffers of its own."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, copied(state))
+
+
+def _become(module: Any, new: Any) -> None:
+    """Makes `module` be `new` for all that hold it, in attributes or containers."""
+    object.__setattr__(module, "__class__", type(new))
+    vars(module).clear()
+    vars(module).update(vars(new))
+
+
+_FLAX_NORMS = (
     nnx.BatchNorm,
     nnx.LayerNorm,
     nnx.RMSNorm,
     nnx.GroupNorm,
     nnx.InstanceNorm,
 )
+_NORMS = (Norm, *_FLAX_NORMS)
+_KNOWN = (*_NORMS, BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
 _KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
@@ -214,19 +315,33 @@ def _by_names(items: Iterable[tuple[tuple, Any]]) -> dict[tuple[str, ...], Any]:
 def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
     if not isinstance(module, (Norm, BatchNorm)):
         raise ValueError(
-            f"the layer at {_named(path)!r} is {type(module).__module__}."
-            f"{type(module).__name__}, which does not read marks such as those of a "
-            "frozen layer: leave it out with `where`, or replace it by jaxnorm's own "
-            "with jaxnorm.nnx.convert(model, jaxnorm.BatchNorm())"
+            f"the layer at {_named(path)!r} is {_class_of(module)}, which does not "
+            "read marks such as those of a frozen layer: leave it out with `where`, or "
+            "take the model that jaxnorm.nnx.convert(model, jaxnorm.BatchNorm()) "
+            "returns, with jaxnorm's own"
         )
 
 
-def _check_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> None:
-    if jnp.shape(value) != held.shape:
+def _of_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
+    """`value` as an array; raises unless it is of the shape of `held`."""
+    array = as_array(f"{name} at {_named(path)!r}", value)
+    if array.shape != held.shape:
         raise ValueError(
-            f"{name} at {_named(path)!r} are of shape {jnp.shape(value)}, but those of "
-            f"the model are {held.shape}"
+            f"{name} at {_named(path)!r} are of shape {array.shape}, but those of the "
+            f"model are {held.shape}"
         )
+    return array
+
+
+def _fitting(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
+    """A copy of `value` to write into `held`."""
+    array = _of_shape(name, path, value, held)
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(held.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{name} at {_named(path)!r} are complex, but those of the model are "
+            f"{held.dtype}"
+        )
+    return jnp.array(array, held.dtype)
 
 
 def _named(path: tuple) -> str:
@@ -234,11 +349,66 @@ def _named(path: tuple) -> str:
 
 
 class Identity(nnx.Module):
-    """Returns its input, where there was a norm before `fold`."""
+    """The identity, where there was a norm before `fold`, and what followed the norm.
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        """Returns `x`; other arguments count for nothing."""
-        return x
+        activation(x + residual)
+
+    Args:
+        path: where it is in the model.
+        activation: that of the norm, such as "relu"; None is none.
+        dtype: of the result; by default that of `x` and `dtypes` together.
+        dtypes: of the parameters that were.
+        before: whether the layer it is folded into takes its result, and does not give
+            its input.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        activation: str | None = None,
+        dtype: DTypeLike | None = None,
+        dtypes: Sequence[DTypeLike] = (),
+        before: bool = False,
+    ):
+        self.path = path
+        self.activation = activation
+        self.dtype = dtype
+        self.dtypes = tuple(dtypes)
+        self.before = before
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+        **inputs: Any,
+    ) -> Array:
+        """Returns `x`, followed by what followed the norm; 0 where `mask` is false.
+
+        Other inputs of the norm count for nothing. Raises ValueError for the statistics
+        of a batch, and for what cannot come between a norm and the layer after it.
+        """
+        known = not isinstance(use_running_average, Tracer | None)
+        if known and not use_running_average:
+            raise ValueError(
+                f"the norm at {self.path!r} is folded, and normalizes by no batch: "
+                "call it with use_running_average=True, or train the model that was "
+                "folded"
+            )
+        if self.before and (mask is not None or residual is not None):
+            raise ValueError(
+                f"the norm at {self.path!r} is folded into the layer after it, and its "
+                "mask or residual would come between: leave this pair out"
+            )
+        x = jnp.asarray(x)
+        dtype = promote(x.dtype, *self.dtypes) if self.dtype is None else self.dtype
+        mask = as_mask(mask, x.shape)
+        return followed(
+            without_masked(x.astype(dtype), mask), self.activation, residual, mask
+        )
 
 
 def fold(
@@ -246,103 +416,120 @@ def fold(
     *args: Any,
     pairs: Mapping[str, str] | Iterable[Sequence[Any]] | None = None,
     epsilon: float | None = None,
+    **kwargs: Any,
 ) -> Any:
     """A copy of `model` for inference, with norms folded into the layers beside them.
 
-    An `Identity` is in the place of each of these norms, and the layers have a bias.
+    An `Identity` is in the place of each of these norms, which does what followed the
+    norm in its call, `activation(x + residual)`, and the layers have a bias.
 
     Args:
         model: the module, which stays as it is.
-        args: what it is called with, or `jax.ShapeDtypeStruct`s; for `find_pairs`.
-        pairs: as in `jaxnorm.fold`; by default those that `jaxnorm.find_pairs` finds.
+        args, kwargs: what it is called with, or `jax.ShapeDtypeStruct`s; for
+            `find_pairs`.
+        pairs: as in `jaxnorm.fold`, and taken as they are; by default those that
+            `jaxnorm.find_pairs` finds.
         epsilon: as in `jaxnorm.fold`.
 
-    Raises:
-        ValueError: as `jaxnorm.fold` does, also where there are no pairs, and for a
-            layer that has no attribute "bias".
+    Returns:
+        The copy, in buffers of its own.
 
-    >>> import jax, jaxnorm.nnx
+    Raises:
+        ValueError, TypeError: as `jaxnorm.fold` does, also where there are no pairs,
+            for a layer that has no attribute "bias", or does not add it, and for norms
+            that compute something of their own.
+
+    >>> import jax, jax.numpy as jnp, jaxnorm.nnx
     >>> from flax import nnx
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(nnx.Linear(2, 3, use_bias=False, rngs=rngs),
     ...                        jaxnorm.nnx.BatchNorm(3, rngs=rngs), nnx.relu)
-    >>> folded = jaxnorm.nnx.fold(model, jax.ShapeDtypeStruct((1, 2), float))
+    >>> x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    >>> folded = jaxnorm.nnx.fold(model, x)
     >>> print(type(folded.layers[1]).__name__, folded.layers[0].bias.shape)
     Identity (3,)
     """
-    copy = nnx.clone(model)
+    _check_model(model)
+    copy = _copy(model)
     copy.eval()
     held = variables(copy)
-    if pairs is None:
-        pairs = jaxnorm.find_pairs(_functional(copy), held, *args)
-    pairs = as_pairs(pairs)
-    folded = jaxnorm.fold(held, pairs, epsilon=epsilon)
-    flat = [nnx.traversals.flatten_mapping(tree) for tree in held.values()]
-    paths = {_named(path[:-1]): path[:-1] for tree in flat for path in tree}
-    for pair in pairs:
-        path = paths[pair.layer]
-        new = functools.reduce(operator.getitem, path, folded["params"])["bias"]
-        _set_bias(pair.layer, _at(copy, path), new)
-    gone = {id(_at(copy, paths[pair.norm])): Identity() for pair in pairs}
-    copy = _replaced(copy, gone)
+
+    def found() -> list[Pair]:
+        return jaxnorm.find_pairs(_functional(copy), variables(copy), *args, **kwargs)
+
+    chosen = found() if pairs is None else as_pairs(pairs)
+    folded = jaxnorm.fold(held, chosen, epsilon=epsilon)
+    modules = {_named(path): module for path, module in nnx.iter_modules(copy)}
+    for path in (path for pair in chosen for path in pair[:2] if path not in modules):
+        raise ValueError(
+            f"the variables at {path!r} are not those of a module, so that nothing can "
+            "take its place: leave this pair out, with pairs= of the others"
+        )
+    left = {pair: _left(pair, modules[pair.norm]) for pair in chosen}
+    flat = {_named(path): v for path, v in _flat(folded["params"]).items()}
+    for pair in chosen:
+        _set_bias(pair.layer, modules[pair.layer], flat[f"{pair.layer}/bias"])
+    for pair in {*chosen} - {*found()} if pairs is None else ():
+        raise ValueError(
+            f"the layer at {pair.layer!r}, {_class_of(modules[pair.layer])}, does not "
+            "add its attribute 'bias' to its result, which is to hold what is left of "
+            "the norm: leave this pair out"
+        )
+    for pair in chosen:
+        _become(modules[pair.norm], left[pair])
     update(copy, folded)
     return copy
 
 
+def _left(pair: Pair, norm: Any) -> Identity:
+    """What is left of the `norm` of `pair`."""
+    ours = type(norm).__call__ in {
+        kind.__call__ for kind in (Norm, BatchNorm, nnx.BatchNorm)
+    }
+    if ours and isinstance(norm, Norm):
+        ours = cast(Any, norm.norm).evaluate.__module__.startswith("jaxnorm.")
+    if not ours:
+        raise ValueError(
+            f"the norm at {pair.norm!r}, {_class_of(norm)}, computes something of its "
+            "own, which might be lost: leave this pair out, with pairs= of the others"
+        )
+    activation = _activation(norm)
+    if pair.norm_first and activation is not None:
+        raise ValueError(
+            f"the norm at {pair.norm!r} applies activation={activation!r} before the "
+            f"layer at {pair.layer!r}, so that it cannot be folded into it: leave this "
+            "pair out"
+        )
+    kept = ["scale", "bias", *(["mean", "var"] * hasattr(norm, "promote_dtype"))]
+    held = [getattr(norm, k, None) for k in kept]
+    dtypes = [v.dtype for v in held if v is not None]
+    return Identity(
+        pair.norm,
+        activation=activation,
+        dtype=norm.dtype,
+        dtypes=dtypes,
+        before=pair.norm_first,
+    )
+
+
+def _flat(tree: Any) -> dict[tuple, Any]:
+    return nnx.traversals.flatten_mapping(tree)
+
+
 def _functional(model: nnx.Module) -> Callable[..., Any]:
-    """`apply(variables, *args)`: what `model` makes of `args` with these variables."""
+    """`apply(variables, ...)`: what `model` makes of arguments with these variables."""
     graph, state = nnx.split(model)
 
-    def apply(variables, *args):
-        flat = {k: nnx.traversals.flatten_mapping(variables[k]) for k in _KINDS}
+    def apply(variables, *args, **kwargs):
+        flat = {k: _flat(variables[k]) for k in _KINDS}
         new = {path: value for tree in flat.values() for path, value in tree.items()}
         called = [
             (path, v.replace(new[path]) if path in new else v)
             for path, v in nnx.to_flat_state(state)
         ]
-        return nnx.merge(graph, nnx.from_flat_state(called))(*args)
+        return nnx.merge(graph, nnx.from_flat_state(called))(*args, **kwargs)
 
     return apply
-
-
-_CONTAINERS = (list, dict, nnx.List, nnx.Dict)
-
-
-def _at(node: Any, path: Iterable[Any]) -> Any:
-    """What `node` holds at `path`."""
-    for name in path:
-        node = node[name] if isinstance(node, _CONTAINERS) else getattr(node, name)
-    return node
-
-
-def _replaced(node: Any, new: dict[int, Any]) -> Any:
-    """`node` with the modules whose id is in `new` replaced, wherever they are.
-
-    In place, but for tuples. `new` comes to hold all that has been seen.
-    """
-    if id(node) in new:
-        return new[id(node)]
-    if isinstance(node, tuple):
-        return type(node)(_replaced(v, new) for v in node)
-    if not isinstance(node, (nnx.Module, list, dict)):
-        return node
-    new[id(node)] = node  # before what it holds, which may hold it
-    for name, child in _held(node):
-        after = _replaced(child, new)
-        if after is child:
-            continue
-        if isinstance(node, _CONTAINERS):
-            node[name] = after
-        else:
-            setattr(node, name, nnx.data(after) if type(after) is tuple else after)
-    return node
-
-
-def _held(node: Any) -> list[tuple[Any, Any]]:
-    """What a module or container holds, by names or numbers."""
-    if isinstance(node, (list, nnx.List)):
-        return list(enumerate(node))
-    return list((node if isinstance(node, dict) else vars(node)).items())
 
 
 def _set_bias(path: str, layer: Any, bias: Array) -> None:
