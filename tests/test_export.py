@@ -225,10 +225,8 @@ def test_modules_of_any_image_size(of):
         return ys, pull([jnp.sin(y) for y in ys])
 
     program = exported(f, opened((2, 3, 3, 8), [-1]))
-    for size in (2, 5):
-        x = np.random.default_rng(size).normal(size=(size, 3, size + 1, 8))
-        x = x.astype(np.float32)
-        close(program.call(x), jax.jit(f)(x))
+    x = np.random.default_rng(0).normal(size=(3, 4, 5, 8)).astype(np.float32)
+    close(program.call(x), jax.jit(f)(x))
 
 
 MUST_BE_KNOWN = [
