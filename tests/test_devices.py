@@ -818,3 +818,33 @@ def test_no_copy_of_the_input_between_devices(name, kind):
         f = jax.jit(functools.partial(step(row), False))
         text = f.lower(x, params, stats, None, cotangent).compile().as_text()
     assert set(collectives(text)) <= {"all-reduce"}
+
+
+@pytest.mark.parametrize("groups", [None, ((0, 3), (1, 2))])
+@pytest.mark.parametrize("name", SYNCED)
+@pytest.mark.usefixtures("quick_compilation")
+def test_gradients_reach_across_a_mapped_axis_that_is_gone(name, groups):
+    """A derivative of what was traced before knows the axes of a vmap no more."""
+    if groups and name not in ("batch", "group", "renorm", "moving_average"):
+        pytest.skip("groups meet devices in the same functions")
+    row = SYNCED[name]
+    p = problem(row)
+    names = {"axis_name": "b", "axis_index_groups": groups}
+    norm = changed(row.norm, **names)
+    pieces = shards(p.x, row.split, DEVICES if groups else 2)
+
+    def f(pieces):
+        def call(x):
+            return norm(x, p.params, p.stats, **row.inputs(x))[0]
+
+        return (jax.vmap(call, axis_name="b")(pieces) ** 3).sum()
+
+    @jax.jit
+    def gradients(pieces):
+        ways = (f, jax.jit(f), jax.checkpoint(f))
+        return [jax.grad(way)(pieces) for way in ways]
+
+    exact, *others = gradients(pieces)
+    assert np.abs(exact).max() > 0
+    for other in others:
+        assert_close(other, exact, summed=p.x.size, size=np.abs(exact).max())

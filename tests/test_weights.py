@@ -321,6 +321,30 @@ def test_half_precision_is_rounded_once(name):
     assert by.dtype == kernel.dtype
 
 
+def test_weights_far_from_zero():
+    kernel = (random(3, 3, 16, 8) + 1e4).astype(np.float32)
+    w = jaxnorm.weight_standardize(kernel)
+    exact = standardized(kernel.astype(np.float64), (0, 1, 2), 1e-6)
+    np.testing.assert_allclose(w, exact, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS[:2])
+def test_gradients_in_half_precision_are_rounded_once(name):
+    kernel = random(3, 16, 8).astype(jnp.bfloat16)
+    cotangent = (100 + random(3, 16, 8, seed=1)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def gradient(kernel, cotangent):
+        return jax.vjp(getattr(jaxnorm, name), kernel)[1](cotangent)[0]
+
+    exact = gradient(*(v.astype(np.float32) for v in (kernel, cotangent)))
+    error, rounding = (
+        np.abs(v.astype(np.float32) - exact).max()
+        for v in (gradient(kernel, cotangent), exact.astype(jnp.bfloat16))
+    )
+    assert 0 < error <= 2 * rounding
+
+
 @names
 def test_float64_and_integers(name):
     whole = np.arange(12).reshape(4, 3) ** 2

@@ -1,5 +1,6 @@
 """What the functions of kernels ask of their arguments."""
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm.arguments import as_array, check_real
 from jaxnorm.axes import Axes, Shape, canonicalize, keep
+from jaxnorm.dtypes import at_least_float32, promote
 
 
 def features(shape: Shape, feature_axes: int | Sequence[int] | None) -> Axes:
@@ -31,3 +33,12 @@ def per_feature(
             "shape, or a scalar for all of them"
         )
     return jnp.broadcast_to(value, axes.feature_shape)
+
+
+def rescaled(scale: Array | None, axes: Axes, kernel: Array) -> Array:
+    """`scale`, divided by the square root of the number of weights of each feature."""
+    wide = at_least_float32(kernel.dtype)
+    if scale is None:
+        scale = jnp.ones(axes.feature_shape, wide)
+    scale = scale.astype(promote(wide, scale.dtype))
+    return scale / math.sqrt(max(axes.size, 1))

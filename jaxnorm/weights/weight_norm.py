@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm.arguments import as_epsilon
 from jaxnorm.dtypes import as_floating
-from jaxnorm.moments import moments
-from jaxnorm.standardize import standardize
-from jaxnorm.weights.arguments import features, per_feature
+from jaxnorm.normalize import normalize
+from jaxnorm.weights.arguments import features, per_feature, rescaled
 
 
 def weight_norm(
@@ -49,7 +48,8 @@ def weight_norm(
     """
     kernel, epsilon = as_floating(kernel, "kernel"), as_epsilon("epsilon", epsilon)
     split = features(kernel.shape, feature_axes)
-    m = moments(kernel, split, center=False)
-    inverse = lax.rsqrt(m.var * split.size + epsilon)
+    # The length is the root mean square, times the root of the number of weights.
     scale = per_feature("scale", scale, split, kernel)
-    return standardize(kernel, m.mean, inverse, split, scale=scale)
+    params = {"scale": rescaled(scale, split, kernel)}
+    epsilon = epsilon / max(split.size, 1)
+    return normalize(kernel, params, split, epsilon=epsilon, center=False)[0]

@@ -1,6 +1,5 @@
 """Weight standardization (Qiao et al., 2019, https://arxiv.org/abs/1903.10520)."""
 
-import math
 from collections.abc import Sequence
 
 from jax import Array
@@ -9,9 +8,8 @@ from jax.typing import ArrayLike
 from jaxnorm.arguments import as_bool, as_epsilon
 from jaxnorm.axes import canonicalize, keep
 from jaxnorm.dtypes import as_floating
-from jaxnorm.moments import moments
-from jaxnorm.standardize import standardize
-from jaxnorm.weights.arguments import per_feature
+from jaxnorm.normalize import normalize
+from jaxnorm.weights.arguments import per_feature, rescaled
 
 
 def weight_standardize(
@@ -70,9 +68,7 @@ def weight_standardize(
         axes = range(kernel.ndim - 1)
     fan_in = canonicalize(axes, kernel.ndim, "axes")
     split = keep(kernel.shape, [a for a in range(kernel.ndim) if a not in fan_in])
-    m = moments(kernel, split)
-    rstd = m.rstd(epsilon)
+    scale = per_feature("gain", gain, split, kernel)
     if scaled:
-        rstd = rstd / math.sqrt(max(split.size, 1))
-    gain = per_feature("gain", gain, split, kernel)
-    return standardize(kernel, m.mean, rstd, split, scale=gain)
+        scale = rescaled(scale, split, kernel)
+    return normalize(kernel, {"scale": scale}, split, epsilon=epsilon)[0]
