@@ -176,7 +176,7 @@ def _normalize_jvp(plan, primals, tangents):
     y = _line(plan, x, mask, m, epsilon, scale, bias)
     y = unfold(y, mask, plan.axes, plan.dtype)
     rstd = m.rstd(epsilon)
-    dx = fold(dx, mask, plan.axes)
+    dx = _widened(plan, dx, mask)
     dparams = dscale, dbias
     if plan.axes.of_rows and mask is None and shared is None:
         tangent = _recomputed(functools.partial(_row_tangent, plan))
@@ -196,6 +196,11 @@ def _recomputed(tangent):
     """`tangent`, for whose transpose arguments alone are kept, and x in its own dtype
     is all of its size among these."""
     return jax.checkpoint(tangent, prevent_cse=False)
+
+
+def _widened(plan, dx, mask):
+    """`dx` folded, and so wide: its uses are added up before they are rounded."""
+    return _recomputed(functools.partial(fold, axes=plan.axes))(dx, mask)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -219,7 +224,7 @@ def _rectify_jvp(plan, primals, tangents):
     y = _rectified(plan, x, mask, m, epsilon, scale, bias, residual)
     # The second is for TPUs: what the sign of y follows from, with the least to keep.
     signs = pack(y > 0), bias if residual is None else y
-    dx = fold(dx, mask, plan.axes)
+    dx = _widened(plan, dx, mask)
     dmean, dvar = _moments_tangent(plan, x, mask, shared, own, m, dx, _apart)
     drstd = _rstd_tangent(rstd, dvar, depsilon)
     tangent = _recomputed(functools.partial(_rectify_tangent, plan))
