@@ -94,7 +94,7 @@ def _mixture(of_mean, of_var, instance, layer, batch):
     for share, m in zip(of_mean[1:], (layer, batch), strict=True):
         apart = (m.mean - instance.mean) + (m.residue - instance.residue)
         residue = residue + share * apart
-    var = sum(s * m.var for s, m in zip(of_var, (instance, layer, batch), strict=True))
+    var = of_var[0] * instance.var + of_var[1] * layer.var + of_var[2] * batch.var
     return Moments(instance.mean, var, 1, residue)
 
 
