@@ -181,5 +181,5 @@ def test_wrong_values(name):
 
 
 def test_the_table_holds_every_tool_of_nnx_models():
-    tools = {k for k, v in vars(jx).items() if v.__class__ is apply.__class__}
+    tools = {k for k in dir(jx) if getattr(jx, k).__class__ is apply.__class__}
     assert tools <= {name.removeprefix("nnx.") for name in TOOLS}
