@@ -143,7 +143,7 @@ def test_constants_become_zero_and_outputs_are_exact_far_from_zero():
     norms = jaxnorm.BatchNorm(), jaxnorm.InstanceNorm(), jaxnorm.GroupNorm(num_groups=2)
 
     def f(x):
-        return [norm(x, {}, norm.init_stats(4))[0] for norm in norms]
+        return [norm(x, {}, norm.init_stats((4,)))[0] for norm in norms]
 
     program = exported(f, opened((2, 3, 4), [-1]))
     shape = (5, 130, 4)
