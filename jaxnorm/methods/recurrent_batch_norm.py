@@ -77,13 +77,6 @@ class RecurrentBatchNorm(RunningNorm):
 
     def _at(self, stats, place):
         running.require(stats, self.kept)
-        for k, v in stats.items():
-            if jnp.shape(v)[:1] != (self.max_steps,):
-                raise ValueError(
-                    f"stats[{k!r}] has shape {jnp.shape(v)}, but its leading axis is "
-                    f"max_steps={self.max_steps}: start from "
-                    "RecurrentBatchNorm(max_steps=...).init_stats"
-                )
         return {
             k: lax.dynamic_index_in_dim(jnp.asarray(v), place, keepdims=False)
             for k, v in stats.items()
