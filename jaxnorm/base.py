@@ -453,7 +453,9 @@ class StatefulNorm(Norm):
     def _check_given(self, stats: Mapping[str, Array], shape: Shape) -> None:
         """Raises for statistics that `init_stats` makes in another way, or not."""
         expected = self._expected(shape)
-        unknown = sorted(set(stats) - set(expected) - set(running.MARKS))
+        # Methods that keep but one of mean and var leave the other as it is.
+        known = {"mean", "var", *expected, *running.MARKS}
+        unknown = sorted(set(stats) - known)
         if unknown:
             raise ValueError(
                 f"stats holds {unknown}, but {self} keeps {sorted(expected)}: start "

@@ -42,7 +42,7 @@ def weight_norm(
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])
-    >>> print(jaxnorm.weight_norm(kernel, jnp.array([10.0, 2.0])))
+    >>> print(jaxnorm.weight_norm(kernel, jnp.array([10.0, 2.0])).round(3))
     [[6. 2.]
      [8. 0.]]
     """
