@@ -40,9 +40,10 @@ def weight_norm(
 
     Source: Salimans and Kingma, 2016.
 
-    >>> import jax.numpy as jnp, jaxnorm
+    >>> import jax.numpy as jnp, jaxnorm, numpy as np
     >>> kernel = jnp.array([[3.0, 1.0], [4.0, 0.0]])
-    >>> print(jaxnorm.weight_norm(kernel, jnp.array([10.0, 2.0])).round(3))
+    >>> w = jaxnorm.weight_norm(kernel, jnp.array([10.0, 2.0]))
+    >>> print(np.asarray(w).round(3))
     [[6. 2.]
      [8. 0.]]
     """
