@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -14,6 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import devices
+from jaxnorm.arguments import as_feature_shape, as_integers
 from jaxnorm.axes import Axes, Shape, keep
 from jaxnorm.dtypes import as_floating, at_least_float32, promote, widened
 from jaxnorm.moments import (
@@ -118,7 +118,8 @@ class Standardize:
         >>> print(inputs.mean, inputs.size)
         [2. 7.] [3 3]
         """
-        shape, static = _as_shape(feature_shape), _static(axis)
+        shape = as_feature_shape("feature_shape", feature_shape)
+        static = as_integers("axis", axis)
         wide = at_least_float32(_as_dtype(dtype))
         # Each an array of its own, so that all can be donated.
         mean, var, residue, spacing = (jnp.zeros(shape, wide) for _ in range(4))
@@ -168,7 +169,7 @@ class Standardize:
         >>> print(inputs.mean, inputs.size)
         [2. 5.] [2 1]
         """
-        return cls._fit(_as_data(x), _static(axis), mask, axis_name)
+        return cls._fit(_as_data(x), as_integers("axis", axis), mask, axis_name)
 
     @classmethod
     def _fit(cls, data: "_Data", axis: Any, mask: Any, axis_name: Any) -> Self:
@@ -368,34 +369,6 @@ class _Data(NamedTuple):
 
     high: Array
     low: Array | None = None
-
-
-def _static(axis: int | Sequence[int]) -> int | tuple[int, ...]:
-    """`axis` as a hashable value."""
-    try:
-        if isinstance(axis, Sequence):
-            return tuple(operator.index(a) for a in axis)
-        return operator.index(axis)
-    except TypeError:
-        raise TypeError(
-            f"axis must be an integer or a sequence of integers, got {axis!r}"
-        ) from None
-
-
-def _as_shape(feature_shape: int | Sequence[int]) -> Shape:
-    """`feature_shape` as a tuple; raises TypeError or ValueError if it is no shape."""
-    try:
-        several = isinstance(feature_shape, Sequence)
-        sizes = feature_shape if several else (feature_shape,)
-        shape = tuple(operator.index(n) for n in sizes)
-    except TypeError:
-        raise TypeError(
-            "feature_shape must be an integer or a sequence of integers, got "
-            f"{feature_shape!r}"
-        ) from None
-    if any(n < 0 for n in shape):
-        raise ValueError(f"feature_shape must not be negative, got {feature_shape}")
-    return shape
 
 
 def _as_dtype(dtype: DTypeLike) -> jnp.dtype:
