@@ -62,8 +62,8 @@ def main():
         for batch in (1, 8):
             x = jax.random.normal(jax.random.key(0), (batch, SIDE, SIDE, 3))
             variables = jax.jit(net.init)(jax.random.key(1), x)
-            pairs = jaxnorm.find_pairs(net.apply, variables, x)
-            folded = jaxnorm.fold(variables, pairs)
+            pairs = jaxnorm.models.find_pairs(net.apply, variables, x)
+            folded = jaxnorm.models.fold(variables, pairs)
             a, b = jax.jit(net.apply)(variables, x), jax.jit(without.apply)(folded, x)
             assert jnp.abs(a - b).max() < 1e-4 * jnp.abs(a).max()
             calls = {

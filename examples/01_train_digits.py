@@ -594,7 +594,7 @@ def make_optimizer(steps_per_epoch: int):
     sgd = optax.chain(optax.clip_by_global_norm(1.0), sgd)
     # Some norms keep statistics of gradients, which are renewed by subtraction alone.
     return optax.multi_transform(
-        {"parameter": sgd, "control": optax.sgd(1.0)}, jaxnorm.control_labels
+        {"parameter": sgd, "control": optax.sgd(1.0)}, jaxnorm.models.control_labels
     )
 
 

@@ -99,9 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     variables = train(images[:-TEST], digits[:-TEST], steps)
     shown, answers = images[-TEST:], digits[-TEST:]
 
-    pairs = jaxnorm.find_pairs(Net().apply, variables, shown[:1])
+    pairs = jaxnorm.models.find_pairs(Net().apply, variables, shown[:1])
     print(*(f"{pair.norm} goes into {pair.layer}" for pair in pairs), sep="\n")
-    folded = jaxnorm.fold(variables, pairs)
+    folded = jaxnorm.models.fold(variables, pairs)
     before: Any = functools.partial(jax.jit(Net().apply), variables)
     after: Any = functools.partial(jax.jit(Net(norms=False).apply), folded)
     logits = np.stack([before(shown), after(shown)])

@@ -30,11 +30,11 @@ def finetuned(variables, train, steps, switches):
     stats = variables["batch_stats"]
     optimizer = optax.sgd(0.02)
     if switches is not None:
-        stats = jaxnorm.freeze(stats, **switches)
+        stats = jaxnorm.models.freeze(stats, **switches)
         # The third switch: whether scale and bias train.
         optimizer = optax.multi_transform(
             {"frozen": optax.set_to_zero(), "trainable": optimizer},
-            jaxnorm.frozen_labels,
+            jaxnorm.models.frozen_labels,
         )
     batches = train.batches(BATCH_SIZE, seed=1)
     variables = variables | {"batch_stats": stats}
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"    {name}: {digits.accuracy(tuned, other):.3f}")
         if name == "frozen statistics":
             old = variables["batch_stats"], scales(variables)
-            new = jaxnorm.unfreeze(tuned["batch_stats"]), scales(tuned)
+            new = jaxnorm.models.unfreeze(tuned["batch_stats"]), scales(tuned)
             same = jax.tree.map(np.array_equal, old, new)
             print(f"    (their norms are bit for bit as before: {all_true(same)})")
     return 0

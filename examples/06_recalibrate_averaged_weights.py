@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             averages[policy] = ema(average, variables, seen / (seen + 1), policy)
 
     ema = jax.jit(
-        lambda average, new, decay, policy: jaxnorm.ema(
+        lambda average, new, decay, policy: jaxnorm.models.ema(
             average, new, decay, batch_stats=policy
         ),
         static_argnums=3,
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     average = averages["recalibrate"]
     rows = np.array_split(np.arange(len(train.labels)), 10)  # of uneven size
     batches = [digits.Digits(train.images[i], train.labels[i]) for i in rows]
-    stats = jaxnorm.recalibrate(
+    stats = jaxnorm.models.recalibrate(
         training_mode,
         average,
         batches,

@@ -39,9 +39,9 @@ def after_micro_batches(variables, batches: digits.Digits):
         grads, stats = jax.grad(loss, has_aux=True)(params)
         return stats, grads
 
-    stats = jaxnorm.accumulate(variables["batch_stats"])
+    stats = jaxnorm.models.accumulate(variables["batch_stats"])
     stats, grads = jax.lax.scan(one, stats, batches)
-    stats = jaxnorm.commit(stats, momentum=digits.MOMENTUM)
+    stats = jaxnorm.models.commit(stats, momentum=digits.MOMENTUM)
     return jax.tree.map(lambda g: g.mean(0), grads), stats
 
 
@@ -88,7 +88,7 @@ def robust_step(optimizer, hold: bool, variables, opt_state, batch):
     """A step on real images and misleading ones."""
     stats = variables["batch_stats"]
     # Held: normalized by their own batch, and forgotten.
-    held = jaxnorm.freeze(stats, use_running_average=False) if hold else stats
+    held = jaxnorm.models.freeze(stats, use_running_average=False) if hold else stats
     bad = misled(variables | {"batch_stats": held}, batch)
 
     def loss(params):

@@ -7,8 +7,8 @@ From the root of the repository, in some ten seconds on two CPU cores:
 The file beside this one is the state dict of a small network for handwritten digits
 (tests/golden/torch_digits.py), with the logits of torch for the images that it was not
 trained on. --checkpoint takes another file of the same network. A checkpoint does not
-say which settings its norms had: `jaxnorm.norm_settings` has torch's, and with them the
-running statistics go on moving as they did.
+say which settings its norms had: `jaxnorm.models.norm_settings` has torch's, and with
+them the running statistics go on moving as they did.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import jaxnorm
 from jaxnorm.linen import BatchNorm
 
 FILE = Path(__file__).with_suffix(".safetensors")
-SETTINGS = jaxnorm.norm_settings("torch", eps=1e-5, momentum=0.1)
+SETTINGS = jaxnorm.models.norm_settings("torch", eps=1e-5, momentum=0.1)
 
 
 class Block(nn.Module):
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     state_dict = load_file(path)
     expected = state_dict.pop("expected_logits", None)
     template = jax.eval_shape(Net().init, jax.random.key(0), images)
-    variables, report = jaxnorm.from_checkpoint(
+    variables, report = jaxnorm.models.from_checkpoint(
         "torch", state_dict, template, rename=torch_name
     )
     print(report)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
     variables, losses = fine_tuned(variables, images[:256], digits[:256])
     print(f"losses of fine-tuning: {losses[0]:.4f} {losses[1]:.4f}")
-    back = jaxnorm.to_checkpoint("torch", variables, rename=torch_name)
+    back = jaxnorm.models.to_checkpoint("torch", variables, rename=torch_name)
     alike = back.keys() == state_dict.keys()
     print(f"back in torch: {len(back)} arrays, keys alike: {alike}")
     return 0

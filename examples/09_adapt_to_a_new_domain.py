@@ -30,10 +30,10 @@ def faded(data: digits.Digits) -> digits.Digits:
 def adapted(variables, images, alpha):
     """The statistics, moved by alpha from the trained ones to those of some images."""
     gathering = variables | {
-        "batch_stats": jaxnorm.accumulate(variables["batch_stats"])
+        "batch_stats": jaxnorm.models.accumulate(variables["batch_stats"])
     }
     _, new = digits.Net().apply(gathering, images, True, mutable=["batch_stats"])
-    return jaxnorm.commit(new["batch_stats"], momentum=1 - alpha)
+    return jaxnorm.models.commit(new["batch_stats"], momentum=1 - alpha)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "faded": adapted(variables, unlabelled, 1.0),
     }
     print("each with its own statistics, and all with those of both together:")
-    both = jaxnorm.merge_stats(list(domains.values()))
+    both = jaxnorm.models.merge(list(domains.values()))
     for name, data in {"digits": test, "faded": target}.items():
         own = digits.accuracy(variables | {"batch_stats": domains[name]}, data)
         shared = digits.accuracy(variables | {"batch_stats": both}, data)

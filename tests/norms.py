@@ -19,7 +19,7 @@ import reference_methods as methods
 
 import jaxnorm
 from jaxnorm import RunningNorm
-from jaxnorm import axes as axes_of
+from jaxnorm._axes import Axes
 
 
 class Row(NamedTuple):
@@ -489,9 +489,9 @@ def spread(norm: jaxnorm.Norm, x, mask=None):
     """jaxnorm's moments of `x`, each broadcast to the shape of `x`."""
     axes = norm.axes(x.shape)
     if isinstance(norm, jaxnorm.GhostBatchNorm):
-        axes = axes_of.virtual_batches(x.shape, norm.axis, norm.size)
+        axes = Axes.virtual_batches(x.shape, norm.axis, norm.size)
     m = jaxnorm.moments(x, axes, mask=mask, center=norm.center)
-    return [jnp.broadcast_to(v, axes.folded).reshape(x.shape) for v in m[:3]]
+    return [jnp.broadcast_to(v, axes.working_shape).reshape(x.shape) for v in m[:3]]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 POOLABLE: dict[str, Any] = {
     name: row
     for name, row in STATEFUL.items()
-    if isinstance(row.norm, RunningNorm) and row.norm.poolable
+    if isinstance(row.norm, RunningNorm) and row.norm.keeps_moments
 }
 SIZES = 2, 4, 2  # of the micro-batches
 
@@ -53,16 +53,16 @@ def test_micro_batches_make_the_update_of_the_whole(name, unbiased):
         return norm(x, p.params, stats, mask=mask, **inputs)
 
     _, whole = train(p.x, start, p.mask)
-    stats = jaxnorm.accumulate(start)
+    stats = jaxnorm.models.accumulate(start)
     for x, mask in zip(parts(p.x), parts(p.mask), strict=True):
         y, stats = train(x, stats, mask)
         np.testing.assert_allclose(y, train(x, start, mask)[0], 1e-5, 1e-5)
         for k, v in start.items():
             np.testing.assert_array_equal(stats[k], v)
-    got = jaxnorm.commit(stats, momentum=momentum, unbiased=unbiased)
+    got = jaxnorm.models.commit(stats, momentum=momentum, unbiased=unbiased)
     assert_same(got, whole)
     for k, v in start.items():
-        np.testing.assert_array_equal(jaxnorm.discard(stats)[k], v)
+        np.testing.assert_array_equal(jaxnorm.models.discard(stats)[k], v)
 
 
 def test_domains_are_gathered_one_by_one():
@@ -71,20 +71,20 @@ def test_domains_are_gathered_one_by_one():
     domain = np.array([0, 1, 1, 0, 1, 0, 0, 0])
     train = jax.jit(lambda x, stats, domain: norm(x, {}, stats, domain=domain)[1])
     start = norm.init_stats((2,))
-    stats = jaxnorm.accumulate(start)
+    stats = jaxnorm.models.accumulate(start)
     for batch in zip(parts(x), parts(domain), strict=True):
         stats = train(batch[0], stats, batch[1])
-    assert_same(jaxnorm.commit(stats, momentum=0.5), train(x, start, domain))
+    assert_same(jaxnorm.models.commit(stats, momentum=0.5), train(x, start, domain))
 
 
 def test_a_schedule_counts_one_step():
     norm = jaxnorm.BatchRenorm(rmax=lambda step: 1 + step / 10, momentum=0.9)
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-    stats = jaxnorm.accumulate(norm.init_stats((3,)))
+    stats = jaxnorm.models.accumulate(norm.init_stats((3,)))
     for batch in np.split(x, 2):
         _, stats = norm(batch, {}, stats)
         assert stats["step"] == 0
-    assert jaxnorm.commit(stats, momentum=0.9)["step"] == 1
+    assert jaxnorm.models.commit(stats, momentum=0.9)["step"] == 1
 
 
 def test_in_a_scan_and_over_devices():
@@ -93,9 +93,9 @@ def test_in_a_scan_and_over_devices():
     start = norm.init_stats((5,))
 
     def steps(batches, stats):
-        stats = jaxnorm.accumulate(stats)
+        stats = jaxnorm.models.accumulate(stats)
         stats, _ = jax.lax.scan(lambda s, x: (norm(x, {}, s)[1], None), stats, batches)
-        return jaxnorm.commit(stats, momentum=0.9)
+        return jaxnorm.models.commit(stats, momentum=0.9)
 
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
     spread = jax.shard_map(
@@ -111,17 +111,17 @@ def test_one_bad_micro_batch_voids_the_update():
     norm, x = jaxnorm.BatchNorm(), np.ones((4, 3), np.float32)
     start = norm.init_stats((3,))
     for first, second in ((x, x * np.nan), (x * np.inf, x)):
-        stats = jaxnorm.accumulate(start)
+        stats = jaxnorm.models.accumulate(start)
         for batch in (first, second):
             _, stats = norm(batch, {}, stats)
-        after = jaxnorm.commit(stats, momentum=0.5)
+        after = jaxnorm.models.commit(stats, momentum=0.5)
         jax.tree.map(np.testing.assert_array_equal, after, start)
 
 
 def test_no_gradient_passes_through_what_is_gathered():
     norm = jaxnorm.BatchNorm()
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    stats = jaxnorm.accumulate(norm.init_stats((3,)))
+    stats = jaxnorm.models.accumulate(norm.init_stats((3,)))
 
     def loss(x):
         _, new = norm(x, {}, stats)
@@ -142,12 +142,12 @@ def test_in_linen_some_layers_gather_and_others_move():
     net = Net()
     variables = net.init(jax.random.key(0), x)
     step = jax.jit(functools.partial(net.apply, mutable=["batch_stats"]))
-    stats = jaxnorm.accumulate(variables["batch_stats"], "BatchNorm_0".__eq__)
+    stats = jaxnorm.models.accumulate(variables["batch_stats"], "BatchNorm_0".__eq__)
     for batch in np.split(x, 2):
         _, new = step({**variables, "batch_stats": stats}, batch)
         stats = new["batch_stats"]
     whole = step(variables, x)[1]["batch_stats"]
-    got = jaxnorm.commit(stats, momentum=0.9)
+    got = jaxnorm.models.commit(stats, momentum=0.9)
     assert_same(got["BatchNorm_0"], whole["BatchNorm_0"])
     assert (got["Norm_0"]["mean"] != variables["batch_stats"]["Norm_0"]["mean"]).all()
 
@@ -162,12 +162,12 @@ def test_in_nnx():
         model.train()
     gathering, whole = models
     whole(x)
-    stats = jaxnorm.accumulate(jx.variables(gathering)["batch_stats"])
+    stats = jaxnorm.models.accumulate(jx.variables(gathering)["batch_stats"])
     jx.update(gathering, {"batch_stats": stats})
     call = nnx.jit(lambda model, x: model(x))
     for batch in np.split(x, 2):
         call(gathering, batch)
-    stats = jaxnorm.commit(jx.variables(gathering)["batch_stats"], momentum=0.9)
+    stats = jaxnorm.models.commit(jx.variables(gathering)["batch_stats"], momentum=0.9)
     jx.update(gathering, {"batch_stats": stats})
     norm, other = gathering.layers[0], whole.layers[0]
     assert not hasattr(norm, "batch_mean")
@@ -178,7 +178,7 @@ def test_in_nnx():
 @pytest.mark.parametrize("name", [n for n in STATEFUL if n not in POOLABLE])
 def test_methods_without_moments_refuse(name):
     row, p = STATEFUL[name], problem(STATEFUL[name])
-    stats = jaxnorm.accumulate(p.stats)
+    stats = jaxnorm.models.accumulate(p.stats)
     with pytest.raises(ValueError, match="no moments of the data"):
         jax.eval_shape(
             lambda: row.norm(p.x, p.params, stats, mask=p.mask, **row.inputs(p.x))
@@ -187,16 +187,19 @@ def test_methods_without_moments_refuse(name):
 
 def test_errors_name_the_layer():
     stats = {"stem": {"norm": jaxnorm.init_stats(3)}}
-    for call in (functools.partial(jaxnorm.commit, momentum=0.9), jaxnorm.discard):
+    for call in (
+        functools.partial(jaxnorm.models.commit, momentum=0.9),
+        jaxnorm.models.discard,
+    ):
         with pytest.raises(ValueError, match=r"no layer.*\['stem/norm'\]"):
             call(stats)
     with pytest.raises(ValueError, match="'stem/norm' keeps.*momentum=None"):
-        jaxnorm.commit(jaxnorm.accumulate(stats), momentum=None)
+        jaxnorm.models.commit(jaxnorm.models.accumulate(stats), momentum=None)
     counting = {"stem": jaxnorm.init_stats(3, momentum=None)}
     with pytest.raises(ValueError, match="'stem' keeps.*momentum=0.9"):
-        jaxnorm.commit(jaxnorm.accumulate(counting), momentum=0.9)
+        jaxnorm.models.commit(jaxnorm.models.accumulate(counting), momentum=0.9)
     with pytest.raises(ValueError, match=r"none of the layers.*\['stem/norm'\]"):
-        jaxnorm.accumulate(stats, lambda path: False)
+        jaxnorm.models.accumulate(stats, lambda path: False)
     with pytest.raises(ValueError, match="shape"):
         norm = jaxnorm.BatchNorm()
-        norm(jnp.ones((4, 2)), {}, jaxnorm.accumulate(jaxnorm.init_stats(3)))
+        norm(jnp.ones((4, 2)), {}, jaxnorm.models.accumulate(jaxnorm.init_stats(3)))

@@ -14,7 +14,7 @@ from scipy import special
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm.activation import ACTIVATIONS, pack, unpack
+from jaxnorm._activation import ACTIVATIONS, pack, unpack
 
 NAMES = ("batch", "batch_first", "group", "group_first", "instance")
 EXACT = {

@@ -79,7 +79,9 @@ class Twin(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         def norm(name, momentum):
-            settings = jaxnorm.norm_settings("torch", eps=1e-3, momentum=momentum)
+            settings = jaxnorm.models.norm_settings(
+                "torch", eps=1e-3, momentum=momentum
+            )
             return BatchNorm(use_running_average=not train, name=name, **settings)
 
         padding = ((1, 1), (1, 1))
@@ -125,7 +127,7 @@ def test_a_twin_trains_as_torch_does(in_float64, dtype, limit):
     g = case("torch_training")
     images = g["images"].astype(dtype)
     template = shapes_of(Twin(), images[0], dtype=dtype, train=True)
-    variables, report = jaxnorm.from_checkpoint(
+    variables, report = jaxnorm.models.from_checkpoint(
         "torch", case("torch_training", "start"), template
     )
     assert report.dropped == ("bn1.num_batches_tracked",)
@@ -137,7 +139,7 @@ def test_a_twin_trains_as_torch_does(in_float64, dtype, limit):
 
     # What torch counts in bn1 has no place here and no effect there.
     desired = case("torch_training", "end") | {"bn1.num_batches_tracked": np.int64(0)}
-    state_dict = jaxnorm.to_checkpoint("torch", end)
+    state_dict = jaxnorm.models.to_checkpoint("torch", end)
     assert sorted(state_dict) == sorted(desired)
     assert state_dict["bn2.num_batches_tracked"] == 50
     for key, value in desired.items():
@@ -171,7 +173,7 @@ def named_checkpoint(name):
 def test_a_resnet_maps_and_evaluates_alike(in_float64, quick_compilation, name):
     model, checkpoint = RESNETS[name], named_checkpoint(name)
     images = filled("images", (2, 32, 32, 3)).astype(np.float64)
-    variables, report = jaxnorm.from_checkpoint(
+    variables, report = jaxnorm.models.from_checkpoint(
         "torch", checkpoint, shapes_of(model, images), rename=torch_name
     )
     counts = [k for k in checkpoint if k.endswith("num_batches_tracked")]
@@ -194,10 +196,10 @@ class TorchLayers(nn.Module):
         # Padding 1 of torch is 3 - 1 - 1 here, and its 0 is 2 - 1 - 0.
         x = up(4, (3, 2), (2, 2), padding=((1, 1), (1, 1)), name="up")(x)
         x = up(6, (3, 3), padding="VALID", name="wider")(x)
-        settings = jaxnorm.norm_settings("torch", "GroupNorm", num_groups=2)
+        settings = jaxnorm.models.norm_settings("torch", "GroupNorm", num_groups=2)
         x = nn.GroupNorm(**settings, name="group_norm")(x)
         line = nn.Conv(6, 3, padding="VALID", feature_group_count=6, name="line")
-        settings = jaxnorm.norm_settings("torch", "LayerNorm")
+        settings = jaxnorm.models.norm_settings("torch", "LayerNorm")
         x = nn.LayerNorm(**settings, name="layer_norm")(line(x.mean(1)))
         return nn.Dense(3, name="fc")(x)
 
@@ -219,7 +221,7 @@ class KerasLayers(nn.Module):
         )
 
         def settings(method="BatchNorm", **arguments):
-            return jaxnorm.norm_settings("keras", method, **arguments)
+            return jaxnorm.models.norm_settings("keras", method, **arguments)
 
         norm = functools.partial(BatchNorm, use_running_average=True, **settings())
         x = nn.relu(norm()(nn.Conv(4, (3, 3), use_bias=False)(x)))
@@ -261,7 +263,7 @@ class HaikuLayers(nn.Module):
         up = functools.partial(nn.ConvTranspose, transpose_kernel=self.transpose_kernel)
 
         def settings(method="BatchNorm", **arguments):
-            return jaxnorm.norm_settings("haiku", method, **arguments)
+            return jaxnorm.models.norm_settings("haiku", method, **arguments)
 
         x = nn.Conv(4, (3, 3), use_bias=False, name="conv2_d")(x)
         norm = BatchNorm(
@@ -303,7 +305,9 @@ def converted(framework, transpose_kernel=False):
     if framework == "haiku":
         checkpoint = haiku_checkpoint()
     template = shapes_of(model, x)
-    variables, report = jaxnorm.from_checkpoint(framework, checkpoint, template, **how)
+    variables, report = jaxnorm.models.from_checkpoint(
+        framework, checkpoint, template, **how
+    )
     return model, x, checkpoint, variables, report, how
 
 
@@ -323,11 +327,13 @@ def test_every_layer_evaluates_alike(
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_round_trips_are_exact(in_float64, framework, transpose_kernel):
     _, _, checkpoint, variables, _, how = converted(framework, transpose_kernel)
-    back = jaxnorm.to_checkpoint(framework, variables, template=checkpoint, **how)
+    back = jaxnorm.models.to_checkpoint(
+        framework, variables, template=checkpoint, **how
+    )
     same(back, checkpoint)
     assert all(v.flags.c_contiguous and v.flags.writeable for v in back.values())
     # Without a template nothing tells that a norm is Keras's RMSNormalization.
-    back = jaxnorm.to_checkpoint(framework, variables, **how)
+    back = jaxnorm.models.to_checkpoint(framework, variables, **how)
     same(
         {
             k.replace("rms_normalization/gamma", "rms_normalization/scale"): v
@@ -342,7 +348,7 @@ def test_the_round_trip_of_haiku(in_float64):
     _, _, checkpoint, variables, report, how = converted("haiku")
     state = [k for k in case("haiku_layers", "start") if k.startswith("state")]
     assert {*report.dropped} == {k for k in state if not k.endswith("average")}
-    back = jaxnorm.to_checkpoint("haiku", variables, template=checkpoint, **how)
+    back = jaxnorm.models.to_checkpoint("haiku", variables, template=checkpoint, **how)
     same(flat(back["params"]), flat(checkpoint["params"]))
     for name, before in checkpoint["state"].items():
         after = back["state"][name]
@@ -358,10 +364,10 @@ def test_a_resnet_goes_back_bit_for_bit(in_float64):
     template = shapes_of(
         RESNETS["timm_bottleneck_d"], jnp.zeros((1, 32, 32, 3)), dtype=np.float32
     )
-    variables, _ = jaxnorm.from_checkpoint(
+    variables, _ = jaxnorm.models.from_checkpoint(
         "torch", checkpoint, template, rename=torch_name
     )
-    back = jaxnorm.to_checkpoint("torch", variables, rename=torch_name)
+    back = jaxnorm.models.to_checkpoint("torch", variables, rename=torch_name)
     counts = {k: np.int64(0) for k in checkpoint if k.endswith("tracked")}
     same(back, checkpoint | counts)
 
@@ -401,7 +407,7 @@ def small_template(dtype: Any = np.float32) -> dict[str, Any]:
 
 def test_each_statistic_and_parameter_is_where_it_belongs():
     source = small_state_dict()
-    variables, _ = jaxnorm.from_checkpoint("torch", source, small_template())
+    variables, _ = jaxnorm.models.from_checkpoint("torch", source, small_template())
     desired = {
         "batch_stats/bn/mean": source["bn.running_mean"],
         "batch_stats/bn/var": source["bn.running_var"],
@@ -415,7 +421,7 @@ def test_each_statistic_and_parameter_is_where_it_belongs():
 
 
 def test_the_report_prints_as_a_table():
-    _, report = jaxnorm.from_checkpoint(
+    _, report = jaxnorm.models.from_checkpoint(
         "torch",
         small_state_dict(np.float16) | {"ema.decay": np.float32(1)},
         small_template(),
@@ -441,7 +447,7 @@ def test_the_report_prints_as_a_table():
 def test_kept_layers_are_the_templates():
     template = small_template()
     template["params"]["fc"] = {"kernel": np.ones((4, 9)), "bias": np.ones(9)}
-    variables, _ = jaxnorm.from_checkpoint(
+    variables, _ = jaxnorm.models.from_checkpoint(
         "torch", small_state_dict(), template, keep=lambda path: path == "fc"
     )
     assert variables["params"]["fc"] == template["params"]["fc"]
@@ -450,23 +456,23 @@ def test_kept_layers_are_the_templates():
 def test_a_count_is_that_of_torch():
     source, template = small_state_dict(), small_template()
     template["batch_stats"]["bn"]["count"] = np.zeros(4, np.int32)
-    variables, report = jaxnorm.from_checkpoint("torch", source, template)
+    variables, report = jaxnorm.models.from_checkpoint("torch", source, template)
     count = variables["batch_stats"]["bn"]["count"]
     assert count.dtype == np.int32 and report.dropped == ()
     assert count.tolist() == [int(source["bn.num_batches_tracked"])] * 4 != [0] * 4
-    same(jaxnorm.to_checkpoint("torch", variables), source)
+    same(jaxnorm.models.to_checkpoint("torch", variables), source)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_safetensors_go_both_ways(tmp_path, dtype):
     source, path = small_state_dict(dtype), tmp_path / "model.safetensors"
     safetensors.numpy.save_file(source, path)
-    variables, _ = jaxnorm.from_checkpoint(
+    variables, _ = jaxnorm.models.from_checkpoint(
         "torch", safetensors.numpy.load_file(path), small_template(dtype)
     )
     assert {v.dtype for v in jax.tree.leaves(variables)} == {np.dtype(dtype)}
     source |= {"bn.num_batches_tracked": np.int64(0)}
-    back = jaxnorm.to_checkpoint("torch", variables, template=source)
+    back = jaxnorm.models.to_checkpoint("torch", variables, template=source)
     safetensors.numpy.save_file(back, path)
     same(safetensors.numpy.load_file(path), source)
 
@@ -503,15 +509,17 @@ def test_tensors_on_a_device_in_training_and_bfloat16():
     tensors = {k: Tensor(v) if v.ndim else v for k, v in source.items()}
     for dtype in (np.float32, ml_dtypes.bfloat16):
         template = small_template(dtype)
-        variables, report = jaxnorm.from_checkpoint("torch", tensors, template)
-        expected, same_report = jaxnorm.from_checkpoint("torch", source, template)
+        variables, report = jaxnorm.models.from_checkpoint("torch", tensors, template)
+        expected, same_report = jaxnorm.models.from_checkpoint(
+            "torch", source, template
+        )
         same(flat(variables), flat(expected))
         assert report == same_report
-    back = jaxnorm.to_checkpoint("torch", variables, template=tensors)
+    back = jaxnorm.models.to_checkpoint("torch", variables, template=tensors)
     wide = {k: v.astype(np.float32) if v.ndim else v for k, v in source.items()}
     same(back, wide)
-    same(jaxnorm.to_checkpoint("torch", variables), wide)
-    same(jaxnorm.to_checkpoint("torch", variables, template=source), source)
+    same(jaxnorm.models.to_checkpoint("torch", variables), wide)
+    same(jaxnorm.models.to_checkpoint("torch", variables, template=source), source)
 
 
 def test_torch_takes_what_is_written():
@@ -525,9 +533,11 @@ def test_torch_takes_what_is_written():
     model, twin = module(), module()
     source = dict([*model.named_parameters(), *model.named_buffers()])
     for dtype in (np.float32, ml_dtypes.bfloat16):
-        variables, _ = jaxnorm.from_checkpoint("torch", source, small_template(dtype))
+        variables, _ = jaxnorm.models.from_checkpoint(
+            "torch", source, small_template(dtype)
+        )
         for template in (None, source):
-            back = jaxnorm.to_checkpoint("torch", variables, template=template)
+            back = jaxnorm.models.to_checkpoint("torch", variables, template=template)
             tensors = {k: torch.from_numpy(v) for k, v in back.items()}
             twin.load_state_dict(tensors)
             for key, value in model.state_dict().items():
@@ -547,19 +557,19 @@ def test_what_cannot_be_read_is_named():
 
 def test_the_values_are_copies():
     source, template = small_state_dict(), small_template()
-    variables, _ = jaxnorm.from_checkpoint("torch", source, template)
+    variables, _ = jaxnorm.models.from_checkpoint("torch", source, template)
     before = jax.tree.map(np.array, variables)
     for value in source.values():
         value[...] = 7
     jax.tree.map(np.testing.assert_array_equal, variables, before)
-    for value in jaxnorm.to_checkpoint("torch", variables).values():
+    for value in jaxnorm.models.to_checkpoint("torch", variables).values():
         value[...] = 7
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
 def test_trees_keep_their_types():
     template = frozen_dict(small_template())
-    variables, _ = jaxnorm.from_checkpoint("torch", small_state_dict(), template)
+    variables, _ = jaxnorm.models.from_checkpoint("torch", small_state_dict(), template)
     assert type(variables) is type(template)
     assert jax.tree.structure(variables) == jax.tree.structure(template)
 
@@ -591,22 +601,26 @@ def test_nnx_models_and_lists(nnx_model):
     names = {"conv": "body.0", "bn": "body.1", "fc": "fc"}
     source = {re.sub(r"^\w+", lambda m: names[m[0]], k): v for k, v in source.items()}
     template = jaxnorm.nnx.variables(nnx_model)
-    variables, _ = jaxnorm.from_checkpoint("torch", source, template)
+    variables, _ = jaxnorm.models.from_checkpoint("torch", source, template)
     jaxnorm.nnx.update(nnx_model, variables)
     np.testing.assert_array_equal(
         nnx_model.body[1].var[...], source["body.1.running_var"]
     )
-    back = jaxnorm.to_checkpoint("torch", jaxnorm.nnx.variables(nnx_model))
+    back = jaxnorm.models.to_checkpoint("torch", jaxnorm.nnx.variables(nnx_model))
     same(back, source | {"body.1.num_batches_tracked": np.int64(0)})
 
 
 def test_linen_to_nnx_is_a_matter_of_names(nnx_model):
-    linen, _ = jaxnorm.from_checkpoint("torch", small_state_dict(), small_template())
+    linen, _ = jaxnorm.models.from_checkpoint(
+        "torch", small_state_dict(), small_template()
+    )
     names = {"body/0": "conv", "body/1": "bn"}
     template = jaxnorm.nnx.variables(nnx_model)
-    variables, _ = jaxnorm.from_checkpoint("flax", linen, template, rename=names)
+    variables, _ = jaxnorm.models.from_checkpoint("flax", linen, template, rename=names)
     jaxnorm.nnx.update(nnx_model, variables)
-    back = jaxnorm.to_checkpoint("flax", jaxnorm.nnx.variables(nnx_model), rename=names)
+    back = jaxnorm.models.to_checkpoint(
+        "flax", jaxnorm.nnx.variables(nnx_model), rename=names
+    )
     same(flat(back), {k: np.asarray(v) for k, v in flat(linen).items()})
 
 
@@ -622,17 +636,17 @@ def test_beginnings_of_paths_can_be_renamed(rename):
         f"net.{k}".replace("net.conv", "net.stem.0"): v
         for k, v in small_state_dict().items()
     }
-    variables, _ = jaxnorm.from_checkpoint(
+    variables, _ = jaxnorm.models.from_checkpoint(
         "torch", source, small_template(), rename=rename
     )
-    back = jaxnorm.to_checkpoint("torch", variables, rename=rename)
+    back = jaxnorm.models.to_checkpoint("torch", variables, rename=rename)
     assert {*back} == {*source}
 
 
 def test_a_beginning_ends_with_a_part_of_the_path():
     leaf = {"bias": np.zeros(2, np.float32)}
     params = {"layer1": {"a": leaf}, "layer10": {"a": leaf}}
-    back = jaxnorm.to_checkpoint(
+    back = jaxnorm.models.to_checkpoint(
         "torch", {"params": params}, rename={"layer1": "first"}
     )
     assert sorted(back) == ["first.a.bias", "layer10.a.bias"]
@@ -644,8 +658,8 @@ def test_arrays_of_no_layer_keep_their_names():
     params = {"cls_token": source["cls_token"], "lone": {"kernel": np.zeros(3)}}
     template = {"params": params}
     template = jax.tree.map(np.float32, template)
-    variables, _ = jaxnorm.from_checkpoint("torch", source, template)
-    same(jaxnorm.to_checkpoint("torch", variables), source)
+    variables, _ = jaxnorm.models.from_checkpoint("torch", source, template)
+    same(jaxnorm.models.to_checkpoint("torch", variables), source)
 
 
 @pytest.mark.parametrize(
@@ -659,12 +673,12 @@ def test_arrays_of_no_layer_keep_their_names():
 )
 def test_embeddings(framework, key):
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
-    source = jaxnorm.to_checkpoint(
+    source = jaxnorm.models.to_checkpoint(
         framework, {"params": {"embed": {"embedding": table}}}
     )
     same(flat(source), {key: table})
     template = {"params": {"embed": {"embedding": 0 * table}}}
-    variables, _ = jaxnorm.from_checkpoint(framework, source, template)
+    variables, _ = jaxnorm.models.from_checkpoint(framework, source, template)
     np.testing.assert_array_equal(variables["params"]["embed"]["embedding"], table)
 
 
@@ -684,20 +698,20 @@ def test_embeddings(framework, key):
     ],
 )
 def test_defaults_of_the_frameworks(given, desired):
-    assert jaxnorm.norm_settings(*given) == desired
+    assert jaxnorm.models.norm_settings(*given) == desired
     getattr(jaxnorm, (*given, "BatchNorm")[1])(**desired)
 
 
 def test_flax_defaults_are_those_of_the_table():
     for method in ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"):
         layer = getattr(nn, method)()
-        settings = jaxnorm.norm_settings("flax", method)
+        settings = jaxnorm.models.norm_settings("flax", method)
         settings.pop("unbiased", None)
         assert settings == {k: getattr(layer, k) for k in settings}
 
 
 def test_arguments_of_the_frameworks():
-    settings = jaxnorm.norm_settings
+    settings = jaxnorm.models.norm_settings
     assert settings("torch", momentum=None)["momentum"] is None
     assert settings("torch", momentum=0.25)["momentum"] == 0.75
     assert settings("torch", "RMSNorm", eps=None)["epsilon"] == 2.0**-23
@@ -717,11 +731,23 @@ def test_arguments_of_the_frameworks():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: jaxnorm.norm_settings("tensorflow"), r"one of \['flax', 'haiku'"),
-        (lambda: jaxnorm.norm_settings("torch", "IterNorm"), "method must be one of"),
-        (lambda: jaxnorm.norm_settings("keras", eps=1), r"\['epsilon', .* \['eps'\]"),
-        (lambda: jaxnorm.norm_settings("haiku"), "no default in Haiku"),
-        (lambda: jaxnorm.norm_settings("keras", momentum=None), "must be a number"),
+        (
+            lambda: jaxnorm.models.norm_settings("tensorflow"),
+            r"one of \['flax', 'haiku'",
+        ),
+        (
+            lambda: jaxnorm.models.norm_settings("torch", "IterNorm"),
+            "method must be one of",
+        ),
+        (
+            lambda: jaxnorm.models.norm_settings("keras", eps=1),
+            r"\['epsilon', .* \['eps'\]",
+        ),
+        (lambda: jaxnorm.models.norm_settings("haiku"), "no default in Haiku"),
+        (
+            lambda: jaxnorm.models.norm_settings("keras", momentum=None),
+            "must be a number",
+        ),
     ],
 )
 def test_settings_that_do_not_exist(call, words):
@@ -732,7 +758,7 @@ def test_settings_that_do_not_exist(call, words):
 def raised(source, template, framework="torch", **how):
     """The lines of the error that loading `source` raises."""
     with pytest.raises(ValueError) as error:
-        jaxnorm.from_checkpoint(framework, source, template, **how)
+        jaxnorm.models.from_checkpoint(framework, source, template, **how)
     return [line.strip() for line in str(error.value).splitlines()]
 
 
@@ -787,9 +813,12 @@ def test_what_is_not_an_array_does_not_fit():
 
 def test_marks_are_given_after_loading():
     template = small_template()
-    template["batch_stats"] = jaxnorm.freeze(template["batch_stats"], update=True)
+    template["batch_stats"] = jaxnorm.models.freeze(
+        template["batch_stats"], update=True
+    )
     assert raised(small_state_dict(), template)[1] == (
-        "batch_stats/bn/running: is a mark of `jaxnorm.freeze`: freeze what is returned"
+        "batch_stats/bn/running: is a mark of `jaxnorm.models.freeze`: freeze what is "
+        "returned"
     )
 
 
@@ -812,8 +841,8 @@ def test_keep_needs_values_and_layers():
 )
 def test_paths_and_kinds_that_do_not_exist(how, words):
     for call in (
-        lambda: jaxnorm.from_checkpoint("torch", {}, small_template(), **how),
-        lambda: jaxnorm.to_checkpoint("torch", small_template(), **how),
+        lambda: jaxnorm.models.from_checkpoint("torch", {}, small_template(), **how),
+        lambda: jaxnorm.models.to_checkpoint("torch", small_template(), **how),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -822,33 +851,37 @@ def test_paths_and_kinds_that_do_not_exist(how, words):
 @pytest.mark.parametrize("tree", [{}, {"cache": {"x": 1}}, {"conv": {"kernel": 1}}])
 def test_templates_are_variables(tree):
     with pytest.raises(ValueError, match="the variables of a model must be"):
-        jaxnorm.from_checkpoint("torch", {}, tree)
+        jaxnorm.models.from_checkpoint("torch", {}, tree)
 
 
 def unwritten(variables, framework="torch", **how):
     with pytest.raises(ValueError) as error:
-        jaxnorm.to_checkpoint(framework, variables, **how)
+        jaxnorm.models.to_checkpoint(framework, variables, **how)
     return str(error.value)
 
 
 def test_what_other_frameworks_have_not_flax_has():
-    marked = {"batch_stats": jaxnorm.freeze({"bn": jaxnorm.init_stats(2)})}
-    written = jaxnorm.to_checkpoint("flax", marked)
+    marked = {"batch_stats": jaxnorm.models.freeze({"bn": jaxnorm.init_stats(2)})}
+    written = jaxnorm.models.to_checkpoint("flax", marked)
     jax.tree.map(np.testing.assert_array_equal, written, marked)
     u = {"SpectralNorm_0": {"Dense_0/kernel/u": np.ones((1, 2))}}
     for framework in ("flax", "torch"):
         text = unwritten({"batch_stats": u}, framework)
         assert "kernel/u: a name with '/' in it" in text
-    gathering = {"batch_stats": jaxnorm.accumulate({"bn": jaxnorm.init_stats(2)})}
+    gathering = {
+        "batch_stats": jaxnorm.models.accumulate({"bn": jaxnorm.init_stats(2)})
+    }
     text = unwritten(gathering)
-    assert "batch_mean: it has no counterpart; `jaxnorm.unfreeze` and" in text
+    assert "batch_mean: it has no counterpart; `jaxnorm.models.unfreeze` and" in text
 
 
 def test_what_cannot_be_written_is_named():
     variables = small_template()
-    stats = jaxnorm.freeze(variables["batch_stats"])
+    stats = jaxnorm.models.freeze(variables["batch_stats"])
     text = unwritten(variables | {"batch_stats": stats})
-    assert "batch_stats/bn/held: it has no counterpart; `jaxnorm.unfreeze`" in text
+    assert (
+        "batch_stats/bn/held: it has no counterpart; `jaxnorm.models.unfreeze`" in text
+    )
     assert "batch_stats/bn/running: it has no" in text
 
     text = unwritten(variables, rename={"fc": "conv"})
@@ -866,14 +899,14 @@ def test_what_cannot_be_written_is_named():
 
 
 def test_marks_stay_in_flax():
-    stats = jaxnorm.freeze(small_template()["batch_stats"])
-    back = jaxnorm.to_checkpoint("flax", {"batch_stats": stats})
+    stats = jaxnorm.models.freeze(small_template()["batch_stats"])
+    back = jaxnorm.models.to_checkpoint("flax", {"batch_stats": stats})
     assert sorted(back["batch_stats"]["bn"]) == ["held", "mean", "running", "var"]
 
 
 def test_a_result_must_be_like_its_template():
     variables, like = small_template(), small_state_dict(np.float16)
-    back = jaxnorm.to_checkpoint("torch", variables, template=like)
+    back = jaxnorm.models.to_checkpoint("torch", variables, template=like)
     assert list(back) == list(like) and back["fc.bias"].dtype == np.float16
     del like["fc.bias"]
     like |= {"head.bias": np.zeros(2), "bn.weight": np.zeros((1, 4))}
@@ -886,5 +919,5 @@ def test_a_result_must_be_like_its_template():
 def test_a_count_is_not_written_where_the_template_has_none():
     like = small_state_dict()
     del like["bn.num_batches_tracked"]
-    back = jaxnorm.to_checkpoint("torch", small_template(), template=like)
+    back = jaxnorm.models.to_checkpoint("torch", small_template(), template=like)
     assert list(back) == list(like)

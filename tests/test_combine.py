@@ -13,9 +13,9 @@ from flax import nnx
 from norms import NORMS
 
 import jaxnorm
+from jaxnorm import _running as running
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
-from jaxnorm import running
 
 
 def same(a, b):
@@ -36,12 +36,12 @@ def test_merged_statistics_are_those_of_all_the_data(offset):
         for i, n in enumerate((10, 40, 30))
     ]
     trees = [tree_of(x) for x in parts]
-    merge = jax.jit(jaxnorm.merge_stats)
+    merge = jax.jit(jaxnorm.models.merge)
     got = merge(trees, [len(x) for x in parts])["block"]["norm"]
     whole = np.concatenate(parts).astype(np.float64)
     np.testing.assert_allclose(got["mean"], whole.mean(0), 1e-6)
     np.testing.assert_allclose(got["var"], whole.var(0), 2e-4 if offset else 1e-6)
-    alike = jaxnorm.merge_stats(trees)["block"]["norm"]
+    alike = jaxnorm.models.merge(trees)["block"]["norm"]
     np.testing.assert_allclose(
         alike["mean"], np.mean([x.mean(0) for x in parts], axis=0), 1e-6
     )
@@ -50,12 +50,12 @@ def test_merged_statistics_are_those_of_all_the_data(offset):
 def test_merging_keeps_the_rest_of_the_first():
     first = {"a": jaxnorm.init_stats(2, momentum=None), "b": {"var": jnp.ones(2)}}
     other = jax.tree.map(lambda v: v + 3, first)
-    got = jaxnorm.merge_stats([first, other])
+    got = jaxnorm.models.merge([first, other])
     np.testing.assert_allclose(got["a"]["mean"], 1.5)
     np.testing.assert_allclose(got["a"]["var"], 2.5 + 1.5**2)
     np.testing.assert_allclose(got["b"]["var"], 2.5)
     same(got["a"]["count"], first["a"]["count"])
-    got = jaxnorm.merge_stats([first, other], where="b".__eq__)
+    got = jaxnorm.models.merge([first, other], where="b".__eq__)
     same(got["a"], first["a"])
 
 
@@ -65,12 +65,12 @@ LOST = {"mean": jnp.full(2, jnp.nan), "var": jnp.full(2, jnp.inf)}
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_what_has_no_weight_may_be_lost(wrap):
     kept = {"mean": jnp.array([1.0, -2.0]), "var": jnp.array([3.0, 4.0])}
-    merge, blend = wrap(jaxnorm.merge_stats), wrap(jaxnorm.blend_stats)
+    merge, blend = wrap(jaxnorm.models.merge), wrap(jaxnorm.models.blend)
     for trees, weights in (([kept, LOST], [2, 0]), ([LOST, kept], [0.0, 1e-3])):
         same(merge(trees, weights), kept)
     same(blend(kept, LOST, 0.0), kept)
     same(blend(LOST, kept, 1.0), kept)
-    ema = wrap(functools.partial(jaxnorm.ema, batch_stats="average"))
+    ema = wrap(functools.partial(jaxnorm.models.ema, batch_stats="average"))
     before = {"params": {"k": LOST["mean"]}, "batch_stats": LOST}
     after = {"params": {"k": kept["mean"]}, "batch_stats": kept}
     same(ema(before, after, 0.0), after)
@@ -79,15 +79,15 @@ def test_what_has_no_weight_may_be_lost(wrap):
 
 def test_shares_are_those_of_weights_of_any_size():
     a, b = jaxnorm.init_stats(2), {"mean": jnp.full(2, 4.0), "var": jnp.ones(2)}
-    expected = jaxnorm.merge_stats([a, b], [3, 1])
+    expected = jaxnorm.models.merge([a, b], [3, 1])
     for scale in (1e-60, 1e60):
-        same(jaxnorm.merge_stats([a, b], [3 * scale, scale]), expected)
+        same(jaxnorm.models.merge([a, b], [3 * scale, scale]), expected)
 
 
 def test_merged_complex_statistics():
     a = {"mean": jnp.array([1j]), "var": jnp.array([1.0])}
     b = {"mean": jnp.array([-1j]), "var": jnp.array([1.0])}
-    got = jaxnorm.merge_stats([a, b])
+    got = jaxnorm.models.merge([a, b])
     np.testing.assert_allclose(got["mean"], 0)
     np.testing.assert_allclose(got["var"], 2)
     assert got["mean"].dtype == jnp.complex64 and got["var"].dtype == jnp.float32
@@ -96,19 +96,19 @@ def test_merged_complex_statistics():
 def test_blended_statistics():
     a = {"x": jaxnorm.init_stats(2), "y": jaxnorm.init_stats(2)}
     b = jax.tree.map(lambda v: v + 4, a)
-    blend = jax.jit(functools.partial(jaxnorm.blend_stats, where="x".__eq__))
+    blend = jax.jit(functools.partial(jaxnorm.models.blend, where="x".__eq__))
     got = blend(a, b, 0.25)
     np.testing.assert_array_equal(got["x"]["mean"], 1)
     np.testing.assert_array_equal(got["x"]["var"], 2)
     same(got["y"], a["y"])
-    same(jaxnorm.blend_stats(a, b, 1.0), b)
-    same(jaxnorm.blend_stats(a, b, 0.0), a)
+    same(jaxnorm.models.blend(a, b, 1.0), b)
+    same(jaxnorm.models.blend(a, b, 0.0), a)
 
 
 def test_swapped_statistics():
     a = {"x": jaxnorm.init_stats(2), "y": jaxnorm.init_stats(2)}
     b = jax.tree.map(lambda v: v + 4, a)
-    got = jaxnorm.swap_stats(a, b, where="x".__eq__)
+    got = jaxnorm.models.swap(a, b, where="x".__eq__)
     same(got, {"x": b["x"], "y": a["y"]})
 
 
@@ -116,23 +116,25 @@ def test_reset_statistics_are_those_at_first():
     norm = jaxnorm.BatchRenorm(rmax=lambda step: 1.0 + step, momentum=None)
     stats = norm.init_stats((3,))
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-    _, moved = norm(x, {}, jaxnorm.accumulate(jaxnorm.freeze(stats, update=True)))
-    _, moved = norm(x, {}, jaxnorm.discard(moved))
+    _, moved = norm(
+        x, {}, jaxnorm.models.accumulate(jaxnorm.models.freeze(stats, update=True))
+    )
+    _, moved = norm(x, {}, jaxnorm.models.discard(moved))
     assert moved["step"] == 1
-    got = jaxnorm.reset_stats({"a": moved})["a"]
-    assert jaxnorm.frozen(got)[""]["use_running_average"]
-    same(jaxnorm.unfreeze(got), stats)
-    with pytest.raises(ValueError, match="'a' keeps.*whitening.*swap_stats"):
-        jaxnorm.reset_stats({"a": jaxnorm.IterNorm().init_stats((2,))})
+    got = jaxnorm.models.reset({"a": moved})["a"]
+    assert jaxnorm.models.frozen(got)[""]["use_running_average"]
+    same(jaxnorm.models.unfreeze(got), stats)
+    with pytest.raises(ValueError, match="'a' keeps.*whitening.*swap"):
+        jaxnorm.models.reset({"a": jaxnorm.IterNorm().init_stats((2,))})
 
 
 def test_trees_must_fit():
     a, b = {"x": jaxnorm.init_stats(2)}, {"y": jaxnorm.init_stats(2)}
     wide = {"x": jaxnorm.init_stats(3)}
     calls = [
-        lambda a, b: jaxnorm.merge_stats([a, b]),
-        lambda a, b: jaxnorm.blend_stats(a, b, 0.5),
-        jaxnorm.swap_stats,
+        lambda a, b: jaxnorm.models.merge([a, b]),
+        lambda a, b: jaxnorm.models.blend(a, b, 0.5),
+        jaxnorm.models.swap,
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"only the first has \['x'\].*\['y'\]"):
@@ -141,11 +143,11 @@ def test_trees_must_fit():
             call(a, wide)
     whitened = {"w": jaxnorm.IterNorm().init_stats((2,))}
     with pytest.raises(ValueError, match="'w' keeps.*no variance.*where"):
-        jaxnorm.merge_stats([whitened, whitened])
+        jaxnorm.models.merge([whitened, whitened])
     with pytest.raises(ValueError, match="1 trees and 2 weights"):
-        jaxnorm.merge_stats([a], [1, 2])
+        jaxnorm.models.merge([a], [1, 2])
     with pytest.raises(ValueError, match="0 trees"):
-        jaxnorm.merge_stats([])
+        jaxnorm.models.merge([])
 
 
 class Net(nn.Module):
@@ -171,21 +173,21 @@ def trained(norm):
 
 def test_norms_split_and_join():
     variables = trained(jaxnorm.BatchNorm())
-    norms, others = jaxnorm.split_norms(variables)
+    norms, others = jaxnorm.models.split(variables)
     assert {*norms["params"]} == {*norms["batch_stats"]} == {"Norm_0", "last"}
     assert {*others["params"]} == {"Dense_0", "Dense_1"} and not others["batch_stats"]
-    same(jaxnorm.join_norms(norms, others), variables)
-    norms, others = jaxnorm.split_norms(variables, "last".__eq__)
+    same(jaxnorm.models.join(norms, others), variables)
+    norms, others = jaxnorm.models.split(variables, "last".__eq__)
     assert {*norms["params"]} == {"last"} == {*norms["batch_stats"]}
-    same(jaxnorm.join_norms(others, norms), variables)
+    same(jaxnorm.models.join(others, norms), variables)
     nested = {"params": {"a": {"b": variables["params"]}}, "other": {}}
-    norms, others = jaxnorm.split_norms(nested)
+    norms, others = jaxnorm.models.split(nested)
     assert {*norms["params"]["a"]["b"]} == {"Norm_0", "last"} and norms["other"] == {}
-    assert jaxnorm.join_norms(norms, others).keys() == nested.keys()
+    assert jaxnorm.models.join(norms, others).keys() == nested.keys()
     with pytest.raises(ValueError, match="both trees hold 'params/Dense_0/bias'"):
-        jaxnorm.join_norms(variables, variables | {"batch_stats": {}})
+        jaxnorm.models.join(variables, variables | {"batch_stats": {}})
     with pytest.raises(ValueError, match=r"none of the norms.*\['Norm_0', 'last'\]"):
-        jaxnorm.split_norms(variables, lambda path: False)
+        jaxnorm.models.split(variables, lambda path: False)
 
 
 # ---- Conversion -------------------------------------------------------------------
@@ -205,12 +207,12 @@ def evaluated(norm, variables) -> Any:
 @pytest.mark.parametrize("name", SAME)
 def test_batch_norms_become_each_other_and_back(name):
     variables = trained(jaxnorm.BatchNorm())
-    new = jaxnorm.convert(variables, SAME[name])
+    new = jaxnorm.models.convert(variables, SAME[name])
     same(new, variables)
     np.testing.assert_allclose(
         evaluated(SAME[name], new), evaluated(jaxnorm.BatchNorm(), variables), 1e-6
     )
-    same(jaxnorm.convert(new, jaxnorm.BatchNorm()), variables)
+    same(jaxnorm.models.convert(new, jaxnorm.BatchNorm()), variables)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +231,13 @@ def test_the_variables_are_those_of_a_model_with_the_new_norm(norm):
     variables = trained(jaxnorm.BatchNorm())
     images = X.reshape(8, 1, 4)
     fresh = jax.eval_shape(lambda: Net(norm).init(jax.random.key(0), images))
-    new = jaxnorm.convert(variables, norm)
+    new = jaxnorm.models.convert(variables, norm)
     expected = {"batch_stats": {}} | fresh
     assert jax.tree.structure(new) == jax.tree.structure(expected)
     shapes = jax.tree.map(lambda v: (v.shape, v.dtype), (new, expected))
     assert shapes[0] == shapes[1]
     same(new["params"]["last"]["scale"], variables["params"]["last"]["scale"])
-    back = jaxnorm.convert(new, jaxnorm.BatchNorm())
+    back = jaxnorm.models.convert(new, jaxnorm.BatchNorm())
     same(back["params"], variables["params"])
     for k, v in back["batch_stats"]["last"].items():
         old = variables["batch_stats"]["last"][k]
@@ -246,31 +248,33 @@ def test_the_variables_are_those_of_a_model_with_the_new_norm(norm):
 def test_every_domain_starts_with_a_copy():
     variables = trained(jaxnorm.BatchNorm())
     norm = jaxnorm.DomainBatchNorm(num_domains=3, share_affine=False)
-    new = jaxnorm.convert(variables, norm)
+    new = jaxnorm.models.convert(variables, norm)
     old_params, old_stats = (variables[k]["last"] for k in ("params", "batch_stats"))
     params, stats = norm.from_single(old_params, old_stats)
     same((new["params"]["last"], new["batch_stats"]["last"]), (params, stats))
     with pytest.raises(ValueError, match="mean of the norm at '(Norm_0|last)'.*(3, 8)"):
         norm = jaxnorm.DomainBatchNorm(num_domains=3)
-        jaxnorm.convert(jaxnorm.convert(variables, norm), jaxnorm.BatchNorm())
+        jaxnorm.models.convert(
+            jaxnorm.models.convert(variables, norm), jaxnorm.BatchNorm()
+        )
 
 
 def test_some_norms_without_scale_or_bias():
-    variables = jaxnorm.freeze(trained(jaxnorm.BatchNorm())["batch_stats"])
+    variables = jaxnorm.models.freeze(trained(jaxnorm.BatchNorm())["batch_stats"])
     variables = {**trained(jaxnorm.BatchNorm()), "batch_stats": variables}
-    new = jaxnorm.convert(
+    new = jaxnorm.models.convert(
         variables, jaxnorm.BatchRenorm(), "last".__eq__, use_bias=False
     )
     same(new["params"]["Norm_0"], variables["params"]["Norm_0"])
     assert {*new["params"]["last"]} == {"scale"}
-    assert jaxnorm.frozen(new["batch_stats"]) == jaxnorm.frozen(
+    assert jaxnorm.models.frozen(new["batch_stats"]) == jaxnorm.models.frozen(
         variables["batch_stats"]
     )
-    bare = jaxnorm.convert(
+    bare = jaxnorm.models.convert(
         new, jaxnorm.BatchNorm(), "last".__eq__, use_bias=False, use_scale=False
     )
     assert "last" not in bare["params"]
-    again = jaxnorm.convert(bare, jaxnorm.BatchNorm(), "last".__eq__)
+    again = jaxnorm.models.convert(bare, jaxnorm.BatchNorm(), "last".__eq__)
     np.testing.assert_array_equal(again["params"]["last"]["scale"], np.ones(8))
 
 
@@ -282,25 +286,25 @@ def test_what_is_no_norm_stays():
         "batch_stats": {"t": own | {"bn": jaxnorm.init_stats(8)}},
     }
     variables["params"]["head"] = {"bias": jnp.zeros(4)}
-    assert list(jaxnorm.layers(variables["batch_stats"])) == ["t/bn"]
-    same(jaxnorm.convert(variables, jaxnorm.GhostBatchNorm(size=2)), variables)
-    norms, others = jaxnorm.split_norms(variables)
+    assert list(jaxnorm.models.layers(variables["batch_stats"])) == ["t/bn"]
+    same(jaxnorm.models.convert(variables, jaxnorm.GhostBatchNorm(size=2)), variables)
+    norms, others = jaxnorm.models.split(variables)
     assert {*norms["params"]} == {"t"} and {*others["params"]} == {"t", "head"}
     flat = {"params": {"t": {"kernel": {"w": jnp.ones(3)}}}, "batch_stats": {"t": own}}
-    new = jaxnorm.convert(flat, jaxnorm.BatchNorm())
+    new = jaxnorm.models.convert(flat, jaxnorm.BatchNorm())
     assert {*new["params"]["t"]} == {"kernel", "scale", "bias"}
 
 
 def test_a_norm_alone_splits_into_itself():
     alone = {"params": {"scale": jnp.ones(2)}, "batch_stats": jaxnorm.init_stats(2)}
-    norms, others = jaxnorm.split_norms(alone)
+    norms, others = jaxnorm.models.split(alone)
     same(norms, alone)
     assert others == {"params": {}, "batch_stats": {}}
 
 
 def test_marks_are_as_large_as_the_new_statistics():
-    variables = {"batch_stats": jaxnorm.freeze({"n": jaxnorm.init_stats(8)})}
-    new = jaxnorm.convert(variables, jaxnorm.DomainBatchNorm(num_domains=3))
+    variables = {"batch_stats": jaxnorm.models.freeze({"n": jaxnorm.init_stats(8)})}
+    new = jaxnorm.models.convert(variables, jaxnorm.DomainBatchNorm(num_domains=3))
     assert {v.shape for v in new["batch_stats"]["n"].values()} == {(3, 8)}
 
 
@@ -313,11 +317,11 @@ def buffers(*trees):
 def test_every_norm_is_converted_into_buffers_of_its_own(name):
     norm = NORMS[name].norm
     ones = jnp.ones(8)
-    stats = jaxnorm.freeze({"n": {"mean": ones, "var": ones}})
+    stats = jaxnorm.models.freeze({"n": {"mean": ones, "var": ones}})
     params = {"n": {"scale": ones, "bias": ones}, "dense": {"kernel": ones}}
     variables = {"params": params, "batch_stats": stats}
     try:
-        new = jaxnorm.convert(variables, norm)
+        new = jaxnorm.models.convert(variables, norm)
     except ValueError as error:
         scale = norm.init_params((8,)).get("scale", ones)
         centered = getattr(norm, "zero_centered_scale", False)
@@ -343,17 +347,17 @@ def test_boxes_stay_around_what_they_held():
         "params": {"n": {"scale": ones}, "d": {"kernel": ones}},
         "batch_stats": {"n": jaxnorm.init_stats(8)},
     }
-    new = jaxnorm.convert(variables, jaxnorm.GroupNorm())["params"]
+    new = jaxnorm.models.convert(variables, jaxnorm.GroupNorm())["params"]
     assert new["n"]["scale"].names == new["d"]["kernel"].names == ("model",)
     norm = jaxnorm.DomainBatchNorm(num_domains=3, share_affine=False)
-    new = jaxnorm.convert(variables, norm)["params"]["n"]
+    new = jaxnorm.models.convert(variables, norm)["params"]["n"]
     assert new["scale"].names == (None, "model") and new["scale"].value.shape == (3, 8)
     assert new["bias"].shape == (3, 8)
 
 
 def test_conversions_that_cannot_be():
     variables = trained(jaxnorm.BatchNorm())
-    convert: Any = jaxnorm.convert
+    convert: Any = jaxnorm.models.convert
     for norm, words in (
         (jaxnorm.GroupNorm, r"settings value, .* GroupNorm: call it, GroupNorm\(\)"),
         ("GroupNorm", "settings value such as .*'GroupNorm'"),
@@ -375,7 +379,7 @@ def test_conversions_that_cannot_be():
         convert({"params": {"n": {"scale": None, "bias": jnp.ones(2)}}}, norm)
     with pytest.raises(ValueError, match="'l/0' is within a list"):
         convert({"params": {"l": [{"scale": jnp.ones(2)}]}}, norm)
-    gathering = jaxnorm.accumulate(variables["batch_stats"])
+    gathering = jaxnorm.models.accumulate(variables["batch_stats"])
     with pytest.raises(ValueError, match="'(Norm_0|last)' gathers batches.*commit"):
         convert({**variables, "batch_stats": gathering}, norm)
     ones = {"params": {"n": {"scale": jnp.ones(1)}}}
@@ -383,12 +387,12 @@ def test_conversions_that_cannot_be():
     with pytest.raises(ValueError, match=r"mean of the norm at 'n' has shape \(8,\)"):
         convert(ones, norm)
     with pytest.raises(ValueError, match=r"none of the norms.*'Norm_0', 'last'"):
-        jaxnorm.convert(variables, jaxnorm.GroupNorm(), lambda path: False)
+        jaxnorm.models.convert(variables, jaxnorm.GroupNorm(), lambda path: False)
     with pytest.raises(ValueError, match="subtract 1"):
-        jaxnorm.convert(variables, jaxnorm.LayerNorm(zero_centered_scale=True))
+        jaxnorm.models.convert(variables, jaxnorm.LayerNorm(zero_centered_scale=True))
     tanh = {"params": {"tanh": {"alpha": jnp.ones(())}}}
     with pytest.raises(ValueError, match="'tanh' has none of scale.*\\['alpha'\\]"):
-        jaxnorm.convert(tanh, jaxnorm.BatchNorm())
+        jaxnorm.models.convert(tanh, jaxnorm.BatchNorm())
 
 
 convert_model: Any = jx.convert
@@ -531,7 +535,9 @@ def test_an_nnx_norm_by_itself_and_errors():
     norm = jx.BatchNorm(
         3, dtype=jnp.bfloat16, use_running_average=True, rngs=nnx.Rngs(0)
     )
-    jx.update(norm, {"batch_stats": jaxnorm.freeze(jx.variables(norm)["batch_stats"])})
+    jx.update(
+        norm, {"batch_stats": jaxnorm.models.freeze(jx.variables(norm)["batch_stats"])}
+    )
     new = jx.convert(norm, jaxnorm.GhostBatchNorm(size=2))
     assert isinstance(new, jx.Norm) and new.dtype == jnp.bfloat16
     assert new.use_running_average and hasattr(new, "held")

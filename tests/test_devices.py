@@ -26,7 +26,7 @@ from norms import (
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm import devices
+from jaxnorm import _devices as devices
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -362,16 +362,16 @@ def spread_like(grid, tree, features):
 
 
 def standardized(x, mask):
-    state = jaxnorm.Standardize.init(8).update(x, mask=mask).update(2 * x)
+    state = jaxnorm.Standardizer.init(8).update(x, mask=mask).update(2 * x)
     return state, state.apply(x, mask=mask), state.invert(x)
 
 
 def accumulated(x, mask):
     norm = jaxnorm.BatchNorm()
-    stats = jaxnorm.accumulate(norm.init_stats((8,)))
+    stats = jaxnorm.models.accumulate(norm.init_stats((8,)))
     for scale in (1, 2):
         _, stats = norm(scale * x, {}, stats, mask=mask)
-    return jaxnorm.commit(stats, momentum=0.5)
+    return jaxnorm.models.commit(stats, momentum=0.5)
 
 
 def of_kernels(x, mask):
@@ -782,7 +782,7 @@ def test_an_unbound_name_raises(name):
             p.x[None]
         )
     with_state = functools.partial(norm, use_running_average=True)
-    for good in (with_state, norm.local())[not norm.has_stats :]:
+    for good in (with_state, norm.without_devices())[not norm.has_stats :]:
         jax.eval_shape(lambda x, g=good: g(x, p.params, p.stats, **inputs), p.x)
 
 

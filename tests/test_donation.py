@@ -37,13 +37,13 @@ def test_what_a_method_starts_from(name):
 def test_statistics_that_a_call_returns_as_they_were(name):
     row = NORMS[name]
     p = problem(row)
-    stats = jaxnorm.freeze(jax.tree.map(jnp.asarray, p.stats))
+    stats = jaxnorm.models.freeze(jax.tree.map(jnp.asarray, p.stats))
     _, after = row.norm(p.x, p.params, stats, **row.inputs(p.x))
     check(after, stats)
 
 
 def test_statistics_that_gather():
-    stats = jaxnorm.accumulate(jaxnorm.init_stats(2))
+    stats = jaxnorm.models.accumulate(jaxnorm.init_stats(2))
     x = jnp.array([[1.0, 2.0], [3.0, 5.0]])
     _, after = jaxnorm.batch_norm(x, stats, use_running_average=False)
     check(after, stats)
@@ -52,7 +52,7 @@ def test_statistics_that_gather():
 def layers():
     """Statistics of two layers, one of complex numbers, and marks."""
     return {
-        "a": jaxnorm.freeze(jaxnorm.init_stats(2, momentum=None)),
+        "a": jaxnorm.models.freeze(jaxnorm.init_stats(2, momentum=None)),
         "b": jaxnorm.init_stats(3, dtype=jnp.complex64),
     }
 
@@ -64,47 +64,51 @@ def model():
 
 
 def gathering():
-    return jaxnorm.accumulate(layers(), "b".__eq__)
+    return jaxnorm.models.accumulate(layers(), "b".__eq__)
 
 
 TOOLS = {
-    "accumulate": (jaxnorm.accumulate, layers),
-    "accumulate, some": (lambda v: jaxnorm.accumulate(v, "a".__eq__), layers),
-    "blend_stats": (lambda a, b: jaxnorm.blend_stats(a, b, 0.5), layers, layers),
-    "commit": (lambda v: jaxnorm.commit(v, momentum=0.9), gathering),
-    "discard": (jaxnorm.discard, gathering),
+    "accumulate": (jaxnorm.models.accumulate, layers),
+    "accumulate, some": (lambda v: jaxnorm.models.accumulate(v, "a".__eq__), layers),
+    "blend": (lambda a, b: jaxnorm.models.blend(a, b, 0.5), layers, layers),
+    "commit": (lambda v: jaxnorm.models.commit(v, momentum=0.9), gathering),
+    "discard": (jaxnorm.models.discard, gathering),
     "ema, average": (
-        lambda a, b: jaxnorm.ema(a, b, 0.5, batch_stats="average"),
+        lambda a, b: jaxnorm.models.ema(a, b, 0.5, batch_stats="average"),
         model,
         model,
     ),
-    "ema, copy": (lambda a, b: jaxnorm.ema(a, b, 1, batch_stats="copy"), model, model),
+    "ema, copy": (
+        lambda a, b: jaxnorm.models.ema(a, b, 1, batch_stats="copy"),
+        model,
+        model,
+    ),
     "ema, recalibrate": (
-        lambda a, b: jaxnorm.ema(a, b, 0, batch_stats="recalibrate"),
+        lambda a, b: jaxnorm.models.ema(a, b, 0, batch_stats="recalibrate"),
         model,
         model,
     ),
-    "freeze": (jaxnorm.freeze, layers),
+    "freeze": (jaxnorm.models.freeze, layers),
     "from_checkpoint": (
-        lambda v: jaxnorm.from_checkpoint("flax", v, v, keep="a".__eq__)[0],
+        lambda v: jaxnorm.models.from_checkpoint("flax", v, v, keep="a".__eq__)[0],
         lambda: {"batch_stats": layers()},
     ),
-    "join_norms": (
-        jaxnorm.join_norms,
-        lambda: jaxnorm.split_norms(model())[0],
-        lambda: jaxnorm.split_norms(model())[1],
+    "join": (
+        jaxnorm.models.join,
+        lambda: jaxnorm.models.split(model())[0],
+        lambda: jaxnorm.models.split(model())[1],
     ),
-    "merge_stats": (
-        lambda a, b: jaxnorm.merge_stats([a, b], where="b".__eq__),
+    "merge": (
+        lambda a, b: jaxnorm.models.merge([a, b], where="b".__eq__),
         layers,
         layers,
     ),
-    "reset_stats": (jaxnorm.reset_stats, layers),
-    "split_norms": (jaxnorm.split_norms, model),
-    "swap_stats": (jaxnorm.swap_stats, layers, layers),
-    "unfreeze": (jaxnorm.unfreeze, layers),
+    "reset": (jaxnorm.models.reset, layers),
+    "split": (jaxnorm.models.split, model),
+    "swap": (jaxnorm.models.swap, layers, layers),
+    "unfreeze": (jaxnorm.models.unfreeze, layers),
     "recalibrate": (
-        lambda v: jaxnorm.recalibrate(
+        lambda v: jaxnorm.models.recalibrate(
             lambda v, x: (
                 v["batch_stats"]
                 | {"b": jaxnorm.BatchNorm()(x, {}, v["batch_stats"]["b"])[1]}

@@ -17,7 +17,7 @@ from norms import Row, changed, initial_stats, problem
 from wrong_values import problem_of, told, unfiltered, wrong_for
 
 import jaxnorm
-from jaxnorm import axes
+from jaxnorm._axes import Axes
 
 __all__ = ["unfiltered"]  # a fixture
 
@@ -137,7 +137,7 @@ def test_axes_out_of_range(axis, ndim):
 def test_virtual_batches_that_are_not_equal(size):
     message = f"size={size} does not divide the batch of 7 examples"
     with pytest.raises(ValueError, match=message):
-        axes.virtual_batches((7, 4), -1, size)
+        Axes.virtual_batches((7, 4), -1, size)
 
 
 ROWS: dict[str, Row] = {}
@@ -145,18 +145,18 @@ for _row in ALL.values():
     ROWS.setdefault(type(_row.norm).__name__, _row)
 
 SHAPE = (8, 4, 2, 6)
-AXES = axes.keep(SHAPE, -1)
+AXES = Axes.keep(SHAPE, -1)
 IMAGES = np.linspace(-1, 1, 384, dtype=np.float32).reshape(SHAPE)
 KERNEL = np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 4, 6)
 STATS = {"mean": np.zeros(6, np.float32), "var": np.ones(6, np.float32)}
 ONES = jnp.ones((1, 1, 1, 6))
 MEASURED = jaxnorm.Moments(ONES, ONES, 64)
 PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "keep": (axes.keep, {"shape": SHAPE, "axis": -1}),
-    "over": (axes.over, {"shape": SHAPE, "reduction_axes": -1, "feature_axes": -1}),
-    "per_example": (axes.per_example, {"shape": SHAPE, "axis": -1}),
-    "groups": (axes.groups, {"shape": SHAPE, "axis": -1, "num_groups": 2}),
-    "virtual_batches": (axes.virtual_batches, {"shape": SHAPE, "axis": -1, "size": 2}),
+    "keep": (Axes.keep, {"shape": SHAPE, "axis": -1}),
+    "over": (Axes.over, {"shape": SHAPE, "reduction_axes": -1, "feature_axes": -1}),
+    "per_example": (Axes.per_example, {"shape": SHAPE, "axis": -1}),
+    "groups": (Axes.groups, {"shape": SHAPE, "axis": -1, "num_groups": 2}),
+    "virtual_batches": (Axes.virtual_batches, {"shape": SHAPE, "axis": -1, "size": 2}),
     "moments": (jaxnorm.moments, {"x": IMAGES, "axes": AXES}),
     "pool": (jaxnorm.pool, {"m": MEASURED, "total": lambda v: v.sum(0, keepdims=True)}),
     "sync": (jaxnorm.sync, {"m": MEASURED, "axis_name": None}),
@@ -313,7 +313,7 @@ def test_what_people_pass_by_habit():
         ),
         (
             lambda: norm.moments(x, -1),
-            r"axes must be a jaxnorm.Axes, as jaxnorm.axes.keep makes it, got -1",
+            r"axes must be a jaxnorm.Axes, as jaxnorm._axes.keep makes it, got -1",
         ),
         (
             lambda: norm.LayerNorm()(x, {}, {}, dtype="int8"),
@@ -370,7 +370,7 @@ def test_arrays_of_nothing(name):
         x = np.zeros([n * (a != axis) for a, n in enumerate(row.shape)], np.float32)
         features = row.norm.axes(x.shape).feature_shape
         inputs = {"domain": np.zeros(len(x), int)}
-        inputs = inputs if "domain" in row.norm.inputs else row.inputs(x)
+        inputs = inputs if "domain" in row.norm.required_inputs else row.inputs(x)
         if name == "cross_iteration" and not features[0]:
             continue  # the features of its kernel
         norm = functools.partial(row.norm, params={}, **inputs)

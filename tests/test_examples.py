@@ -201,7 +201,7 @@ def test_held_statistics_are_those_of_real_images():
     state = sgd.init(variables["params"])
     for hold in (True, False):
         new, _ = example.robust_step(sgd, hold, variables, state, batch)
-        stats = jaxnorm.unfreeze(new["batch_stats"])
+        stats = jaxnorm.models.unfreeze(new["batch_stats"])
         gaps = jax.tree.map(lambda a, b: abs(a - b).max(), stats, real)
         assert (max(jax.tree.leaves(gaps)) < 1e-6) == hold
 

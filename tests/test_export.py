@@ -163,7 +163,7 @@ def test_standardized_inputs():
         return seen, seen.apply(x, mask=mask), seen.invert(x)
 
     x = opened((2, 3, 4), [-1], ["b >= 2"])
-    inputs = jaxnorm.Standardize.init(4)
+    inputs = jaxnorm.Standardizer.init(4)
     mask = jax.ShapeDtypeStruct((x.shape[0], 1, 1), bool)
     program = exported(f, like(inputs), x, mask)
     for size in (2, 7):

@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm import Pair, affine_form, find_pairs, fold, fold_input, fold_output
-from jaxnorm.layers import path_name
-from jaxnorm.nnx.models import Identity
+from jaxnorm.models import Pair, affine_form, find_pairs, fold, fold_input, fold_output
+from jaxnorm.models._paths import path_name
+from jaxnorm.nnx._models import Identity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -65,7 +65,10 @@ def exact(v):
 @pytest.mark.parametrize("kept", [("mean", "var"), ("var",)])
 def test_affine_form(absent, kept):
     params, stats = drawn(
-        ({"scale": jnp.ones(5), "bias": jnp.ones(5)}, jaxnorm.init_stats(5, kept=kept))
+        (
+            {"scale": jnp.ones(5), "bias": jnp.ones(5)},
+            jaxnorm.init_stats(5, stat_names=kept),
+        )
     )
     params = {k: v for k, v in params.items() if k not in absent}
     given = {"scale": None, "bias": None} | params | {"control": jnp.ones(5)}

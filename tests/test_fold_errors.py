@@ -65,7 +65,7 @@ PAIRS = (
     [],
     {},
     PAIR,
-    jaxnorm.Pair(*PAIR),
+    jaxnorm.models.Pair(*PAIR),
     *([pair] for pair in (None, 1, "dense", ("dense",), (1, 2), (*PAIR, *"abcdef"))),
     *([(*PAIR, epsilon)] for epsilon in (-1, 1j, True, "1e-5")),
     [(*PAIR, 1e-5, "no")],
@@ -110,7 +110,7 @@ WRONG_FORM = {"layer": LAYERS, "a": ARRAYS, "b": ARRAYS, "axis": (*AXIS, None)}
 FLAGS_OF_CONVERT = {"use_scale": FLAGS, "use_bias": FLAGS}
 TOOLS = {
     "affine_form": Tool(
-        jaxnorm.affine_form,
+        jaxnorm.models.affine_form,
         {"params": {"scale": ONES}, "stats": STATS, "epsilon": 0.1},
         {
             "params": (*MAPPING, {"scale": "words"}, {"scale": jnp.ones(2)}),
@@ -118,24 +118,24 @@ TOOLS = {
             "epsilon": EPSILON,
         },
     ),
-    "fold_output": Tool(jaxnorm.fold_output, FORM, WRONG_FORM),
+    "fold_output": Tool(jaxnorm.models.fold_output, FORM, WRONG_FORM),
     "fold_input": Tool(
-        jaxnorm.fold_input,
+        jaxnorm.models.fold_input,
         FORM,
         WRONG_FORM | {"groups": (*COUNT, None), "padded": FLAG},
     ),
     "fold": Tool(
-        jaxnorm.fold,
+        jaxnorm.models.fold,
         {"variables": VARIABLES, "pairs": [PAIR], "epsilon": 0.1},
         {"variables": (*TREES, {}), "pairs": (*PAIRS, None), "epsilon": EPSILON},
     ),
     "find_pairs": Tool(
-        lambda apply, variables: jaxnorm.find_pairs(apply, variables, X),
+        lambda apply, variables: jaxnorm.models.find_pairs(apply, variables, X),
         {"apply": apply, "variables": VARIABLES},
         {"apply": (*FUNCTIONS, MODEL), "variables": TREES},
     ),
     "convert": Tool(
-        jaxnorm.convert,
+        jaxnorm.models.convert,
         {"variables": VARIABLES, "norm": jaxnorm.BatchRenorm()},
         {"variables": NORMS, "norm": (*NORM, MODEL), "where": FUNCTIONS}
         | FLAGS_OF_CONVERT,

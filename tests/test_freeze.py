@@ -15,7 +15,7 @@ from norms import NORMS, STATEFUL, moved, problem
 import jaxnorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
-from jaxnorm.layers import norm_params
+from jaxnorm.models._paths import norm_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -57,14 +57,14 @@ def test_every_switch_in_every_method(name):
     if name != "power":  # which normalizes by the past in training, too
         assert abs(trained - evaluated).max() > 1e-3
     for way, switches in WAYS.items():
-        marked = jaxnorm.freeze(stats, **switches)
+        marked = jaxnorm.models.freeze(stats, **switches)
         got, after = called(name, p.x, p.params, marked, p.mask)
         close(got, trained if way == "held" else evaluated)
         marks = {k: v for k, v in after.items() if k not in stats}
         assert {*marks} == {*marked} - {*stats}
-        close(jaxnorm.unfreeze(after), new if way == "running" else stats)
+        close(jaxnorm.models.unfreeze(after), new if way == "running" else stats)
         if way != "running":
-            same(jaxnorm.unfreeze(after), stats)
+            same(jaxnorm.models.unfreeze(after), stats)
         same(called(name, p.x, p.params, marked, p.mask, True), (evaluated, marked))
 
 
@@ -72,7 +72,7 @@ def test_every_switch_in_every_method(name):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_traced_flag_agrees_with_the_marks(name, way):
     p = problem(STATEFUL[name])
-    marked = jaxnorm.freeze(moved(STATEFUL[name]), **WAYS[way])
+    marked = jaxnorm.models.freeze(moved(STATEFUL[name]), **WAYS[way])
     for flag in (False, True):
         args = name, p.x, p.params, marked, p.mask
         close(called_traced(*args, flag), called(*args, flag))
@@ -87,7 +87,7 @@ def test_held_statistics_of_the_backward_pass_stay_too():
     stats = moved(STATEFUL["power"])
     grads = jax.jit(jax.grad(loss))
     assert abs(grads(p.params, stats)["control"]).max() > 0
-    held = grads(p.params, jaxnorm.freeze(stats, use_running_average=False))
+    held = grads(p.params, jaxnorm.models.freeze(stats, use_running_average=False))
     assert not held["control"].any() and abs(held["scale"]).max() > 0
 
 
@@ -96,17 +96,17 @@ def test_a_frozen_layer_takes_a_single_example():
     norm = jaxnorm.BatchNorm()
     with pytest.raises(ValueError, match="one single value"):
         norm(x, {}, stats)
-    y, _ = norm(x, {}, jaxnorm.freeze(stats))
+    y, _ = norm(x, {}, jaxnorm.models.freeze(stats))
     np.testing.assert_allclose(y, x, rtol=1e-5)
     with pytest.raises(ValueError, match="one single value"):
-        norm(x, {}, jaxnorm.freeze(stats, use_running_average=False))
+        norm(x, {}, jaxnorm.models.freeze(stats, use_running_average=False))
 
 
 def test_a_new_freeze_takes_the_place_of_the_old():
-    stats = jaxnorm.freeze(jaxnorm.init_stats(3))
-    stats = jaxnorm.freeze(stats, use_running_average=False)
-    assert jaxnorm.frozen(stats) == {"": WAYS["held"]}
-    stats = jaxnorm.freeze(stats, use_running_average=False, update=True)
+    stats = jaxnorm.models.freeze(jaxnorm.init_stats(3))
+    stats = jaxnorm.models.freeze(stats, use_running_average=False)
+    assert jaxnorm.models.frozen(stats) == {"": WAYS["held"]}
+    stats = jaxnorm.models.freeze(stats, use_running_average=False, update=True)
     assert sorted(stats) == ["mean", "var"]
 
 
@@ -151,10 +151,10 @@ def test_frozen_layers_stay_bit_for_bit(trained):
     )
     first = FIRST.__eq__
     before = variables["batch_stats"]
-    variables = variables | {"batch_stats": jaxnorm.freeze(before, first)}
+    variables = variables | {"batch_stats": jaxnorm.models.freeze(before, first)}
     optimizer = optax.multi_transform(
         {"frozen": optax.set_to_zero(), "trainable": optax.sgd(0.1)},
-        lambda params: jaxnorm.frozen_labels(params, first),
+        lambda params: jaxnorm.models.frozen_labels(params, first),
     )
     state, now = optimizer.init(variables["params"]), variables
     for _ in range(4):
@@ -166,7 +166,7 @@ def test_frozen_layers_stay_bit_for_bit(trained):
             *map(jax.tree.leaves, (now[kind][name], variables[kind][name])), strict=True
         )
         assert all((a != b).any() for a, b in pairs)
-    thawed = jaxnorm.unfreeze(now["batch_stats"], first)
+    thawed = jaxnorm.models.unfreeze(now["batch_stats"], first)
     assert thawed[FIRST].keys() == before[FIRST].keys()
 
 
@@ -174,7 +174,7 @@ def test_frozen_linen_models_need_no_mutable_statistics(trained):
     variables, _ = trained
     x = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
     for way in ("frozen", "held"):
-        stats = jaxnorm.freeze(variables["batch_stats"], **WAYS[way])
+        stats = jaxnorm.models.freeze(variables["batch_stats"], **WAYS[way])
         y: Any = Net().apply(variables | {"batch_stats": stats}, x)
         evaluated: Any = Net().apply(variables, x, train=False)
         assert np.array_equal(y, evaluated) == (way == "frozen")
@@ -191,7 +191,7 @@ def test_nothing_thaws_an_nnx_model():
     )
     x = np.random.default_rng(0).normal(3, 2, (16, 3)).astype(np.float32)
     stats = jx.variables(model)["batch_stats"]
-    jx.update(model, {"batch_stats": jaxnorm.freeze(stats, "layers/1".__eq__)})
+    jx.update(model, {"batch_stats": jaxnorm.models.freeze(stats, "layers/1".__eq__)})
     model.train()
 
     @nnx.jit
@@ -202,11 +202,11 @@ def test_nothing_thaws_an_nnx_model():
     grads = step(model)
     step(model)
     after = jx.variables(model)["batch_stats"]
-    same(jaxnorm.unfreeze(after)["layers"][1], stats["layers"][1])
+    same(jaxnorm.models.unfreeze(after)["layers"][1], stats["layers"][1])
     assert (after["layers"][2]["mean"] != stats["layers"][2]["mean"]).all()
     assert abs(jax.tree.leaves(grads)[0]).max() > 0
     # Nothing is written, so that it can be a constant of a traced function.
-    jx.update(model, {"batch_stats": jaxnorm.freeze(after)})
+    jx.update(model, {"batch_stats": jaxnorm.models.freeze(after)})
     assert jax.grad(lambda x: (model(x) ** 2).sum())(x).any()
     jx.update(model, {"batch_stats": after})
     # As in evaluation, in which the layer is one and the same function.
@@ -214,7 +214,7 @@ def test_nothing_thaws_an_nnx_model():
     model.eval()
     same(y, model.layers[1](x @ np.ones((3, 4), np.float32)))
     model.train()
-    jx.update(model, {"batch_stats": jaxnorm.unfreeze(after)})
+    jx.update(model, {"batch_stats": jaxnorm.models.unfreeze(after)})
     assert not hasattr(model.layers[1], "held")
     step(model)
     assert (model.layers[1].mean[...] != stats["layers"][1]["mean"]).all()
@@ -233,7 +233,7 @@ def test_an_nnx_model_is_written_whole_or_not_at_all():
     for stats, match in bad:
         with pytest.raises(ValueError, match=match):
             jx.update(model, {"batch_stats": {"layers": {0: stats}}})
-    wrong = {"batch_mean": np.ones(3), **jaxnorm.freeze(layer)}
+    wrong = {"batch_mean": np.ones(3), **jaxnorm.models.freeze(layer)}
     with pytest.raises(ValueError, match=r"'layers/0/batch_mean' are of shape \(3,\)"):
         jx.update(model, {"batch_stats": {"layers": {0: wrong}}})
     with pytest.raises(ValueError, match="got 'others'"):
@@ -246,7 +246,7 @@ def test_an_nnx_model_is_written_whole_or_not_at_all():
 
 def test_flax_s_own_norms_do_not_seem_frozen():
     model = nnx.Sequential(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-    stats = jaxnorm.freeze(jx.variables(model)["batch_stats"])
+    stats = jaxnorm.models.freeze(jx.variables(model)["batch_stats"])
     with pytest.raises(ValueError, match=r"'layers/0' is flax.*BatchNorm.*nnx.convert"):
         jx.update(model, {"batch_stats": stats})
     assert not hasattr(model.layers[0], "held")
@@ -271,12 +271,14 @@ def test_layers_in_a_scan_are_layers_like_any():
         return new[1]["batch_stats"]
 
     stats = variables["batch_stats"]
-    same(train(jaxnorm.freeze(stats)), jaxnorm.freeze(stats))
+    same(train(jaxnorm.models.freeze(stats)), jaxnorm.models.freeze(stats))
     once = train(stats)["BatchNorm_0"]
     assert once["mean"].shape == (2, 3)
-    gathered = jaxnorm.commit(train(jaxnorm.accumulate(stats)), momentum=0.9)
+    gathered = jaxnorm.models.commit(
+        train(jaxnorm.models.accumulate(stats)), momentum=0.9
+    )
     close(gathered["BatchNorm_0"], once)
-    whole = jaxnorm.recalibrate(
+    whole = jaxnorm.models.recalibrate(
         lambda variables, x: train(variables["batch_stats"], x), variables, [x]
     )
     close(0.1 * whole["BatchNorm_0"]["mean"], once["mean"])
@@ -285,8 +287,8 @@ def test_layers_in_a_scan_are_layers_like_any():
 def test_labels_and_masks_know_the_norms(trained):
     params = trained[0]["params"]
     assert {*norm_params(params)} == {"BatchNorm_0", "Norm_0", "LayerNorm_0"}
-    mask = jaxnorm.decay_mask(params)
-    labels = jaxnorm.frozen_labels(params, lambda path: path != "Norm_0")
+    mask = jaxnorm.models.decay_mask(params)
+    labels = jaxnorm.models.frozen_labels(params, lambda path: path != "Norm_0")
     for name, layer in params.items():
         for k in layer:
             assert mask[name][k] == name.startswith("Dense")
@@ -304,8 +306,8 @@ def test_the_parameters_of_every_method_are_known(name):
 
 def test_nothing_chosen_is_an_error(trained):
     variables, _ = trained
-    for call in (jaxnorm.freeze, jaxnorm.unfreeze):
+    for call in (jaxnorm.models.freeze, jaxnorm.models.unfreeze):
         with pytest.raises(ValueError, match="none of the layers.*BatchNorm_0.*Norm_0"):
             call(variables["batch_stats"], lambda path: "none" in path)
     with pytest.raises(ValueError, match="none of the norms.*LayerNorm_0"):
-        jaxnorm.frozen_labels(variables["params"], lambda path: False)
+        jaxnorm.models.frozen_labels(variables["params"], lambda path: False)

@@ -17,8 +17,9 @@ from flax import nnx
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm import health, running
-from jaxnorm.health import RULES
+from jaxnorm import _running as running
+from jaxnorm.models import health
+from jaxnorm.models._health.health import RULES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -39,7 +40,7 @@ def batch(tree, size: Any = 400, shift: Any = 0.0, ratio: Any = 1.0):
     return {"mean": mean, "var": np.maximum(var, 0), "size": size}
 
 
-def only(report) -> jaxnorm.LayerHealth:
+def only(report) -> jaxnorm.models.LayerHealth:
     (row,) = report.rows
     return row
 
@@ -152,7 +153,7 @@ def test_norms_without_scale(params):
 
 def test_a_norm_that_is_used_twice():
     x = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
-    norm, gathering = jaxnorm.BatchNorm(), jaxnorm.accumulate(stats())
+    norm, gathering = jaxnorm.BatchNorm(), jaxnorm.models.accumulate(stats())
     for batch in (x[:8], x[8:]):
         _, gathering = norm(batch, {}, gathering)
     report = health(
@@ -330,7 +331,7 @@ def test_a_linen_model():
     tree = variables["batch_stats"]
     for _ in range(40):
         tree = step(tree, x)
-    pooling = jaxnorm.accumulate(tree)
+    pooling = jaxnorm.models.accumulate(tree)
     assert health(pooling).rows == health(tree).rows  # there is no batch in it yet
 
     report = health(tree, variables["params"], fresh=step(pooling, x))
@@ -345,7 +346,7 @@ def test_a_linen_model():
         tree, variables["params"], fresh=other
     )
     assert "drift" in [f.rule for f in health(other).rows[1].findings]
-    part = jaxnorm.accumulate(tree, where=lambda path: path == "block_9")
+    part = jaxnorm.models.accumulate(tree, where=lambda path: path == "block_9")
     sizes = [row.size for row in health(tree, fresh=step(part, x)).rows]
     assert sizes == [64, None]
     where = lambda path: path == "block_9"  # noqa: E731
@@ -359,7 +360,7 @@ def test_an_nnx_model():
     x = jax.random.normal(jax.random.key(0), (8, 4))
     model(x)
     variables = jaxnorm.nnx.variables(model)
-    pooling = jaxnorm.accumulate(variables["batch_stats"])
+    pooling = jaxnorm.models.accumulate(variables["batch_stats"])
     jaxnorm.nnx.update(model, {"batch_stats": pooling})
     model(x)
     report = health(**jaxnorm.nnx.variables(model))
@@ -499,7 +500,7 @@ def test_without_matplotlib(report, monkeypatch):
 
 def test_importing_it_imports_neither_rich_nor_matplotlib():
     code = (
-        "import jaxnorm, sys; jaxnorm.health(jaxnorm.init_stats(1)); "
+        "import jaxnorm, sys; jaxnorm.models.health(jaxnorm.init_stats(1)); "
         "sys.exit(bool({'rich', 'matplotlib', 'flax'} & {*sys.modules}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,7 +15,7 @@ from test_activation import EXACT
 import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
-from jaxnorm import kernels
+from jaxnorm import _kernels as kernels
 
 CASES = {
     "layer": (jaxnorm.LayerNorm(), (6, 5, 256)),
@@ -32,7 +32,7 @@ def problem(name, dtype=np.float32):
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(0.5, 2, shape).astype(dtype) for _ in range(2))
     params = {
-        k: rng.uniform(0.5, 2, shape[-1:]).astype(np.float32) for k in norm.params
+        k: rng.uniform(0.5, 2, shape[-1:]).astype(np.float32) for k in norm.param_names
     }
     return norm, x, params, dy
 
@@ -61,7 +61,7 @@ def exact(norm, x, params):
     ref = kinds.get(type(norm))
     if ref is None:
         ref = functools.partial(reference.group_norm, num_groups=norm.num_groups)
-    args = [params[k] for k in norm.params]
+    args = [params[k] for k in norm.param_names]
     y = ref(np.asarray(x, np.float64), *args, epsilon=norm.epsilon).y
     return EXACT[norm.activation](y) if getattr(norm, "activation", None) else y
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from norms import assert_close
 
-from jaxnorm import Standardize, inputs
+from jaxnorm import Standardizer, _standardizer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,20 +63,20 @@ def assert_moments(stats, x, mask=None):
 )
 def test_axes(shape, axis, others):
     x = data(*shape, offset=3)
-    stats = Standardize.fit(x, axis=axis)
-    assert hash(stats.axis) == hash(Standardize.init(3, axis=axis).axis)
+    stats = Standardizer.fit(x, axis=axis)
+    assert hash(stats.axis) == hash(Standardizer.init(3, axis=axis).axis)
     exact = x.astype(np.float64)
     assert_close(stats.mean, exact.mean(others))
     assert_close(stats.var, exact.var(others))
     y = (exact - exact.mean(others, keepdims=True)) / exact.std(others, keepdims=True)
-    assert_close(jax.jit(Standardize.apply)(stats, x), y)
+    assert_close(jax.jit(Standardizer.apply)(stats, x), y)
     assert_close(stats.invert(stats.apply(x)), x, size=4)
 
 
 @pytest.mark.parametrize("axis", [-1, -3])
 def test_negative_axes_fit_one_example_too(axis):
     x = data(4, 3, 2, 3, offset=[1, 2, 3])
-    stats = Standardize.fit(x, axis=axis)
+    stats = Standardizer.fit(x, axis=axis)
     assert_close(stats.apply(x[0]), stats.apply(x)[0])
 
 
@@ -87,22 +87,22 @@ def test_any_split_gives_the_moments_of_the_whole(sizes):
     cuts = np.cumsum(sizes)[:-1]
     pieces = list(zip(np.split(x, cuts), np.split(mask, cuts), strict=True))
     update = jax.jit(lambda s, x, mask: s.update(x, mask=mask))
-    streamed = Standardize.init(4)
+    streamed = Standardizer.init(4)
     for batch, valid in pieces:
         streamed = update(streamed, batch, valid)
-    parts = [Standardize.fit(v, mask=m.astype(np.int32)) for v, m in pieces]
-    for stats in (streamed, functools.reduce(Standardize.merge, reversed(parts))):
+    parts = [Standardizer.fit(v, mask=m.astype(np.int32)) for v, m in pieces]
+    for stats in (streamed, functools.reduce(Standardizer.merge, reversed(parts))):
         assert_moments(stats, x, mask)
 
 
 def test_more_than_can_be_taken_at_once_is_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_SIZE", 5)
+    monkeypatch.setattr(_standardizer, "MAX_SIZE", 5)
     x, mask = data(4, 3, 4, **FAR), np.random.default_rng(1).random((4, 3, 1)) > 0.4
     rows = np.broadcast_to(mask, x.shape).reshape(-1, 4)
-    stats = Standardize.fit(np.where(mask, x, np.nan), mask=mask)
+    stats = Standardizer.fit(np.where(mask, x, np.nan), mask=mask)
     assert_moments(stats, x.reshape(-1, 4), rows)
     assert_moments(
-        Standardize.init(4).update(x, mask=mask[0]),
+        Standardizer.init(4).update(x, mask=mask[0]),
         x.reshape(-1, 4),
         np.tile(mask[0], (4, 1)),
     )
@@ -113,17 +113,17 @@ def test_ten_thousand_batches_in_a_scan():
 
     @jax.jit
     def run(x):
-        start = Standardize.init(4)
+        start = Standardizer.init(4)
         return jax.lax.scan(lambda s, batch: (s.update(batch), None), start, x)[0]
 
     assert_moments(run(x), x.reshape(-1, 4))
 
 
-def of_sizes(*sizes: int) -> Standardize:
+def of_sizes(*sizes: int) -> Standardizer:
     """Standard moments, as if of so many elements."""
     size = np.array(sizes, np.uint64)
     words = [jnp.asarray(v.astype(np.uint32)) for v in (size >> 32, size & 0xFFFFFFFF)]
-    start = Standardize.init(len(sizes))
+    start = Standardizer.init(len(sizes))
     return dataclasses.replace(
         start, var=jnp.ones(len(sizes)), size_high=words[0], size_low=words[1]
     )
@@ -156,7 +156,7 @@ def test_sizes_are_exact_without_a_limit():
 def test_half_precision(dtype):
     x = data(50, 3, offset=5, deviation=[1, 3, 300]).astype(dtype)
     exact = x.astype(np.float64)
-    stats = Standardize.fit(x)
+    stats = Standardizer.fit(x)
     assert stats.mean.dtype == stats.var.dtype == np.float32
     assert_moments(stats, exact)
     y = stats.apply(x)
@@ -173,7 +173,7 @@ def test_half_precision(dtype):
 
 def test_an_inverse_is_rounded_once():
     x = data(50, 3, offset=1e6, deviation=100)
-    stats = Standardize.fit(x)
+    stats = Standardizer.fit(x)
     y = jnp.asarray(stats.apply(x), jnp.bfloat16)
     exact = x.astype(np.float64)
     exact = exact.mean(0) + exact.std(0) * np.asarray(y, np.float64)
@@ -186,7 +186,7 @@ def test_an_inverse_is_rounded_once():
 def test_integers(dtype):
     top = {"b1": 2.0, "u1": 255.0, "i4": 2.0**23}.get(np.dtype(dtype).str[1:], 2.0**40)
     x = (np.random.default_rng(0).random((6, 5, 3)) * top).astype(int).astype(dtype)
-    stats, exact = Standardize.fit(x), x.astype(np.float64)
+    stats, exact = Standardizer.fit(x), x.astype(np.float64)
     assert_close(stats.mean / top, exact.mean((0, 1)) / top)
     y = stats.apply(x)
     assert y.dtype == np.float32
@@ -212,8 +212,8 @@ def test_what_float32_has_too_few_digits_for(kind):
     exact = np.asarray(x, np.float64)
     mask = rng.random(exact.shape) > 0.3
     scaled = (exact - exact.mean(0)) / exact.std(0)
-    whole = Standardize.fit(x)
-    parts = Standardize.init(3).update(x[:15]).merge(Standardize.fit(x[15:]))
+    whole = Standardizer.fit(x)
+    parts = Standardizer.init(3).update(x[:15]).merge(Standardizer.fit(x[15:]))
     for stats in (whole, parts):
         assert stats.mean.dtype == np.float32
         assert_moments(stats, exact)
@@ -222,9 +222,9 @@ def test_what_float32_has_too_few_digits_for(kind):
         assert_close(y, scaled)
         assert_close(stats.invert(y) / 1e9, exact / 1e9)
         np.testing.assert_array_equal(stats.apply(x, mask=mask)[~mask], 0)
-    assert_moments(Standardize.fit(x, mask=mask), exact, mask)
+    assert_moments(Standardizer.fit(x, mask=mask), exact, mask)
     # Also where the data is a constant of a compiled function.
-    compiled = jax.jit(lambda: Standardize.fit(x).apply(x))()
+    compiled = jax.jit(lambda: Standardizer.fit(x).apply(x))()
     assert_close(compiled, scaled)
 
 
@@ -232,33 +232,33 @@ def test_missing_values_of_wide_data():
     x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
     mask = np.random.default_rng(1).random(x.shape) > 0.3
     for junk in (np.nan, np.inf, 1e300):
-        assert_moments(Standardize.fit(np.where(mask, x, junk), mask=mask), x, mask)
+        assert_moments(Standardizer.fit(np.where(mask, x, junk), mask=mask), x, mask)
 
 
 def test_constants_of_wide_data():
     x = np.broadcast_to([0.1, 1.7e9 + 0.1, -1e15, 0], (6, 4))
-    stats = Standardize.init(4).update(x).update(x)
+    stats = Standardizer.init(4).update(x).update(x)
     np.testing.assert_array_equal(stats.deviation, np.zeros(4))
     np.testing.assert_array_equal(stats.apply(x + 1), np.zeros((6, 4)))
     np.testing.assert_array_equal(stats.invert(np.ones(4)), x[0].astype(np.float32))
     # What is rounding in float32 is none in float64.
     noise = np.where(np.arange(64) % 2, EPS, -EPS)[:, None] * np.array([1, 1 / 4])
-    assert_close(abs(Standardize.fit(1.5 + noise).apply(1.5 + noise)), 1)
+    assert_close(abs(Standardizer.fit(1.5 + noise).apply(1.5 + noise)), 1)
 
 
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(40, 3)) + 1e9
-        stats = Standardize.init(3, dtype=np.float64).update(x[:5]).update(x[5:])
+        stats = Standardizer.init(3, dtype=np.float64).update(x[:5]).update(x[5:])
         assert stats.mean.dtype == stats.var.dtype == np.float64
         np.testing.assert_allclose(stats.var, x.var(0), rtol=1e-11)
         y = stats.apply(x)
         assert y.dtype == np.float64
         np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-6)
-        assert Standardize.init(3).mean.dtype == np.float32
-        assert Standardize.init(3, dtype=jnp.bfloat16).var.dtype == np.float32
+        assert Standardizer.init(3).mean.dtype == np.float32
+        assert Standardizer.init(3, dtype=jnp.bfloat16).var.dtype == np.float32
         # Wider data widens, narrower data is read by the wider moments.
-        narrow = Standardize.fit(x.astype(np.float32))
+        narrow = Standardizer.fit(x.astype(np.float32))
         assert narrow.merge(stats).var.dtype == np.float64
         assert narrow.apply(x).dtype == np.float64
         for call in (stats.apply, stats.invert):
@@ -266,7 +266,7 @@ def test_float64_stays_float64():
         assert stats.apply(jnp.ones(3, jnp.bfloat16)).dtype == jnp.bfloat16
         assert stats.invert(jnp.ones(3, jnp.bfloat16)).dtype == np.float64
         # The moments hold more digits than their dtype has.
-        narrow = Standardize.fit(data(40, 3, offset=1e6, deviation=100))
+        narrow = Standardizer.fit(data(40, 3, offset=1e6, deviation=100))
         exact = data(40, 3, offset=1e6, deviation=100).astype(np.float64)
         y = (exact - exact.mean(0)) / exact.std(0)
         back = narrow.invert(y, dtype=np.float64)
@@ -276,11 +276,11 @@ def test_float64_stays_float64():
 def test_what_rounding_cut_off_the_mean_is_subtracted():
     x = data(4000, 3, offset=[1e4, -1e4, 3e4])
     exact = x.astype(np.float64)
-    y = Standardize.fit(x).apply(x)
+    y = Standardizer.fit(x).apply(x)
     # The mean itself is rounded by up to 1e-3 of a deviation.
     assert_close(y, (exact - exact.mean(0)) / exact.std(0))
     assert abs(np.asarray(y, np.float64).mean(0)).max() < 1e-6
-    np.testing.assert_array_equal(Standardize.fit(x).invert(y), x)
+    np.testing.assert_array_equal(Standardizer.fit(x).invert(y), x)
 
 
 CONSTANTS = np.array(
@@ -294,7 +294,7 @@ def test_constants_become_zero_and_come_back(count, batches):
     x = np.broadcast_to(CONSTANTS, (count, 8))
     fit = jax.jit(
         lambda x: jax.lax.fori_loop(
-            0, batches, lambda _, s: s.update(x), Standardize.init(8)
+            0, batches, lambda _, s: s.update(x), Standardizer.init(8)
         )
     )
     stats = fit(x)
@@ -312,7 +312,7 @@ def test_a_deviation_of_roundoff_is_constant_and_more_is_not():
     value = np.float32(1.5)
     noise = np.where(np.arange(64) % 2, EPS, -EPS)[:, None].astype(np.float32)
     x = value + noise * np.array([0, 1, 4], np.float32)
-    y = np.asarray(Standardize.fit(x).apply(x))
+    y = np.asarray(Standardizer.fit(x).apply(x))
     np.testing.assert_array_equal(y[:, :2], np.zeros((64, 2)))
     assert_close(abs(y[:, 2]), 1)
 
@@ -321,7 +321,7 @@ def test_a_deviation_of_roundoff_is_constant_and_more_is_not():
 def test_of_nothing_is_the_identity(shape):
     x = data(6, 3, offset=100)
     valid = np.array([True, True, False])
-    for empty in (Standardize.init(3), Standardize.fit(np.zeros(shape, np.float32))):
+    for empty in (Standardizer.init(3), Standardizer.fit(np.zeros(shape, np.float32))):
         np.testing.assert_array_equal(empty.size, [0, 0, 0])
         np.testing.assert_array_equal(empty.apply(x), x)
         np.testing.assert_array_equal(empty.invert(x), x)
@@ -334,9 +334,9 @@ def test_of_nothing_is_the_identity(shape):
 def test_nan_spoils_its_feature_only_and_missing_values_are_masked():
     x = data(5, 3, offset=4)
     x[2, 1] = np.nan
-    assert np.isnan(Standardize.fit(x).mean).tolist() == [False, True, False]
+    assert np.isnan(Standardizer.fit(x).mean).tolist() == [False, True, False]
     mask = ~np.isnan(x)
-    stats = Standardize.fit(x, mask=mask)
+    stats = Standardizer.fit(x, mask=mask)
     assert_moments(stats, x, mask)
     y = stats.apply(x, mask=mask)
     assert y[2, 1] == 0
@@ -356,7 +356,7 @@ def test_devices_share_out_a_stream(vma):
         out_specs=P(),
         check_vma=vma,
     )
-    stats = Standardize.init(4)
+    stats = Standardizer.init(4)
     for rows in (slice(0, 8), slice(8, 24)):
         stats = jax.jit(update)(stats, np.where(mask, x, np.nan)[rows], mask[rows])
     assert_moments(stats, x, mask)
@@ -366,23 +366,23 @@ def test_sharded_arrays_need_nothing():
     x = data(16, 4, **FAR)
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
     spread = jax.device_put(x, NamedSharding(mesh, P("data")))
-    stats = jax.jit(Standardize.fit)(spread)
+    stats = jax.jit(Standardizer.fit)(spread)
     assert_moments(stats, x)
-    y = jax.jit(Standardize.apply)(stats, spread)
+    y = jax.jit(Standardizer.apply)(stats, spread)
     assert y.sharding == spread.sharding
-    assert_close(y, Standardize.fit(x).apply(x))
+    assert_close(y, Standardizer.fit(x).apply(x))
 
 
 def test_vmap_fits_one_for_each():
     x = data(3, 6, 4, offset=[1, 2, 3, 4])
-    each = jax.vmap(Standardize.fit)(x)
+    each = jax.vmap(Standardizer.fit)(x)
     for i in range(3):
         assert_moments(jax.tree.map(lambda v, i=i: v[i], each), x[i])
 
 
 def test_moments_get_no_gradient_and_inputs_do():
     x = data(6, 3, offset=2, deviation=[1, 2, 0])
-    stats = Standardize.fit(x)
+    stats = Standardizer.fit(x)
 
     def loss(mean, var, x):
         moved = dataclasses.replace(stats, mean=mean, var=var)
@@ -404,28 +404,28 @@ def pointers(*trees):
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_no_array_shares_a_buffer_with_another(shape, dtype):
     x = jnp.ones(shape, dtype)
-    start = Standardize.init(3)
+    start = Standardizer.init(3)
 
     def made():
         yield (start,)
-        fitted = Standardize.fit(x)
+        fitted = Standardizer.fit(x)
         yield fitted, x
-        yield jax.jit(Standardize.fit)(x), x
-        for update in (Standardize.update, jax.jit(Standardize.update)):
+        yield jax.jit(Standardizer.fit)(x), x
+        for update in (Standardizer.update, jax.jit(Standardizer.update)):
             yield update(start, x), start, x
-        for merge in (Standardize.merge, jax.jit(Standardize.merge)):
+        for merge in (Standardizer.merge, jax.jit(Standardizer.merge)):
             yield merge(fitted, start), fitted, start
-        yield (jax.jit(lambda: Standardize.init(3))(),)
+        yield (jax.jit(lambda: Standardizer.init(3))(),)
 
     for trees in made():
         assert len(set(pointers(*trees))) == len(pointers(*trees))
-    update = jax.jit(Standardize.update, donate_argnums=0)
+    update = jax.jit(Standardizer.update, donate_argnums=0)
     stats = update(update(start, x), x)
-    np.testing.assert_array_equal(stats.size, 2 * Standardize.fit(x).size)
+    np.testing.assert_array_equal(stats.size, 2 * Standardizer.fit(x).size)
 
 
 def test_a_checkpoint_of_flax_or_any_other_holds_its_leaves():
-    stats = Standardize.fit(data(6, 3), axis=-1)
+    stats = Standardizer.fit(data(6, 3), axis=-1)
     leaves, structure = jax.tree.flatten(stats)
     assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 6
     loaded = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
@@ -435,7 +435,7 @@ def test_a_checkpoint_of_flax_or_any_other_holds_its_leaves():
 
 
 class Linen(nn.Module):
-    inputs: Standardize
+    inputs: Standardizer
 
     @nn.compact
     def __call__(self, x):
@@ -444,7 +444,7 @@ class Linen(nn.Module):
 
 def test_a_constant_of_a_flax_linen_model():
     x = data(6, 3, offset=1e4)
-    model = Linen(Standardize.fit(x))
+    model = Linen(Standardizer.fit(x))
     variables = model.init(jax.random.key(0), x)
     assert list(variables) == ["params"]
     run = jax.jit(lambda model, v, x: model.apply(v, x), static_argnums=0)
@@ -457,7 +457,7 @@ def test_a_constant_of_a_flax_linen_model():
 class Streaming(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        seen = self.variable("input_stats", "seen", Standardize.init, x.shape[-1])
+        seen = self.variable("input_stats", "seen", Standardizer.init, x.shape[-1])
         if train and not self.is_initializing():
             seen.value = seen.value.update(x)
         return seen.value.apply(x)
@@ -484,7 +484,7 @@ class Nnx(nnx.Module):
 
 def test_a_constant_of_a_flax_nnx_model():
     x = data(6, 3, offset=1e4)
-    stats = Standardize.fit(x)
+    stats = Standardizer.fit(x)
     model = Nnx(nnx.data(stats), nnx.Rngs(0))
     assert_close(nnx.jit(lambda m, x: m(x))(model, x), model.dense(stats.apply(x)))
     gradient = nnx.grad(lambda m: m(x).sum())(model)
@@ -493,7 +493,7 @@ def test_a_constant_of_a_flax_nnx_model():
 
 def test_a_variable_of_a_flax_nnx_model():
     x = data(8, 3, offset=5)
-    model = Nnx(nnx.Variable(Standardize.init(3)), nnx.Rngs(0))
+    model = Nnx(nnx.Variable(Standardizer.init(3)), nnx.Rngs(0))
 
     @nnx.jit
     def see(model, x):
@@ -504,7 +504,7 @@ def test_a_variable_of_a_flax_nnx_model():
     assert_moments(model.inputs.get_value(), x)
 
 
-SEEN = Standardize.init(3)
+SEEN = Standardizer.init(3)
 
 
 @pytest.mark.parametrize(
@@ -519,62 +519,62 @@ SEEN = Standardize.init(3)
         (lambda: SEEN.invert(jnp.ones((2, 4))), ValueError, "of an input of shape"),
         (lambda: SEEN.update(jnp.ones((3, 1))), ValueError, "of an input of shape"),
         (
-            lambda: SEEN.merge(Standardize.init(1)),
+            lambda: SEEN.merge(Standardizer.init(1)),
             ValueError,
             r"of shapes \(3,\) and \(1,\): fit both parts",
         ),
         (
             lambda: SEEN.merge(cast(Any, jnp.ones((2, 3)))),
             TypeError,
-            "merge takes another Standardize, got .*: pass a batch of data to update",
+            "merge takes another Standardizer, got .*: pass a batch of data to update",
         ),
         (
-            lambda: Standardize.fit(jnp.ones(3), axis=1),
+            lambda: Standardizer.fit(jnp.ones(3), axis=1),
             ValueError,
             "axis=1 is out of range for an array of rank 1",
         ),
         (
-            lambda: Standardize.fit(jnp.ones(3), axis=cast(Any, 0.5)),
+            lambda: Standardizer.fit(jnp.ones(3), axis=cast(Any, 0.5)),
             TypeError,
             "axis must be an integer",
         ),
         (
-            lambda: Standardize.fit(jnp.ones((3, 2)), mask=jnp.ones(3)),
+            lambda: Standardizer.fit(jnp.ones((3, 2)), mask=jnp.ones(3)),
             ValueError,
             r"mask of shape \(3,\) does not broadcast",
         ),
         (
-            lambda: Standardize.fit(cast(Any, (jnp.ones((3, 2)) for _ in range(2)))),
+            lambda: Standardizer.fit(cast(Any, (jnp.ones((3, 2)) for _ in range(2)))),
             TypeError,
-            "got an iterator, generator: start from Standardize.init",
+            "got an iterator, generator: start from Standardizer.init",
         ),
         (
-            lambda: Standardize.fit(jnp.ones((3, 2), jnp.complex64)),
+            lambda: Standardizer.fit(jnp.ones((3, 2), jnp.complex64)),
             TypeError,
             "takes real data, got complex64",
         ),
         (
-            lambda: Standardize.fit(jnp.ones((3, 2)), axis_name="data"),
+            lambda: Standardizer.fit(jnp.ones((3, 2)), axis_name="data"),
             ValueError,
             "axis_name='data' is not bound here",
         ),
         (
-            lambda: Standardize.fit(3.0),
+            lambda: Standardizer.fit(3.0),
             ValueError,
             "axis=-1 is out of range for a scalar, which has no axes: pass an array",
         ),
         (
-            lambda: Standardize.fit(jnp.ones(3), axis=cast(Any, None)),
+            lambda: Standardizer.fit(jnp.ones(3), axis=cast(Any, None)),
             TypeError,
             "axis must be an integer or a sequence of integers, got None",
         ),
         (
-            lambda: Standardize.fit(np.ma.masked_less(np.ones((3, 2)), 0)),
+            lambda: Standardizer.fit(np.ma.masked_less(np.ones((3, 2)), 0)),
             TypeError,
             "got a masked array of NumPy: pass x.data, and mask=",
         ),
         (
-            lambda: Standardize.fit(jnp.ones((3, 2)), mask=np.full((3, 2), 0.5)),
+            lambda: Standardizer.fit(jnp.ones((3, 2)), mask=np.full((3, 2), 0.5)),
             ValueError,
             "mask must be boolean, or 0 and 1, got 0.5 .*: weights are no mask",
         ),
@@ -598,7 +598,7 @@ def test_errors(call, kind, message):
 @pytest.mark.parametrize("dtype", [jnp.complex64, np.int32, "half a float", None])
 def test_dtypes_that_moments_cannot_have(dtype):
     with pytest.raises(TypeError, match="dtype must be one of real floating point"):
-        Standardize.init(3, dtype=dtype)
+        Standardizer.init(3, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -608,9 +608,9 @@ def test_dtypes_that_moments_cannot_have(dtype):
 )
 def test_shapes_that_features_cannot_have(shape, kind):
     with pytest.raises(kind, match="feature_shape must "):
-        Standardize.init(shape)
+        Standardizer.init(shape)
     with pytest.raises(TypeError, match="axis must be an integer or a sequence"):
-        Standardize.init(3, axis=cast(Any, "b"))
+        Standardizer.init(3, axis=cast(Any, "b"))
 
 
 @pytest.mark.parametrize(
@@ -618,8 +618,8 @@ def test_shapes_that_features_cannot_have(shape, kind):
 )
 def test_what_is_no_data(x):
     message = "the data must be one array of real numbers, got"
-    for call in (Standardize.fit, SEEN.update, SEEN.apply, SEEN.invert):
+    for call in (Standardizer.fit, SEEN.update, SEEN.apply, SEEN.invert):
         with pytest.raises(TypeError, match=message):
             call(x)
-    with pytest.raises(TypeError, match="merge takes another Standardize"):
+    with pytest.raises(TypeError, match="merge takes another Standardizer"):
         SEEN.merge(x)

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm.kernels import columns, rows, spread, support
+from jaxnorm._kernels import columns, rows, spread, support
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -477,17 +477,17 @@ def test_reasons(pattern, name, shape, dtypes, says):
 
 
 def test_no_reason():
-    assert support.reason("rows", "triton", (8, 100), "bfloat16") is None
-    assert support.reason("rows", "mosaic", (8, 384), "float16", "float32") is None
-    assert support.reason("columns", "triton", (2, 49, 3), "float32") is None
-    assert support.reason("columns", "mosaic", (2, 48, 192), "float32") is None
+    assert support.why_unfit("rows", "triton", (8, 100), "bfloat16") is None
+    assert support.why_unfit("rows", "mosaic", (8, 384), "float16", "float32") is None
+    assert support.why_unfit("columns", "triton", (2, 49, 3), "float32") is None
+    assert support.why_unfit("columns", "mosaic", (2, 48, 192), "float32") is None
 
 
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match="pattern='diagonals' is none of"):
-        support.reason("diagonals", "triton", (8, 8), "float32")
+        support.why_unfit("diagonals", "triton", (8, 8), "float32")
     with pytest.raises(ValueError, match="backend='cuda' is none of"):
-        support.reason("rows", "cuda", (8, 8), "float32")
+        support.why_unfit("rows", "cuda", (8, 8), "float32")
     x = normal(1, 4, 8)
     vector = normal(1, 8)
     call = functools.partial(columns.gradient_sums, x, x, vector, backend="triton")
@@ -516,19 +516,19 @@ def test_a_kernel_that_does_not_fit_raises():
 def test_a_backend_that_jax_lacks_is_a_reason(name, monkeypatch):
     support.unavailable.cache_clear()
     monkeypatch.setitem(sys.modules, support.BACKENDS[name][0], None)
-    says = support.reason("rows", name, (8, 128), "float32")
+    says = support.why_unfit("rows", name, (8, 128), "float32")
     assert says is not None and "cannot import" in says and jax.__version__ in says
     monkeypatch.undo()
     support.unavailable.cache_clear()
     monkeypatch.setitem(support.BACKENDS, name, (support.BACKENDS[name][0], ("gone",)))
-    says = support.reason("rows", name, (8, 128), "float32")
+    says = support.why_unfit("rows", name, (8, 128), "float32")
     assert says is not None and "has no ['gone']" in says
     support.unavailable.cache_clear()
 
 
 def test_pallas_is_imported_by_need_only():
     code = (
-        "import sys, jaxnorm, jaxnorm.kernels.rows, jaxnorm.kernels.columns\n"
+        "import sys, jaxnorm, jaxnorm._kernels.rows, jaxnorm._kernels.columns\n"
         "assert not [k for k in sys.modules if 'experimental.pallas' in k]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -523,7 +523,7 @@ def test_statistics_that_do_not_fit_are_refused(name):
     "kind", sorted({type(r.norm) for r in NORMS.values()}, key=str)
 )
 def test_methods_that_share_nothing_take_no_axis_name(kind):
-    if kind.pools:
+    if kind.can_sync:
         kind(axis_name="d")
         return
     with pytest.raises(ValueError, match="shares nothing between devices"):

@@ -282,10 +282,10 @@ def test_pooled_statistics_of_complex_inputs(api):
     layer = Layer(api, "BatchNorm", x.real)
     if api == "nnx":
         jaxnorm.nnx.update(
-            layer.module, jaxnorm.accumulate(jaxnorm.nnx.variables(layer.module))
+            layer.module, jaxnorm.models.accumulate(jaxnorm.nnx.variables(layer.module))
         )
     else:
-        layer.variables = jaxnorm.accumulate(layer.variables)
+        layer.variables = jaxnorm.models.accumulate(layer.variables)
     layer(x)
     exact = np.asarray(x, np.complex128)
     mean = layer.stats["batch_mean"]

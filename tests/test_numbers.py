@@ -24,8 +24,8 @@ from norms import (
 )
 
 import jaxnorm
-from jaxnorm import axes as axes_of
-from jaxnorm.moments import _about_a_pivot
+from jaxnorm._axes import Axes
+from jaxnorm._moments import _about_a_pivot
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_norm = pytest.mark.parametrize("name", NORMS)
@@ -356,7 +356,7 @@ def test_pooling_sets_is_the_moments_of_their_union():
 
 def test_moments_about_a_pivot_of_nothing_are_zero():
     """What runs where there is no CPU: an empty shard that still has positions."""
-    axes = axes_of.keep((0, 5, 3), -1)
+    axes = Axes.keep((0, 5, 3), -1)
     for value in _about_a_pivot(axes, jnp.zeros(axes.shape), None, 0):
         np.testing.assert_array_equal(value, np.zeros((1, 1, 3)))
 

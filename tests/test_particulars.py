@@ -249,13 +249,13 @@ def test_filter_response_norm_of_one_position():
 def test_controls_are_labelled_by_their_own_name():
     norm = jaxnorm.OnlineNorm()
     tree = {"control": {"scale": 0, "control_mean": 0}, "controller": 0}
-    assert jaxnorm.control_labels(tree) == {
+    assert jaxnorm.models.control_labels(tree) == {
         "control": {"scale": "parameter", "control_mean": "control"},
         "controller": "parameter",
     }
     with jax.numpy_dtype_promotion("standard"):
         params = nnx.state(jx.Norm(norm, 3), nnx.Param)
-    found = jaxnorm.control_labels(params)
+    found = jaxnorm.models.control_labels(params)
     assert sorted(jax.tree.leaves(found)) == ["control"] * 2 + ["parameter"] * 2
 
 
@@ -263,7 +263,8 @@ def test_optax_renews_the_controls():
     norm = jaxnorm.PowerNorm()
     params, stats = norm.init_params((3,)), norm.init_stats((3,))
     optimizer = optax.multi_transform(
-        {"parameter": optax.sgd(0.1), "control": optax.sgd(1.0)}, jaxnorm.control_labels
+        {"parameter": optax.sgd(0.1), "control": optax.sgd(1.0)},
+        jaxnorm.models.control_labels,
     )
     x, ct = numbers(8, 3), numbers(8, 3, seed=1)
     grads = jax.grad(lambda p: (norm(x, p, stats)[0] * ct).sum())(params)

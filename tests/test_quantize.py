@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from norms import assert_close
 
 import jaxnorm
-from jaxnorm import quantization_aware_layer
+from jaxnorm.models import quantization_aware_layer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_dtypes")
 
@@ -148,7 +148,7 @@ def test_with_a_coarse_quantizer_frozen_is_what_inference_computes():
 @pytest.mark.parametrize("by_running", [False, True])
 @pytest.mark.parametrize("update", [False, True])
 def test_marks_of_freeze_hold(by_running, update):
-    stats = jaxnorm.freeze(STATS, use_running_average=by_running, update=update)
+    stats = jaxnorm.models.freeze(STATS, use_running_average=by_running, update=update)
     assert_same(aware(X, KERNEL, stats), composed(X, KERNEL, stats))
 
 

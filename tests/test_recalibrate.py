@@ -67,7 +67,7 @@ def assert_moments(stats, x, rtol=1e-6, unbiased=False):
 )
 def test_the_moments_are_those_of_the_whole_however_it_is_split(sizes):
     before = variables()
-    stats = jaxnorm.recalibrate(apply, before, split(*sizes))
+    stats = jaxnorm.models.recalibrate(apply, before, split(*sizes))
     assert jax.tree.structure(stats) == jax.tree.structure(before["batch_stats"])
     assert_moments(stats["input"], EXACT, rtol=2e-5)
 
@@ -76,7 +76,7 @@ def test_hidden_layers_see_batches_unless_told_otherwise():
     # Near 0, as a running mean of 3000 is rounded by a thousandth of the deviation.
     data = DATA - np.array([3000, 0, 0], np.float32)
     before, batches = variables(), np.split(data, 3)
-    stats = jaxnorm.recalibrate(apply, before, batches)
+    stats = jaxnorm.models.recalibrate(apply, before, batches)
     hidden = [hidden_in_float64(before, batch.astype(np.float64)) for batch in batches]
     assert_moments(stats["hidden"], np.concatenate(hidden), rtol=1e-5)
     passes = []
@@ -85,7 +85,7 @@ def test_hidden_layers_see_batches_unless_told_otherwise():
         passes.append(1)
         return batches
 
-    exact = jaxnorm.recalibrate(
+    exact = jaxnorm.models.recalibrate(
         apply, before, batches, layer_by_layer=True, progress=progress
     )
     whole = data.astype(np.float64)
@@ -127,7 +127,9 @@ def test_layers_of_a_scan_are_recalibrated_one_by_one():
     def apply(variables, x):
         return stack.apply(variables, x, True, mutable=True)[1]["batch_stats"]
 
-    stats = jaxnorm.recalibrate(apply, before, np.split(data, 3), layer_by_layer=True)
+    stats = jaxnorm.models.recalibrate(
+        apply, before, np.split(data, 3), layer_by_layer=True
+    )
     result: Any = stack.apply({**before, "batch_stats": stats}, data, False)
     normalized = result[1]
     np.testing.assert_allclose(normalized.mean((1, 2)), 0, atol=1e-4)
@@ -139,7 +141,7 @@ def test_layers_left_out_normalize_by_their_statistics():
     before = variables()
     own = {"mean": jnp.array([1.0, 0, -1]), "var": jnp.array([2.0, 1, 3])}
     before = {**before, "batch_stats": before["batch_stats"] | {"input": own}}
-    stats = jaxnorm.recalibrate(
+    stats = jaxnorm.models.recalibrate(
         apply, before, [data], where="hidden".__eq__, layer_by_layer=True
     )
     mean, var = (np.asarray(v, np.float64) for v in own.values())
@@ -157,8 +159,8 @@ def test_a_norm_that_is_called_twice_cannot_settle():
 
     tree = {"batch_stats": {"norm": norm.init_stats((FEATURES,))}}
     with pytest.raises(ValueError, match=r"\['norm'\] do not settle.*several times"):
-        jaxnorm.recalibrate(apply, tree, [DATA], layer_by_layer=True)
-    jaxnorm.recalibrate(apply, tree, [DATA])
+        jaxnorm.models.recalibrate(apply, tree, [DATA], layer_by_layer=True)
+    jaxnorm.models.recalibrate(apply, tree, [DATA])
 
 
 def test_evaluation_after_it_is_normalized():
@@ -167,7 +169,7 @@ def test_evaluation_after_it_is_normalized():
     for name in ("input", "hidden"):
         unit[name]["scale"] = jnp.ones_like(unit[name]["scale"])
     unit["dense"]["kernel"] = before["params"]["dense"]["kernel"]
-    stats = jaxnorm.recalibrate(
+    stats = jaxnorm.models.recalibrate(
         apply, before | {"params": unit}, split(10, 20, 18), layer_by_layer=True
     )
     y: Any = Net().apply({"params": unit, "batch_stats": stats}, DATA, train=False)
@@ -191,9 +193,9 @@ def test_the_number_of_devices_does_not_matter(way):
         on_shards, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
     )
     call = apply if way == "jit" else spread
-    stats = jaxnorm.recalibrate(call, variables(), batches)
+    stats = jaxnorm.models.recalibrate(call, variables(), batches)
     assert_moments(stats["input"], EXACT, rtol=2e-5)
-    one = jaxnorm.recalibrate(apply, variables(), split(8, 24, 16))
+    one = jaxnorm.models.recalibrate(apply, variables(), split(8, 24, 16))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5), stats, one)
 
 
@@ -207,13 +209,13 @@ def test_any_signature_any_iterable_and_masks():
     def masked(variables, batch):
         return Net().apply(variables, **batch, mutable=True)[1]["batch_stats"]
 
-    stats = jaxnorm.recalibrate(masked, variables(), batches())
+    stats = jaxnorm.models.recalibrate(masked, variables(), batches())
     valid = [batch["x"][batch["mask"][..., 0]] for batch in batches()]
     assert_moments(stats["input"], np.concatenate(valid).astype(np.float64), rtol=2e-5)
 
 
 def test_the_variance_may_be_unbiased():
-    stats = jaxnorm.recalibrate(apply, variables(), split(8, 40), unbiased=True)
+    stats = jaxnorm.models.recalibrate(apply, variables(), split(8, 40), unbiased=True)
     assert_moments(stats["input"], EXACT, rtol=2e-5, unbiased=True)
 
 
@@ -234,17 +236,17 @@ def test_counts_have_no_limit():
     many, few = np.array([2**31 - 2], np.int32), np.array([8], np.int32)
     means = np.array([[0.0], [1.0], [2.0], [3.0], [1e6]], np.float32)
     batches = list(zip(means, [many] * 4 + [few], strict=True))
-    stats = jaxnorm.recalibrate(apply, tree, batches)["norm"]
+    stats = jaxnorm.models.recalibrate(apply, tree, batches)["norm"]
     mean = (1.5 * 4 * (2**31 - 2) + 8e6) / 2**33
     np.testing.assert_allclose(stats["mean"], mean, 1e-6)
-    apart = (means[:, 0] - mean) ** 2
-    var = 1 + (apart[:4].sum() * (2**31 - 2) + apart[4] * 8) / 2**33
+    offset = (means[:, 0] - mean) ** 2
+    var = 1 + (offset[:4].sum() * (2**31 - 2) + offset[4] * 8) / 2**33
     np.testing.assert_allclose(stats["var"], var, 1e-6)
 
 
 def test_only_the_chosen_layers_change():
     before = variables()
-    stats = jaxnorm.recalibrate(apply, before, split(48), where="hidden".__eq__)
+    stats = jaxnorm.models.recalibrate(apply, before, split(48), where="hidden".__eq__)
     jax.tree.map(
         np.testing.assert_array_equal, stats["input"], before["batch_stats"]["input"]
     )
@@ -253,9 +255,9 @@ def test_only_the_chosen_layers_change():
 
 def test_marks_and_counts_stay():
     before = variables()
-    frozen = before | {"batch_stats": jaxnorm.freeze(before["batch_stats"])}
-    stats = jaxnorm.recalibrate(apply, frozen, split(48))
-    assert jaxnorm.frozen(stats) == jaxnorm.frozen(frozen["batch_stats"])
+    frozen = before | {"batch_stats": jaxnorm.models.freeze(before["batch_stats"])}
+    stats = jaxnorm.models.recalibrate(apply, frozen, split(48))
+    assert jaxnorm.models.frozen(stats) == jaxnorm.models.frozen(frozen["batch_stats"])
     assert_moments(stats["input"], EXACT, rtol=2e-5)
 
 
@@ -270,7 +272,7 @@ def test_half_precision_and_features_without_data():
 
     tree = {"batch_stats": {"norm": jaxnorm.init_stats(2)}}
     batches = [jnp.asarray(part, jnp.bfloat16) for part in np.split(x, 4)]
-    stats = jaxnorm.recalibrate(apply, tree, batches)["norm"]
+    stats = jaxnorm.models.recalibrate(apply, tree, batches)["norm"]
     rounded = np.concatenate(batches).astype(np.float64)
     np.testing.assert_allclose(stats["mean"], [rounded[:, 0].mean(), 0], 1e-6)
     np.testing.assert_allclose(stats["var"], [rounded[:, 0].var(), 1], 1e-5)
@@ -312,26 +314,26 @@ def test_failures_name_the_layer_and_the_batch():
     before, bad = variables(), DATA.copy()
     bad[20] = np.nan
     with pytest.raises(ValueError, match=r"batch 1 .*layer '(input|hidden)'.*not fini"):
-        jaxnorm.recalibrate(apply, before, np.split(bad, 3))
+        jaxnorm.models.recalibrate(apply, before, np.split(bad, 3))
     with pytest.raises(ValueError, match="no batches"):
-        jaxnorm.recalibrate(apply, before, [])
+        jaxnorm.models.recalibrate(apply, before, [])
     with pytest.raises(TypeError, match="layer_by_layer.*list_iterator"):
-        jaxnorm.recalibrate(apply, before, iter([DATA]), layer_by_layer=True)
+        jaxnorm.models.recalibrate(apply, before, iter([DATA]), layer_by_layer=True)
     with pytest.raises(ValueError, match=r"none of the layers.*\['hidden', 'input'\]"):
-        jaxnorm.recalibrate(apply, before, [DATA], where=lambda path: False)
+        jaxnorm.models.recalibrate(apply, before, [DATA], where=lambda path: False)
 
     def partial(variables, batch):
         return {"input": apply(variables, batch)["input"]}
 
     with pytest.raises(ValueError, match=r"no statistics of the layers \['hidden'\]"):
-        jaxnorm.recalibrate(partial, before, [DATA])
+        jaxnorm.models.recalibrate(partial, before, [DATA])
 
     def evaluating(variables, batch):
         new = Net().apply(variables, batch, train=False, mutable=["batch_stats"])[1]
         return new["batch_stats"]
 
     with pytest.raises(ValueError, match="have gathered nothing.*training mode"):
-        jaxnorm.recalibrate(evaluating, before, [DATA])
+        jaxnorm.models.recalibrate(evaluating, before, [DATA])
 
     net = FlaxNet()
     mixed = net.init(jax.random.key(0), DATA)
@@ -340,8 +342,8 @@ def test_failures_name_the_layer_and_the_batch():
         return net.apply(variables, batch, mutable=True)[1]["batch_stats"]
 
     with pytest.raises(ValueError, match=r"\['BatchNorm_0'\] have gathered nothing"):
-        jaxnorm.recalibrate(flax, mixed, [DATA])
-    jaxnorm.recalibrate(flax, mixed, [DATA], where="ours".__eq__)
+        jaxnorm.models.recalibrate(flax, mixed, [DATA])
+    jaxnorm.models.recalibrate(flax, mixed, [DATA], where="ours".__eq__)
 
     model: Any = nnx.Sequential(jx.BatchNorm(FEATURES, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="batch 1 .*'layers/0'"):
@@ -363,7 +365,7 @@ def step(value, stats, count):
 def test_averages_of_variables_with_each_policy():
     average, new = step(1.0, 4.0, 1), step(2.0, 8.0, 2)
     for policy, mean in (("average", 5.0), ("copy", 8.0), ("recalibrate", 4.0)):
-        got = jax.jit(functools.partial(jaxnorm.ema, batch_stats=policy))(
+        got = jax.jit(functools.partial(jaxnorm.models.ema, batch_stats=policy))(
             average, new, 0.75
         )
         np.testing.assert_array_equal(got["params"]["kernel"], 1.25)
@@ -377,7 +379,7 @@ def test_averages_of_variables_with_each_policy():
 def test_the_average_of_all_steps():
     average = step(0.0, 0.0, 0)
     for n, value in enumerate((3.0, 5.0, 10.0)):
-        average = jaxnorm.ema(
+        average = jaxnorm.models.ema(
             average, step(value, value, n), n / (n + 1), batch_stats="average"
         )
     np.testing.assert_allclose(average["params"]["kernel"], 6, 1e-6)
@@ -387,29 +389,31 @@ def test_the_average_of_all_steps():
 def test_averages_of_half_precision_move_and_spectral_norm_is_copied():
     half = {"params": {"k": jnp.zeros(1, jnp.bfloat16)}}
     new = {"params": {"k": jnp.full(1, 1000.0, jnp.bfloat16)}}
-    assert jaxnorm.ema(half, new, 0.999, batch_stats="copy")["params"]["k"] == 1
+    assert jaxnorm.models.ema(half, new, 0.999, batch_stats="copy")["params"]["k"] == 1
     u = {"SpectralNorm_0": {"Dense_0/kernel/u": jnp.zeros(2)}}
     moved = jax.tree.map(lambda v: v + 1, u)
     for extra in ({}, {"norm": jaxnorm.init_stats(2)}):
         trees = [{"params": {}, "batch_stats": tree | extra} for tree in (u, moved)]
         for policy in ("average", "recalibrate"):
-            got = jaxnorm.ema(trees[0], trees[1], 0.5, batch_stats=policy)[
+            got = jaxnorm.models.ema(trees[0], trees[1], 0.5, batch_stats=policy)[
                 "batch_stats"
             ]
             assert (got["SpectralNorm_0"]["Dense_0/kernel/u"] == 1).all()
     stats = {"batch_stats": {"norm": jaxnorm.init_stats(2)}}
     with pytest.raises(ValueError, match=r"only the other has \['norm'\]"):
-        jaxnorm.ema({"params": {}}, {"params": {}} | stats, 0.5, batch_stats="average")
+        jaxnorm.models.ema(
+            {"params": {}}, {"params": {}} | stats, 0.5, batch_stats="average"
+        )
 
 
 def test_averages_keep_their_dtypes_and_frozen_layers():
     average = {"params": {"k": jnp.ones(2, jnp.bfloat16)}, "batch_stats": {}}
     new = {"params": {"k": jnp.zeros(2)}, "batch_stats": {}}
-    got = jaxnorm.ema(average, new, 0.5, batch_stats="average")
+    got = jaxnorm.models.ema(average, new, 0.5, batch_stats="average")
     assert got["params"]["k"].dtype == jnp.bfloat16
-    stats = jaxnorm.freeze({"norm": jaxnorm.init_stats(2)})
+    stats = jaxnorm.models.freeze({"norm": jaxnorm.init_stats(2)})
     frozen = {"params": {}, "batch_stats": stats}
-    got = jaxnorm.ema(frozen, frozen, 0.5, batch_stats="average")
-    assert jaxnorm.frozen(got["batch_stats"]) == jaxnorm.frozen(stats)
+    got = jaxnorm.models.ema(frozen, frozen, 0.5, batch_stats="average")
+    assert jaxnorm.models.frozen(got["batch_stats"]) == jaxnorm.models.frozen(stats)
     with pytest.raises(ValueError, match="batch_stats must be one of.*'mean'"):
-        jaxnorm.ema(average, new, 0.5, batch_stats="mean")
+        jaxnorm.models.ema(average, new, 0.5, batch_stats="mean")

@@ -11,9 +11,9 @@ from norms import MOMENTS as NORMS
 from norms import RUNNING, assert_close, changed, problem
 
 import jaxnorm
-from jaxnorm import axes as axes_of
-from jaxnorm import running
-from jaxnorm.moments import Moments
+from jaxnorm import _running as running
+from jaxnorm._axes import Axes
+from jaxnorm._moments import Moments
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 every_running = pytest.mark.parametrize("name", RUNNING)
@@ -52,7 +52,7 @@ def test_values_step_by_step(name, momentum, unbiased):
 @functools.partial(jax.jit, static_argnums=0)
 def moved_by_all(momentum, stats, means, variances):
     """The statistics after batches of these moments."""
-    axes = axes_of.keep((2, means.shape[1]), -1)
+    axes = Axes.keep((2, means.shape[1]), -1)
 
     def step(stats, each):
         mean, var = (v[None] for v in each)
@@ -109,8 +109,10 @@ def test_the_average_of_all_batches_is_of_very_many():
 def test_the_ends_of_a_blend_are_exact(dtype):
     old, new = (jnp.array(v, dtype) for v in ([1e30, 1, 0], [1, 1e4 + 1 / 3, 5e-30]))
     for keep, end in ((0, new), (1, old), (0.0, new), (jnp.array(1.0), old)):
-        np.testing.assert_array_equal(running.blend(old, new, keep), end)
-    np.testing.assert_array_equal(running.blend(old[1:2], 3 * old[1:2], 0.25), 2.5)
+        np.testing.assert_array_equal(running.moving_average(old, new, keep), end)
+    np.testing.assert_array_equal(
+        running.moving_average(old[1:2], 3 * old[1:2], 0.25), 2.5
+    )
 
 
 @pytest.mark.parametrize("name", ["batch", "ghost"])

@@ -67,13 +67,13 @@ class Tool(NamedTuple):
 
 
 LAYER = {"norm": jaxnorm.init_stats(2)}
-GATHERING = jaxnorm.accumulate(LAYER)
+GATHERING = jaxnorm.models.accumulate(LAYER)
 VARIABLES = {
     "params": {"dense": {"kernel": jnp.ones((3, 2))}, "norm": {"scale": jnp.ones(2)}},
     "batch_stats": LAYER,
 }
-NORMS, OTHERS = jaxnorm.split_norms(VARIABLES)
-TORCH = jaxnorm.to_checkpoint("torch", VARIABLES)
+NORMS, OTHERS = jaxnorm.models.split(VARIABLES)
+TORCH = jaxnorm.models.to_checkpoint("torch", VARIABLES)
 FRAMEWORK = (*TREE, "tensorflow", "", [], {})
 WHERE = {"where": FUNCTION}
 
@@ -85,26 +85,30 @@ def train(variables, batch):
 
 TOOLS = {
     "accumulate": Tool(
-        jaxnorm.accumulate, {"batch_stats": LAYER}, {"batch_stats": STATS} | WHERE
+        jaxnorm.models.accumulate,
+        {"batch_stats": LAYER},
+        {"batch_stats": STATS} | WHERE,
     ),
-    "blend_stats": Tool(
-        jaxnorm.blend_stats,
+    "blend": Tool(
+        jaxnorm.models.blend,
         {"a": LAYER, "b": LAYER, "weight": 0.5},
         {"a": STATS, "b": STATS, "weight": (*SHARE, None)} | WHERE,
     ),
     "commit": Tool(
-        jaxnorm.commit,
+        jaxnorm.models.commit,
         {"batch_stats": GATHERING, "momentum": 0.9},
         {"batch_stats": (*STATS, LAYER), "momentum": (*SHARE, None), "unbiased": FLAG},
     ),
     "decay_mask": Tool(
-        jaxnorm.decay_mask, {"params": VARIABLES["params"]}, {"params": PARAMS}
+        jaxnorm.models.decay_mask, {"params": VARIABLES["params"]}, {"params": PARAMS}
     ),
     "discard": Tool(
-        jaxnorm.discard, {"batch_stats": GATHERING}, {"batch_stats": (*STATS, LAYER)}
+        jaxnorm.models.discard,
+        {"batch_stats": GATHERING},
+        {"batch_stats": (*STATS, LAYER)},
     ),
     "ema": Tool(
-        jaxnorm.ema,
+        jaxnorm.models.ema,
         {
             "average": VARIABLES,
             "variables": VARIABLES,
@@ -119,12 +123,12 @@ TOOLS = {
         },
     ),
     "freeze": Tool(
-        jaxnorm.freeze,
+        jaxnorm.models.freeze,
         {"batch_stats": LAYER},
         {"batch_stats": STATS, "use_running_average": SWITCH, "update": SWITCH} | WHERE,
     ),
     "from_checkpoint": Tool(
-        jaxnorm.from_checkpoint,
+        jaxnorm.models.from_checkpoint,
         {"framework": "torch", "checkpoint": TORCH, "template": VARIABLES},
         {
             "framework": FRAMEWORK,
@@ -136,14 +140,16 @@ TOOLS = {
             "ignore": FUNCTION,
         },
     ),
-    "frozen": Tool(jaxnorm.frozen, {"batch_stats": LAYER}, {"batch_stats": PARAMS}),
+    "frozen": Tool(
+        jaxnorm.models.frozen, {"batch_stats": LAYER}, {"batch_stats": PARAMS}
+    ),
     "frozen_labels": Tool(
-        jaxnorm.frozen_labels,
+        jaxnorm.models.frozen_labels,
         {"params": VARIABLES["params"]},
         {"params": (*PARAMS, {}, [], {"dense": {"kernel": 1.0}})} | WHERE,
     ),
     "health": Tool(
-        jaxnorm.health,
+        jaxnorm.models.health,
         {"batch_stats": LAYER, "params": VARIABLES["params"]},
         {
             "batch_stats": STATS,
@@ -156,17 +162,19 @@ TOOLS = {
         }
         | WHERE,
     ),
-    "join_norms": Tool(
-        jaxnorm.join_norms,
+    "join": Tool(
+        jaxnorm.models.join,
         {"norms": NORMS, "others": OTHERS},
         {
             "norms": PARAMS,
             "others": (*PARAMS, VARIABLES),
         },
     ),
-    "layers": Tool(jaxnorm.layers, {"batch_stats": LAYER}, {"batch_stats": PARAMS}),
-    "merge_stats": Tool(
-        jaxnorm.merge_stats,
+    "layers": Tool(
+        jaxnorm.models.layers, {"batch_stats": LAYER}, {"batch_stats": PARAMS}
+    ),
+    "merge": Tool(
+        jaxnorm.models.merge,
         {"trees": [LAYER, LAYER], "weights": [1, 2]},
         {
             "trees": (*TREE, LAYER, [], [LAYER], *([LAYER, v] for v in STATS)),
@@ -183,7 +191,7 @@ TOOLS = {
         | WHERE,
     ),
     "norm_settings": Tool(
-        jaxnorm.norm_settings,
+        jaxnorm.models.norm_settings,
         {"framework": "torch", "eps": 1e-3, "momentum": 0.1},
         {
             "framework": FRAMEWORK,
@@ -194,7 +202,7 @@ TOOLS = {
         },
     ),
     "quantization_aware_layer": Tool(
-        jaxnorm.quantization_aware_layer,
+        jaxnorm.models.quantization_aware_layer,
         {
             "kernel": jnp.ones((3, 2)),
             "stats": jaxnorm.init_stats(2),
@@ -213,7 +221,7 @@ TOOLS = {
         },
     ),
     "recalibrate": Tool(
-        jaxnorm.recalibrate,
+        jaxnorm.models.recalibrate,
         {"apply": train, "variables": VARIABLES, "batches": [jnp.ones((4, 2))]},
         {
             "apply": (
@@ -232,21 +240,21 @@ TOOLS = {
         }
         | WHERE,
     ),
-    "reset_stats": Tool(
-        jaxnorm.reset_stats, {"batch_stats": LAYER}, {"batch_stats": STATS} | WHERE
+    "reset": Tool(
+        jaxnorm.models.reset, {"batch_stats": LAYER}, {"batch_stats": STATS} | WHERE
     ),
-    "split_norms": Tool(
-        jaxnorm.split_norms,
+    "split": Tool(
+        jaxnorm.models.split,
         {"variables": VARIABLES},
         {"variables": (*COLLECTIONS, LAYER, VARIABLES | {"step": 3})} | WHERE,
     ),
-    "swap_stats": Tool(
-        jaxnorm.swap_stats,
+    "swap": Tool(
+        jaxnorm.models.swap,
         {"a": LAYER, "b": LAYER},
         {"a": STATS, "b": STATS} | WHERE,
     ),
     "to_checkpoint": Tool(
-        jaxnorm.to_checkpoint,
+        jaxnorm.models.to_checkpoint,
         {"framework": "torch", "variables": VARIABLES},
         {
             "framework": FRAMEWORK,
@@ -262,7 +270,7 @@ TOOLS = {
         },
     ),
     "unfreeze": Tool(
-        jaxnorm.unfreeze, {"batch_stats": LAYER}, {"batch_stats": STATS} | WHERE
+        jaxnorm.models.unfreeze, {"batch_stats": LAYER}, {"batch_stats": STATS} | WHERE
     ),
 }
 
@@ -271,7 +279,7 @@ def test_the_table_holds_every_tool():
     files = {tool.call.__module__ for tool in TOOLS.values()}
     public = {
         name
-        for name, value in vars(jaxnorm).items()
+        for name, value in vars(jaxnorm.models).items()
         if inspect.isfunction(value) and value.__module__ in files
     }
     assert public == {*TOOLS}
@@ -318,34 +326,34 @@ def test_of_a_model_of_nnx_its_variables_are_asked_for(name, argument):
 @pytest.mark.parametrize(
     "words, call",
     [
-        ("there are no layers with running stat", lambda: jaxnorm.freeze({})),
+        ("there are no layers with running stat", lambda: jaxnorm.models.freeze({})),
         (
             r"means none of the layers .* \['norm'\]",
-            lambda: jaxnorm.freeze(LAYER, lambda path: False),
+            lambda: jaxnorm.models.freeze(LAYER, lambda path: False),
         ),
         (
             r"where must be a function of a layer's path .* 'norm'.__eq__, got 'conv'",
-            lambda: jaxnorm.freeze(LAYER, "conv"),  # pyright: ignore
+            lambda: jaxnorm.models.freeze(LAYER, "conv"),  # pyright: ignore
         ),
         (
             "batch_stats must hold arrays and nothing else, got 'words' at 'a/mean'",
-            lambda: jaxnorm.freeze({"a": {"mean": "words"}}),
+            lambda: jaxnorm.models.freeze({"a": {"mean": "words"}}),
         ),
         (
             r"a weight must not be negative, got -1",
-            lambda: jaxnorm.merge_stats([LAYER, LAYER], [2, -1]),
+            lambda: jaxnorm.models.merge([LAYER, LAYER], [2, -1]),
         ),
         (
             r"some weight must not be 0, got \[0, 0\]",
-            lambda: jaxnorm.merge_stats([LAYER, LAYER], [0, 0]),
+            lambda: jaxnorm.models.merge([LAYER, LAYER], [0, 0]),
         ),
         (
             "weight must be a number, got nan",
-            lambda: jaxnorm.blend_stats(LAYER, LAYER, float("nan")),
+            lambda: jaxnorm.models.blend(LAYER, LAYER, float("nan")),
         ),
         (
             r"\"params\" of average .* differ at \['dense/kernel', 'norm/scale'\]",
-            lambda: jaxnorm.ema(
+            lambda: jaxnorm.models.ema(
                 VARIABLES,
                 {"params": {"norm": {"scale": jnp.ones(3)}}},
                 0.5,
@@ -354,15 +362,15 @@ def test_of_a_model_of_nnx_its_variables_are_asked_for(name, argument):
         ),
         (
             r"average must hold \"params\", got \['norm'\]",
-            lambda: jaxnorm.ema(LAYER, VARIABLES, 0.5, batch_stats="copy"),
+            lambda: jaxnorm.models.ema(LAYER, VARIABLES, 0.5, batch_stats="copy"),
         ),
         (
             "health needs values, got .*Tracer.* call it outside of `jit`",
-            lambda: jax.jit(lambda stats: jaxnorm.health(stats).healthy)(LAYER),
+            lambda: jax.jit(lambda stats: jaxnorm.models.health(stats).healthy)(LAYER),
         ),
         (
             "of a module of torch pass its state_dict",
-            lambda: jaxnorm.from_checkpoint("torch", [], VARIABLES),  # pyright: ignore
+            lambda: jaxnorm.models.from_checkpoint("torch", [], VARIABLES),  # pyright: ignore
         ),
     ],
 )
@@ -373,6 +381,9 @@ def test_messages(words, call):
 
 def test_layers_and_parameters_may_be_in_lists():
     stats = [jaxnorm.init_stats(2), {"inner": (jaxnorm.init_stats(3),)}]
-    assert list(jaxnorm.frozen(jaxnorm.freeze(stats))) == ["0", "1/inner/0"]
+    assert list(jaxnorm.models.frozen(jaxnorm.models.freeze(stats))) == [
+        "0",
+        "1/inner/0",
+    ]
     params = [{"kernel": jnp.ones((2, 2))}, {"scale": jnp.ones(2)}]
-    assert jaxnorm.decay_mask(params) == [{"kernel": True}, {"scale": False}]
+    assert jaxnorm.models.decay_mask(params) == [{"kernel": True}, {"scale": False}]

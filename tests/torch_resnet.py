@@ -9,7 +9,7 @@ import flax.linen as nn
 import jaxnorm
 from jaxnorm.linen import BatchNorm
 
-SETTINGS = jaxnorm.norm_settings("torch")
+SETTINGS = jaxnorm.models.norm_settings("torch")
 
 
 def torch_name(path):

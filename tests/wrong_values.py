@@ -16,7 +16,7 @@ import pytest
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm.axes import Axes
+from jaxnorm._axes import Axes
 
 OBJECTS = (object(), {1, 2}, print)
 WORDS = ("words", b"bytes")
@@ -137,7 +137,7 @@ BY_NAME: dict[str, tuple[Any, ...]] = {
     "axis_index_groups": GROUPS,
     "activation": CHOICE,
     "implementation": CHOICE,
-    "kept": (*WORDS, *OBJECTS, None, 3, ("median",), (1,)),
+    "stat_names": (*WORDS, *OBJECTS, None, 3, ("median",), (1,)),
     "feature_shape": SHAPE,
     "shape": (*SHAPE, 6),
 }

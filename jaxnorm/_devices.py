@@ -1,0 +1,385 @@
+"""Where devices meet: moments pooled over named axes, with one collective each way."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import zero_from_primal
+from jax.errors import InconclusiveDimensionOperation
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    reshard,
+    use_abstract_mesh,
+)
+
+from jaxnorm._arguments import as_integer, check_instance, shown
+from jaxnorm._axes import Axes, is_known
+from jaxnorm._moments import Moments, join_size, pool, split_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+AxisName = str | tuple[str, ...]
+Groups = tuple[tuple[int, ...], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peers:
+    """The devices that share statistics with this one, the index of which is `place`.
+
+    Known before any derivative is taken: its rule may run where the axes of a vmap are
+    gone, and only a psum over them can still be asked for.
+    """
+
+    name: AxisName = dataclasses.field(metadata={"static": True})
+    groups: Groups | None = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})  # all along `name`
+    place: Array
+
+
+# Up to this many bytes of slots, one collective is cheaper than two small ones.
+MAX_SLOT_BYTES = 2**20
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """Number of devices along `axis_name`; raises ValueError if it is not bound."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError:
+        pass
+    except InconclusiveDimensionOperation:
+        raise ValueError(
+            f"axis_name={axis_name!r} maps an axis whose size is open, over which JAX "
+            "cannot sum: give it a number in the shapes for jax.export, or normalize "
+            "the whole array, without jax.vmap"
+        ) from None
+    names = getattr(jax.extend.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)()
+    bound = ", ".join(repr(n) for n in names) or "none"
+    raise ValueError(
+        f"axis_name={axis_name!r} is not bound here (bound axes: {bound}). Either call "
+        "inside jax.shard_map, jax.pmap or jax.vmap with an axis of that name; or, "
+        "under plain jit, leave axis_name=None, where the statistics of sharded arrays "
+        "are global already; or evaluate with use_running_average=True"
+    )
+
+
+def group_size(axis_name: AxisName | None, groups: Groups | None) -> int:
+    """The least number of devices that any device shares statistics with."""
+    if axis_name is None:
+        return 1
+    size = axis_size(axis_name)
+    if groups is None:
+        return size
+    if sorted(i for g in groups for i in g) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={groups} must hold each index of axis_name="
+            f"{axis_name!r}, 0 to {size - 1}, exactly once"
+        )
+    return min(len(g) for g in groups)
+
+
+def peers(
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Peers | None:
+    """The devices that share statistics; None for this device alone.
+
+    Raises ValueError if `axis_name` is not bound, or the groups are no partition.
+    """
+    name, groups = as_axis_name(axis_name), as_groups(axis_index_groups)
+    if name is None:
+        return None
+    group_size(name, groups)
+    size, place = axis_size(name), lax.axis_index(name)
+    return Peers(name=name, groups=groups, size=size, place=place)
+
+
+def as_axis_name(axis_name: str | Sequence[str] | None) -> AxisName | None:
+    """`axis_name` as a hashable value; an empty sequence means None."""
+    if axis_name is None:
+        return None
+    several = isinstance(axis_name, tuple | list)
+    names = tuple(axis_name) if several else (axis_name,)
+    if not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "axis_name must be the name of a mapped axis, a string, or several, got "
+            f"{shown(axis_name)}"
+        )
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"axis_name must name each axis once, and none is empty, got {axis_name!r}"
+        )
+    return cast(AxisName, (names or None) if several else axis_name)
+
+
+def as_groups(groups: Sequence[Sequence[int]] | None) -> Groups | None:
+    """`groups` as a hashable value; raises unless each index is in one of them."""
+    if groups is None:
+        return None
+    try:
+        known = tuple(tuple(as_integer("an index", i) for i in g) for g in groups)
+    except TypeError:
+        raise TypeError(
+            f"axis_index_groups must be a list of lists of indices, got {shown(groups)}"
+        ) from None
+    indices = sorted(i for g in known for i in g)
+    if indices != list(range(len(indices))) or not known or not all(known):
+        raise ValueError(
+            f"axis_index_groups={known} must hold each index of axis_name, from 0 on, "
+            "exactly once, and no empty group"
+        )
+    return known
+
+
+def sync(
+    m: Moments,
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Moments over every device along `axis_name`, whatever the size on each.
+
+    `axis_name` is one name or several; with `axis_index_groups`, a partition of the
+    indices along it, each device gets the moments of its own group. Works wherever
+    `jax.lax.psum` does: shard_map (check_vma on and off), pmap, vmap.
+
+    One collective forward and one backward: each device writes its moments into its
+    own slot of an array of zeros, (devices, 5, statistics), and one psum of that gives
+    every device all of them, to pool exactly. Past 1 MiB of slots (6553 statistics on
+    8 devices, 204 on 256, 12 on 4096) two psums of (statistics, 4 and 2) replace it,
+    as exact and smaller.
+
+    Raises ValueError if `axis_name` is not bound, or the groups are no partition.
+    """
+    check_instance("m", m, Moments, "jaxnorm.moments")
+    return pooled(m, peers(axis_name, axis_index_groups))
+
+
+def pooled(m: Moments, shared: Peers | None) -> Moments:
+    """`sync` over devices that are known."""
+    if shared is None:
+        return m
+    union = _pooled(m, shared)
+    known = isinstance(m.size, int) and shared.groups is None
+    return union._replace(size=m.size * shared.size) if known else union
+
+
+@jax.custom_jvp
+def _pooled(m: Moments, shared: Peers) -> Moments:
+    own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
+    residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
+    m = Moments(m.mean, m.var, own, residue)
+    slots = shared.size * len(m) * m.mean.size * m.mean.dtype.itemsize
+    large = is_known(slots) and slots > MAX_SLOT_BYTES
+    if shared.groups is None and large:
+        return pool(m, lambda v: lax.psum(v, shared.name))
+    return _pool_slots(m, shared)
+
+
+@_pooled.defjvp
+def _pooled_jvp(primals, tangents):
+    (own, shared), (dm, _) = primals, tangents
+    m = _pooled(own, shared)
+    offset = own.mean - m.mean
+    dmean, dvar = pooled_tangent(shared, offset, own.size, m.size, dm.mean, dm.var)
+    return m, Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
+
+
+def pooled_tangent(shared, offset, size, whole, dmean, dvar):
+    """The tangents of the pooled moments, from those of each device's own, by one psum.
+
+    `offset` is the device's mean less the pooled one, whose tangent drops out of the
+    variance's, as these distances sum to zero when weighted.
+    """
+    size, whole = (jnp.asarray(v).astype(dvar.dtype) for v in (size, whole))
+    weight = size / jnp.maximum(whole, 1)
+    dvar = dvar + 2 * (offset.conj() * dmean).real
+    shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
+    dmean, dvar = group_sum(jnp.stack(shares), shared)
+    return dmean, dvar.real
+
+
+def _pool_slots(m: Moments, shared: Peers) -> Moments:
+    """Pools what every device of the group wrote into a slot of its own."""
+    parts = (m.mean, m.residue, m.var, *split_size(m.size))
+    own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
+    slots = gather(own, shared)
+    mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
+    each = Moments(mean, var.real, join_size(high, low), residue)
+    pooled = pool(each, lambda v: v.sum(0, keepdims=True))
+    return Moments(*(v[0] for v in pooled))
+
+
+def gather(v: Array, shared: Peers | None) -> Array:
+    """`v` of every device of the group, along a new leading axis, by one psum.
+
+    Where groups differ in size, the smaller ones end with zeros.
+    """
+    if shared is None:
+        return v[None]
+    members, place = shared.size, shared.place
+    if shared.groups is not None:
+        members = max(map(len, shared.groups))
+        place = jnp.asarray(_places(shared.groups))[place]
+    slots = jnp.zeros((members, *v.shape), v.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, v, place, 0)
+    return group_sum(slots, shared)
+
+
+def group_sum(v: Array, shared: Peers | None) -> Array:
+    """The sum of `v` over the devices of this device's group, by one psum.
+
+    psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
+    """
+    if shared is None:
+        return v
+    if shared.groups is None:
+        return lax.psum(v, shared.name)
+    group = jnp.asarray(_group_of(shared.groups))[shared.place]
+    slots = jnp.zeros((len(shared.groups), *v.shape), v.dtype)
+    slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
+    slots = lax.psum(slots, shared.name)
+    return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
+
+
+def _group_of(groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """The group that each index along the axis belongs to."""
+    table = {i: g for g, group in enumerate(groups) for i in group}
+    return np.array([table[i] for i in range(len(table))])
+
+
+def _places(groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """The place of each index along the axis within its group."""
+    table = {i: place for group in groups for place, i in enumerate(group)}
+    return np.array([table[i] for i in range(len(table))])
+
+
+def vary_together(like: Array, *arrays: Array | None) -> list[Any]:
+    """`arrays`, marked as varying over the mesh axes that `like` varies over.
+
+    JAX marks them by itself where they meet `like` (in shard_map with check_vma), and
+    each mark is a psum when transposed. Marked together, as one array, they cost one.
+    """
+    marked: list[Any] = list(arrays)
+    alike = collections.defaultdict(list)
+    for i, v in enumerate(arrays):
+        missing = () if v is None else axes_gained(v, like)
+        if v is not None and missing:
+            alike[v.dtype, missing].append((i, v))
+    for (_, missing), group in alike.items():
+        flat = jnp.concatenate([v.ravel() for _, v in group])
+        flat = lax.pcast(flat, missing, to="varying")
+        ends = np.cumsum([v.size for _, v in group])[:-1]
+        for (i, v), part in zip(group, jnp.split(flat, ends), strict=True):
+            marked[i] = part.reshape(v.shape)
+    return marked
+
+
+def axes_gained(v: Array, like: Array) -> tuple[str, ...]:
+    """The mesh axes that `like` varies over and `v` does not."""
+    return tuple(sorted(_varying(like) - _varying(v)))
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
+    """`f(*args)`, whose results are sharded as the arrays of `like`, a tree alike.
+
+    On a mesh of explicit axes JAX takes many operations only where their operands are
+    sharded alike, and some not at all, such as a scan along a sharded axis. So these
+    axes are automatic within `f`: what is sharded there, and how, is for the compiler
+    to choose, and only both ends are given, for gradients, too. Elsewhere this is
+    `f(*args)`.
+
+    `like` may hold the PartitionSpec of a result. A function among `args` is called
+    with the axes as they were; what it is given is sharded as the first array of the
+    same shape among `args`.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
+    if mesh is None:
+        return f(*args)
+    others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+    free = NamedSharding(others, PartitionSpec())
+    arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, Array)}
+    specs = collections.defaultdict(PartitionSpec)
+    specs |= {v.shape: spec_of(v) for v in reversed(arrays.values())}
+
+    def inside(v):
+        if _mesh(v).explicit_axes:
+            return reshard(v, free)
+        return outside(v) if callable(v) and not isinstance(v, type) else v
+
+    def outside(function):
+        def call(*given):
+            with use_abstract_mesh(mesh):
+                as_before = (NamedSharding(mesh, specs[v.shape]) for v in given)
+                out = function(*map(reshard, given, as_before))
+            return reshard(out, free)
+
+        return call
+
+    def placed(like, v):
+        if not isinstance(v, Array):
+            return v  # what is known while tracing stays so
+        spec = spec_of(like) if v.ndim else PartitionSpec()
+        return reshard(v, NamedSharding(mesh, spec))
+
+    def run(arrays):
+        with use_abstract_mesh(others):
+            given = [inside(arrays.get(i, v)) for i, v in enumerate(leaves)]
+            out = f(*jax.tree.unflatten(tree, given))
+        return jax.tree.map(placed, like, out)
+
+    # What a shard_map over some of the axes keeps for its backward pass, such as these
+    # arrays, must have the axes that it has itself.
+    return jax.checkpoint(run)(arrays) if mesh.manual_axes else run(arrays)
+
+
+def sharded_as(first: str) -> Callable[[F], F]:
+    """A decorator of functions whose results are sharded as their first argument, which
+    has this name; see `automatically`."""
+
+    def decorated(f: Any) -> Any:
+        @functools.wraps(f)
+        def call(*args, **kwargs):
+            def given(args, kwargs):
+                return f(*args, **kwargs)
+
+            like = args[0] if args else kwargs.get(first)
+            return automatically(given, args, kwargs, like=like)
+
+        return call
+
+    return decorated
+
+
+def _mesh(v: Any) -> AbstractMesh:
+    """The mesh that `v` is an array on; one of no axes, if it is on none."""
+    return jax.typeof(v).sharding.mesh if isinstance(v, Array) else AbstractMesh((), ())
+
+
+def spec_of(v: Any) -> PartitionSpec:
+    """Which explicit axes of a mesh each axis of `v` is sharded over."""
+    return v if isinstance(v, PartitionSpec) else jax.typeof(v).sharding.spec
+
+
+def like_moments(x: Array, axes: Axes) -> Any:
+    """The shardings of moments of `x` that leave each where its elements are."""
+    names = (*spec_of(x), *[None] * x.ndim)
+    spec = (
+        names[o] if a not in axes.reduce and n == axes.shape[o] else None
+        for a, (n, o) in enumerate(zip(axes.working_shape, axes.origin, strict=True))
+    )
+    return Moments._make([PartitionSpec(*spec)] * len(Moments._fields))

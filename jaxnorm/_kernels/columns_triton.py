@@ -1,0 +1,145 @@
+"""Columns in Triton: a program walks down a slab of rows, a tile at a time.
+
+Sums stay apart for each place in the tile until the end. Not timed on a GPU: the sizes
+of the tiles are those that spill no registers.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxnorm._kernels import tiles
+from jaxnorm._kernels.columns import activation_cotangent
+from jaxnorm._kernels.tiles import SUMS
+
+
+class Slabs(NamedTuple):
+    """How each batch of (space, features) is cut into slabs, and these into tiles."""
+
+    space: int
+    features: int
+    height: int  # of a tile
+    width: int
+    steps: int  # tiles in a slab
+
+    @property
+    def rows(self) -> int:
+        """Of a slab; the last one may have fewer."""
+        return self.steps * self.height
+
+    @property
+    def per_batch(self) -> int:
+        return pl.cdiv(self.space, self.rows)
+
+    @property
+    def columns(self) -> int:
+        return pl.cdiv(self.features, self.width)
+
+    def here(self):
+        """The batch, its slab and the features of this program."""
+        program = pl.program_id(0)
+        index, column = program // self.columns, program % self.columns
+        batch, slab = index // self.per_batch, index % self.per_batch
+        return batch, slab, column * self.width + tiles.indices(self.width)
+
+
+def slabs(batch: int, space: int, features: int) -> Slabs:
+    width = tiles.column_width(features)
+    height = min(tiles.COLUMN_ELEMENTS // width, pl.next_power_of_2(space))
+    count = tiles.slabs(batch, pl.cdiv(features, width), space)
+    steps = pl.cdiv(pl.cdiv(space, count), height)
+    return Slabs(space, features, height, width, steps)
+
+
+def _load(ref, batch, rows, features, cut):
+    """A tile in float32, 0 outside, and the mask of what is inside."""
+    inside = (rows < cut.space)[:, None] & (features < cut.features)[None, :]
+    at = ref.at[batch, rows[:, None], features[None, :]]
+    return plgpu.load(at, mask=inside, other=0).astype(SUMS), inside
+
+
+def _load_vector(ref, index, features, cut):
+    at = ref.at[(*index, features)]
+    return plgpu.load(at, mask=features < cut.features, other=0).astype(SUMS)[None, :]
+
+
+def _store(ref, index, features, cut, part):
+    plgpu.store(ref.at[(*index, features)], part, mask=features < cut.features)
+
+
+def _moments(x_ref, pivot_ref, offset_ref, m2_ref, *, cut):
+    batch, slab, features = cut.here()
+    first = slab * cut.rows
+    pivot = _load_vector(x_ref, (batch, first), features, cut)
+
+    def add(step, sums):
+        rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
+        x, inside = _load(x_ref, batch, rows, features, cut)
+        x = jnp.where(inside, x - pivot, 0)
+        return sums[0] + x, sums[1] + x * x
+
+    zeros = jnp.zeros((cut.height, cut.width), SUMS)
+    total, square = lax.fori_loop(0, cut.steps, add, (zeros, zeros))
+    total, square = jnp.sum(total, axis=0), jnp.sum(square, axis=0)
+    offset = total / jnp.minimum(cut.space - first, cut.rows).astype(SUMS)
+    m2 = jnp.maximum(square - total * offset, 0)
+    refs = (pivot_ref, offset_ref, m2_ref)
+    for ref, part in zip(refs, (pivot[0], offset, m2), strict=True):
+        _store(ref, (batch, slab), features, cut, part)
+
+
+def _call(kernel, cut, operands, results, interpret, name):
+    """`kernel` on every slab; as many results, of (batch, slabs, features)."""
+    x = operands[0]
+    part = tiles.result((x.shape[0], cut.per_batch, cut.features), SUMS, x)
+    return pl.pallas_call(
+        functools.partial(kernel, cut=cut),
+        grid=(x.shape[0] * cut.per_batch * cut.columns,),
+        out_shape=(part,) * results,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name=name,
+    )(*operands)
+
+
+def moments(x, *, interpret):
+    """Sizes of slabs, their pivots, their means and their summed squares about these.
+
+    Means are less the pivots, so that they are exact where they differ by little.
+    """
+    cut = slabs(*x.shape)
+    starts = jnp.arange(cut.per_batch) * cut.rows
+    counts = jnp.minimum(cut.space - starts, cut.rows).astype(SUMS)
+    return counts, *_call(_moments, cut, [x], 3, interpret, "columns_moments")
+
+
+def _gradient_sums(x_ref, dy_ref, *refs, cut, activation):
+    *vectors, d_ref, dx_ref = refs
+    batch, slab, features = cut.here()
+    first = slab * cut.rows
+    mean, *affine = (_load_vector(v, (batch,), features, cut) for v in vectors)
+
+    def add(step, sums):
+        rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
+        x, _ = _load(x_ref, batch, rows, features, cut)
+        d, _ = _load(dy_ref, batch, rows, features, cut)
+        z = x * affine[0] + affine[1] if affine else None
+        d = activation_cotangent(activation, z, d)
+        return sums[0] + d, sums[1] + d * (x - mean)
+
+    zeros = jnp.zeros((cut.height, cut.width), SUMS)
+    totals = lax.fori_loop(0, cut.steps, add, (zeros, zeros))
+    for ref, total in zip((d_ref, dx_ref), totals, strict=True):
+        _store(ref, (batch, slab), features, cut, jnp.sum(total, axis=0))
+
+
+def gradient_sums(x, dy, *vectors, activation, interpret):
+    """See `columns.gradient_sums`; the sums are parted, (batch, slabs, features)."""
+    kernel = functools.partial(_gradient_sums, activation=activation)
+    operands = [x, dy, *vectors]
+    name = "columns_gradient_sums"
+    return _call(kernel, slabs(*x.shape), operands, 2, interpret, name)

@@ -1,0 +1,105 @@
+"""Global response norm (Woo et al., 2023, https://arxiv.org/abs/2301.00808)."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm._axes import Axes
+from jaxnorm._base import StatelessNorm, method
+from jaxnorm._dtypes import one_rounding
+from jaxnorm._moments import overflow_as_nan
+from jaxnorm._standardize import as_param, pointwise
+
+
+@method
+class GlobalResponseNorm(StatelessNorm):
+    """Multiplies each feature of each example by its length over space, relative to
+    the mean length of its features; adds the input.
+
+    Attributes:
+        epsilon: added to the mean length.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+    """
+
+    center = False
+    axis: int | Sequence[int] = -1
+
+    def axes(self, shape):
+        return Axes.per_example(shape, self.axis)
+
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        """Zeros: at first the input passes unchanged."""
+        return {k: jnp.zeros(feature_shape, dtype) for k in self.param_names}
+
+    @one_rounding
+    def transform(self, x, params, *, mask, dtype):
+        where = self.axes(x.shape)
+        m = self.batch_moments(x, mask)
+        size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
+        length = _root(m.var * size)
+        valid = (size > 0).astype(size.dtype)
+        count = jnp.maximum(valid.sum(where.feature, keepdims=True), 1)
+        mean = length.sum(where.feature, keepdims=True) / count
+        relative = length / (overflow_as_nan(mean) + self.epsilon)
+        scale, bias = (
+            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+        )
+
+        def respond(x, relative, scale, bias):
+            y = x * (1 + (relative if scale is None else scale * relative))
+            return y if bias is None else y + bias
+
+        return pointwise(
+            respond, x, where, relative, scale, bias, mask=mask, dtype=dtype
+        )
+
+
+def _root(x: Array) -> Array:
+    """The square root, of derivative 0 at 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def global_response_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Array:
+    """Adds to `x` its features, weighted by how strongly each responds over space.
+
+        length = sqrt((x**2).sum(space, keepdims=True))
+        relative = length / (length.mean(axis, keepdims=True) + epsilon)
+        y = x + scale * (x * relative) + bias
+
+    Features with nothing valid under the mask do not count in the mean length.
+
+    Args:
+        epsilon: added to the mean length.
+
+    All else is as in `jaxnorm.instance_norm`; scale and bias start at 0 in the modules.
+
+    Source: Woo et al., 2023 (ConvNeXt V2).
+
+    >>> import jax.numpy as jnp, jaxnorm, numpy as np
+    >>> x = jnp.array([[[3.0, 4.0], [4.0, 3.0]]])
+    >>> print(np.asarray(jaxnorm.global_response_norm(x)).round(3))
+    [[[6. 8.]
+      [8. 6.]]]
+    """
+    norm = GlobalResponseNorm(
+        axis=axis,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+    return norm(x, {"scale": scale, "bias": bias}, {}, mask=mask)[0]

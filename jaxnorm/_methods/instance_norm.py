@@ -1,0 +1,101 @@
+"""Instance normalization (Ulyanov et al., 2016, https://arxiv.org/abs/1607.08022)."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm._axes import Axes
+from jaxnorm._base import StatelessNorm, method
+
+
+@method
+class InstanceNorm(StatelessNorm):
+    """Normalizes each feature of each example by its statistics over space.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        axis: the feature axis or axes.
+        activation: applied to the result, such as "relu".
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
+
+    axis: int | Sequence[int] = -1
+    activation: str | None = None
+    implementation: str | None = None
+    optional_inputs = ("residual",)
+
+    def axes(self, shape):
+        return Axes.per_example(shape, self.axis)
+
+    def transform(self, x, params, *, mask, dtype, residual=None):
+        options = {
+            "activation": self.activation,
+            "residual": residual,
+            "implementation": self.implementation,
+        }
+        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype, **options)[0]
+
+
+def instance_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Normalizes each feature of each example of `x` over the remaining axes.
+
+        mean, var = x.mean(space, keepdims=True), x.var(space, keepdims=True)
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        x: array of numbers, (batch, ..., features) by default; integers are read as
+            float32.
+        scale, bias: of the shape of the features, or (batch, *features); None is 1, 0.
+        axis: the feature axis or axes; not the leading one.
+        epsilon: added to the variance.
+        activation: applied to y: "relu", "leaky_relu", "elu", "gelu", "silu",
+            "sigmoid" or "tanh"; "relu" in one rule with the norm.
+        residual: array of the shape of x, added to y before the activation.
+        mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
+            nothing and comes out as 0.
+        axis_name: mapped axis, or several, over whose devices `x` is split.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask,
+            axis_name or residual, and have no forward mode); None is "xla".
+
+    Returns:
+        y, of the shape and dtype of x; moments are taken in at least float32.
+
+    Raises:
+        ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
+            do not fit, and where each variance would be that of one single value.
+
+    Source: Ulyanov, Vedaldi and Lempitsky, 2016.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> x = jnp.array([[[1.0, 10.0], [3.0, 30.0]]])
+    >>> print(jaxnorm.instance_norm(x).round(3))
+    [[[-1. -1.]
+      [ 1.  1.]]]
+    """
+    norm = InstanceNorm(
+        axis=axis,
+        epsilon=epsilon,
+        activation=activation,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        implementation=implementation,
+    )
+    params = {"scale": scale, "bias": bias}
+    return norm(x, params, {}, mask=mask, residual=residual)[0]

@@ -1,0 +1,97 @@
+"""Local response norm (Krizhevsky, Sutskever and Hinton, 2012), as summed up in Ren et
+al., 2016, https://arxiv.org/abs/1611.04520."""
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._base import StatelessNorm, method
+from jaxnorm._methods import _windows as windows
+from jaxnorm._moments import overflow_as_nan
+from jaxnorm._standardize import pointwise
+
+
+@method
+class LocalResponseNorm(StatelessNorm):
+    """Divides each element by a power of the sum of squares of its `size` neighbours
+    along the features; has no parameters.
+
+    Attributes:
+        epsilon: not used: `k` is added instead.
+        axis_name: none is taken: devices share nothing.
+        axis_index_groups: none are taken, likewise.
+        size: number of neighbouring features, the element itself among them.
+        alpha: factor of the mean square.
+        beta: power of the divisor.
+        k: added to the mean square, after its factor.
+        axis: the feature axis.
+    """
+
+    real_only = True
+    param_names = ()
+    center = False
+    can_sync = False
+    size: int = 5
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
+    axis: int = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        windows.as_widths(self.size, 1, "size")
+
+    def axes(self, shape):
+        axis = canonicalize(self.axis, len(shape))
+        return Axes.over(shape, axis, axis)
+
+    def transform(self, x, params, *, mask, dtype):
+        where = self.axes(x.shape)
+
+        def respond(x):
+            squares = windows.total(x * x, where.feature, (self.size,))
+            power = self.k + self.alpha / self.size * overflow_as_nan(squares)
+            return x * power**-self.beta
+
+        return pointwise(respond, x, where, mask=mask, dtype=dtype)
+
+
+def local_response_norm(
+    x: ArrayLike,
+    *,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    axis: int = -1,
+    mask: ArrayLike | None = None,
+) -> Array:
+    """Divides each element by a power of the squares of its neighbours in `axis`.
+
+        near = x[..., max(0, c - size // 2) : c + (size - 1) // 2 + 1]
+        y[..., c] = x[..., c] / (k + alpha / size * (near**2).sum(-1)) ** beta
+
+    Args:
+        x: array of numbers; integers are read as float32.
+        size: number of neighbouring features, the element itself among them.
+        alpha, beta, k: as above; `alpha` is divided by `size`, as in PyTorch.
+        axis: the feature axis.
+        mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
+            nothing and comes out as 0.
+
+    Returns:
+        y, of the shape and dtype of x; sums are taken in at least float32.
+
+    Raises:
+        ValueError, TypeError: while tracing, for axes or sizes that do not fit.
+
+    Source: Krizhevsky, Sutskever and Hinton, 2012.
+
+    >>> import jax.numpy as jnp, jaxnorm, numpy as np
+    >>> x = jnp.array([[1.0, 2.0, 3.0]])
+    >>> y = jaxnorm.local_response_norm(x, size=2, alpha=2.0, beta=1.0)
+    >>> print(np.asarray(y).round(3))
+    [[0.5   0.333 0.214]]
+    """
+    norm = LocalResponseNorm(size=size, alpha=alpha, beta=beta, k=k, axis=axis)
+    return norm(x, {}, {}, mask=mask)[0]

@@ -1,0 +1,288 @@
+"""Online normalization (Chiley et al., 2019, https://arxiv.org/abs/1905.05894)."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxnorm import _devices as devices
+from jaxnorm import _running as running
+from jaxnorm._arguments import as_share, check_known
+from jaxnorm._axes import Axes
+from jaxnorm._base import StatefulNorm, Stats, method
+from jaxnorm._devices import vary_together
+from jaxnorm._methods import _control as control
+from jaxnorm._moments import Moments, as_mask, moments, two_sum
+from jaxnorm._normalize import normalize
+from jaxnorm._standardize import from_working, standardize
+
+
+@method
+class OnlineNorm(StatefulNorm):
+    """Normalizes a stream of examples one by one, each by the examples before it, and
+    keeps their gradients in check by two running statistics.
+
+    These are the parameters "control_product" and "control_mean", see
+    `jaxnorm.models.control_labels`. With `axis_name`, each device reads its share of
+    the batch as a stream of its own, and the statistics are averaged after it.
+
+    Attributes:
+        epsilon: added to the variance.
+        axis_name: mapped axis, or several, to average the statistics over.
+        axis_index_groups: groups of indices along `axis_name` to average within.
+        momentum: weight of the old statistics, per example.
+        control_momentum: weight of the old controls, per example.
+        layer_scaling: divide each example by its root mean square.
+        axis: the feature axis or axes.
+    """
+
+    real_only = True
+    param_names = ("scale", "bias", "control_product", "control_mean")
+    center = False
+    epsilon: float = 1e-5
+    momentum: float = 0.999
+    control_momentum: float = 0.99
+    layer_scaling: bool = True
+    axis: int | Sequence[int] = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Settings of the backward pass, which is a rule of its own.
+        check_known("epsilon", self.epsilon)
+        check_known("control_momentum", self.control_momentum)
+        as_share("control_momentum", self.control_momentum)
+
+    def axes(self, shape):
+        return Axes.per_example(shape, self.axis)
+
+    def init_params(self, feature_shape, dtype=jnp.float32):
+        """Ones for the scale, zeros for the bias and for the controls."""
+        names = ("control_product", "control_mean")
+        controls = {k: jnp.zeros(feature_shape, jnp.float32) for k in names}
+        return super().init_params(feature_shape, dtype) | controls
+
+    def init_stats(self, feature_shape, dtype=jnp.float32):
+        """Mean 0 and variance 1."""
+        return running.init_stats(feature_shape, dtype=dtype)
+
+    def train(self, x, params, stats, *, mask, dtype):
+        where = self.axes(x.shape)
+        running.check(stats, where, ("mean", "var"))
+        each = moments(x, where, mask=mask)
+        old, new = self._stream(each, running.read(stats, where, x.dtype))
+        y = self._normalized(x, params, old, mask, dtype)
+        peers = self.peers()
+        count = devices.group_sum(jnp.ones((), new[0].dtype), peers)
+        new = [devices.group_sum(v, peers) / count for v in new]
+        new = {"mean": new[0], "var": new[1]}
+        return y, running.replaced(stats, new, running.all_finite(*new.values()))
+
+    def evaluate(self, x, params, stats, *, mask, dtype):
+        where = self.axes(x.shape)
+        kept = running.read(stats, where, x.dtype)
+        mask = as_mask(mask, x.shape)
+        rstd = kept.rstd(self.epsilon)
+        y = standardize(x, kept.mean, rstd, where, mask=mask, dtype=rstd.dtype)
+        z = _scaled(
+            self._plan(x, dtype), mask, y, params.get("scale"), params.get("bias")
+        )
+        return z.astype(x.dtype if dtype is None else dtype)
+
+    def _stream(self, each: Moments, start: Moments):
+        """Statistics before each example, and after the last."""
+        each = each.broadcast_to(each.var.shape)
+
+        def step(state, example):
+            mean, var, residue = state
+            m, v, n, r = (e[None] for e in example)
+            keep = lax.stop_gradient(jnp.asarray(self.momentum, var.dtype))
+            offset = (m - mean) + (r - residue)
+            moved, rest = two_sum(mean, residue + (1 - keep) * offset)
+            spread = keep * var + (1 - keep) * (v + keep * offset * offset)
+            new = moved, spread, rest
+            both = zip(new, state, strict=True)
+            return tuple(jnp.where(n > 0, *v) for v in both), tuple(v[0] for v in state)
+
+        zero = jnp.zeros_like(start.mean)
+        first = tuple(vary_together(each.var, start.mean, start.var, zero))
+        last, (mean, var, residue) = lax.scan(step, first, lax.stop_gradient(each))
+        return Moments(mean, var, 1, residue), last[:2]
+
+    def _normalized(self, x, params, m, mask, dtype):
+        where, wide = self.axes(x.shape), m.var.dtype
+        affine = [params.get(k) for k in self.param_names[:2]]
+        affine = [None if v is None else jnp.asarray(v) for v in affine]
+        controls = [
+            control.as_control(k, params.get(k), where, wide)
+            for k in self.param_names[2:]
+        ]
+        plan = self._plan(x, dtype, *controls)
+        arrays = m.mean, m.rstd(self.epsilon), m.residue, *affine, *controls
+        arrays = vary_together(x, *arrays)
+        return cast(Array, _online(plan, x, as_mask(mask, x.shape), *arrays))
+
+    def _plan(self, x, dtype, *controls):
+        return Plan(
+            self.axes(x.shape),
+            jnp.dtype(x.dtype if dtype is None else dtype),
+            self.epsilon,
+            self.control_momentum,
+            self.layer_scaling,
+            tuple(control.copies(c, x) for c in controls),
+        )
+
+
+class Plan(NamedTuple):
+    """What is known before any array is."""
+
+    axes: Axes
+    dtype: jnp.dtype
+    epsilon: float
+    momentum: float
+    layer_scaling: bool
+    copies: tuple[int, ...]
+
+
+def _scaled(plan, mask, y, scale, bias):
+    """Each example divided by its root mean square, then scaled and shifted."""
+    where = plan.axes
+    if not plan.layer_scaling:
+        zero, one = jnp.zeros((), y.dtype), jnp.ones((), y.dtype)
+        return standardize(y, zero, one, where, scale=scale, bias=bias, mask=mask)
+    whole = where._replace(reduce=tuple(range(1, len(where.shape))))
+    params = {"scale": scale, "bias": bias}
+    return normalize(y, params, whole, epsilon=plan.epsilon, center=False, mask=mask)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _online(plan, x, mask, mean, rstd, residue, scale, bias, product, shift):
+    y = _standardized(plan, x, mask, mean, rstd, residue)
+    return _scaled(plan, mask, y, scale, bias).astype(plan.dtype)
+
+
+def _standardized(plan, x, mask, mean, rstd, residue):
+    given = {"residue": residue, "mask": mask, "dtype": mean.dtype}
+    return standardize(x, mean, rstd, plan.axes, **given)
+
+
+def _forward(plan, *args):
+    return _online(plan, *args), args
+
+
+def _backward(plan, args, dz):
+    x, mask, mean, rstd, residue, scale, bias, product, shift = args
+    where, rate = plan.axes, 1 - plan.momentum
+    y = _standardized(plan, x, mask, mean, rstd, residue)
+    _, pull = jax.vjp(functools.partial(_scaled, plan, mask), y, scale, bias)
+    g, dscale, dbias = pull(dz.astype(y.dtype))
+    count = jnp.broadcast_to(True if mask is None else mask, x.shape)
+    count = count.sum(where.reduce, keepdims=True).astype(y.dtype)
+    means = [
+        v.sum(where.reduce, keepdims=True) / jnp.maximum(count, 1)
+        for v in (g * y, y * y, g, y)
+    ]
+
+    def step(state, example):
+        product, shift = state
+        gy, yy, g, y, rstd, valid = (e[None] for e in example)
+        gone = (g - rate * product * y) * rstd - rate * shift
+        after = product + gy - rate * product * yy, shift + valid * gone
+        return after, (product[0], shift[0])
+
+    valid = (count > 0).astype(y.dtype)
+    rstds = jnp.broadcast_to(rstd, valid.shape)
+    new, before = lax.scan(step, (product, shift), (*means, rstds, valid))
+    dx = (g - rate * before[0] * y) * rstd - rate * before[1]
+    controls = (
+        control.renewal(old, v, copies, x)
+        for old, v, copies in zip((product, shift), new, plan.copies, strict=True)
+    )
+    return from_working(dx, mask, where, x.dtype), *[None] * 4, dscale, dbias, *controls
+
+
+_online.defvjp(_forward, _backward)
+
+
+def online_norm(
+    x: ArrayLike,
+    stats: Stats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    control_product: ArrayLike | None = None,
+    control_mean: ArrayLike | None = None,
+    *,
+    use_running_average: bool | ArrayLike,
+    axis: int | Sequence[int] = -1,
+    momentum: float = 0.999,
+    control_momentum: float = 0.99,
+    layer_scaling: bool = True,
+    epsilon: float = 1e-5,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Normalizes each example by the running statistics of those before it.
+
+        for x[t]:  # with own_mean, own_var: its moments over space
+            y[t] = (x[t] - mean) / sqrt(var + epsilon)
+            offset = own_mean - mean
+            mean += (1 - momentum) * offset
+            var = momentum * (var + (1 - momentum) * offset**2)
+                  + (1 - momentum) * own_var
+        z = y / sqrt((y**2).mean(all_but_batch) + epsilon) * scale + bias
+
+    A batch of n is the same as n batches of one, at the speed of a batch. Gradients of
+    `scale` and `bias`, and through the last line, are the derivatives. From the
+    gradient g of y, that of x removes what would change the mean and scale of y:
+
+        for g[t]:
+            h = g[t] - (1 - control_momentum) * control_product * y[t]
+            control_product += (h * y[t]).mean(space)
+            dx[t] = h / sqrt(var + epsilon) - (1 - control_momentum) * control_mean
+            control_mean += dx[t].mean(space)
+
+    and the old controls less the new ones are their gradients: see
+    `jaxnorm.models.control_labels`. There is no forward mode.
+
+    Args:
+        stats: {"mean", "var"}, from `init_stats`; with `use_running_average=True` they
+            stay as they are.
+        control_product, control_mean: of the shape of the features, zeros at first;
+            None is zeros.
+        momentum, control_momentum: weights of the old statistics, per example.
+        layer_scaling: divide each example by its root mean square.
+        axis_name: mapped axis, or several, over whose devices the statistics are
+            averaged after the batch.
+
+    All else is as in `jaxnorm.batch_norm`.
+
+    Source: Chiley, Sharapov, Kosson, Koster, Reece, Samaniego de la Fuente, Subbiah and
+    James, 2019; here scale and bias come last.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> y, stats = jaxnorm.online_norm(
+    ...     jnp.array([[1.0], [3.0]]),
+    ...     jaxnorm.init_stats(1),
+    ...     use_running_average=False,
+    ...     momentum=0.5,
+    ...     layer_scaling=False,
+    ... )
+    >>> print(y.round(3).ravel(), stats["mean"])
+    [1.    2.887] [1.75]
+    """
+    norm = OnlineNorm(
+        momentum=momentum,
+        control_momentum=control_momentum,
+        layer_scaling=layer_scaling,
+        axis=axis,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+    )
+    params = {"scale": scale, "bias": bias}
+    params |= {"control_product": control_product, "control_mean": control_mean}
+    return norm(x, params, stats, use_running_average=use_running_average, mask=mask)

@@ -1,0 +1,84 @@
+"""Root mean square norm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm._base import ReductionNorm, method
+
+
+@method
+class RMSNorm(ReductionNorm):
+    """Divides each example by its root mean square over `reduction_axes`.
+
+    Attributes:
+        epsilon: added to the mean square.
+        axis_name: mapped axis, or several, whose devices share statistics.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        reduction_axes: the axes that share a mean square.
+        feature_axes: the axes that the scale varies along.
+        zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+    """
+
+    param_names = ("scale",)
+    center = False
+
+
+def rms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    reduction_axes: int | Sequence[int] = -1,
+    feature_axes: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    zero_centered_scale: bool = False,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Divides `x` by its root mean square over `reduction_axes`; no mean is subtracted.
+
+        y = x / sqrt((x**2).mean(reduction_axes, keepdims=True) + epsilon) * scale
+
+    Args:
+        x: array of numbers; integers are read as float32.
+        scale: of the shape of `feature_axes`, or (batch, *features) for one per
+            example; None is 1.
+        reduction_axes: the axes that share a mean square.
+        feature_axes: the axes that the scale varies along.
+        epsilon: added to the mean square.
+        zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
+            nothing and comes out as 0.
+        axis_name: mapped axis, or several, over whose devices `x` is split.
+        axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask
+            or axis_name, and have no forward mode); None is "xla".
+
+    Returns:
+        y, of the shape and dtype of x; the mean square is taken in at least float32.
+
+    Raises:
+        ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
+            do not fit.
+
+    Source: Zhang and Sennrich, 2019.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> print(jaxnorm.rms_norm(jnp.array([[2.0, 2.0], [-30.0, 30.0]])).round(3))
+    [[ 1.  1.]
+     [-1.  1.]]
+    """
+    norm = RMSNorm(
+        reduction_axes=reduction_axes,
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        zero_centered_scale=zero_centered_scale,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        implementation=implementation,
+    )
+    return norm(x, {"scale": scale}, {}, mask=mask)[0]

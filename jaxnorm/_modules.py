@@ -1,0 +1,200 @@
+"""What the Linen and the NNX modules have in common: settings in, a call out."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._arguments import (
+    as_bool,
+    as_dtype,
+    as_feature_shape,
+    as_integer,
+    check_function,
+    check_instance,
+    check_mapping,
+    optional,
+    shown,
+)
+from jaxnorm._base import Norm, as_flag
+from jaxnorm._dtypes import as_floating, promote, widened
+from jaxnorm._running import RUNNING
+from jaxnorm._weights._arguments import features
+from jaxnorm._weights.spectral_norm import spectral_norm
+from jaxnorm._weights.weight_norm import weight_norm
+from jaxnorm._weights.weight_standardize import weight_standardize
+
+
+def _check_norm(name: str, value: Any) -> None:
+    check_instance(name, value, Norm, "jaxnorm.BatchNorm()")
+
+
+def _check_metadata(name: str, value: Any) -> None:
+    check_mapping(name, value, 'dict(out_sharding=("model",))')
+
+
+# What the arguments of constructors must be. What a settings value holds as well is
+# checked there.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "norm": _check_norm,
+    "num_features": as_feature_shape,
+    "use_running_average": optional(lambda name, value: as_flag(value, name)),
+    "dtype": optional(as_dtype),
+    "param_dtype": as_dtype,
+    "use_scale": as_bool,
+    "use_bias": as_bool,
+    "scale_init": optional(check_function),
+    "bias_init": optional(check_function),
+    "scale_metadata": _check_metadata,
+    "bias_metadata": _check_metadata,
+    "promote_dtype": check_function,
+    "n_steps": as_integer,
+    "error_on_non_matrix": as_bool,
+    "update_stats": as_bool,
+    "scaled": as_bool,
+}
+
+
+def check(arguments: Mapping[str, Any], module: type) -> None:
+    """Raises TypeError or ValueError for an argument of a constructor that is wrong.
+
+    `module` is the class that all modules of the API have in common.
+    """
+    for name in arguments.keys() & _CHECKS.keys():
+        _CHECKS[name](name, arguments[name])
+    if "num_features" in arguments and "norm" not in arguments:
+        as_integer("num_features", arguments["num_features"])  # one axis, as in Flax
+    layer = arguments.get("layer_instance")
+    if "layer_instance" in arguments and not isinstance(layer, module):
+        raise TypeError(
+            f"layer_instance must be a layer, made of a subclass of {module.__module__}"
+            f".Module, got {shown(layer)}"
+        )
+
+
+def settings(kind: type[Norm], module: Any, **others: Any) -> Norm:
+    """The settings value of `kind`, from the attributes that `module` names alike."""
+    names = [f.name for f in dataclasses.fields(kind) if hasattr(module, f.name)]
+    return kind(**({k: getattr(module, k) for k in names} | others))
+
+
+def refuse(problem: str) -> None:
+    """What a generic module does about a variance of single values."""
+    raise ValueError(problem)
+
+
+def warn(problem: str) -> None:
+    """What a class of Flax's name does: Flax takes such inputs, in shape probes say."""
+    warnings.warn(problem, stacklevel=2)
+
+
+def run(
+    norm: Norm,
+    x: ArrayLike,
+    params: Mapping[str, Array],
+    stats: Mapping[str, Array],
+    *,
+    flag: bool | Array,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
+    on_single_values: Callable[[str], None],
+    inputs: Mapping[str, Any],
+) -> tuple[Array, dict[str, Array]]:
+    """Applies `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
+    given = jnp.asarray(x).dtype
+    x = as_floating(x)
+    means = (v for v in stats.values() if jnp.iscomplexobj(v))
+    dtypes = (given, *(v.dtype for v in (*params.values(), *means)))
+    dtype = promote(*dtypes) if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = promote(dtype, jnp.float32)
+    norm.check_call(x, params, inputs)
+    problem = norm.single_value_problem(x.shape, RUNNING in stats or flag)
+    if problem:
+        on_single_values(problem)
+    x = widened(x, dtype)
+    if flag is not True:
+        stats = _with_room(norm, stats, x)
+    return norm.apply(
+        x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
+    )
+
+
+def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
+    """What statistics begin in: Flax's float32, or complex if one of `dtypes` is."""
+    wide = promote(*(jnp.float32 if d is None else d for d in dtypes))
+    return wide if jnp.issubdtype(wide, jnp.complexfloating) else jnp.dtype("float32")
+
+
+def _with_room(norm: Norm, stats: Mapping[str, Array], x: Array) -> dict[str, Array]:
+    """`stats` whose means are complex if `x` is, so that they can follow it.
+
+    As Flax's become in Linen at the first step: a layer is made, or a checkpoint
+    written, before the layer is known to read complex numbers.
+    """
+    if not jnp.iscomplexobj(x):
+        return dict(stats)
+    features = norm.axes(x.shape).feature_shape
+    like = jax.eval_shape(lambda: norm.init_stats(features, x.dtype))
+    means = {k for k, v in like.items() if jnp.iscomplexobj(v)}
+    means |= {"batch_mean", "batch_residue"}
+    return {
+        k: v.astype(promote(v.dtype, jnp.complex64)) if k in means else v
+        for k, v in stats.items()
+    }
+
+
+def scale_shape(module: Any, kernel: Array) -> tuple[int, ...]:
+    """The shape of the scale of `kernel` in a wrapper that normalizes it."""
+    return features(kernel.shape, module.feature_axes).feature_shape
+
+
+def weight_normed(module: Any, kernel: Array, scale: Array | None) -> Array:
+    """`kernel` as the layer in a WeightNorm computes with it."""
+    kernel = _promoted(kernel, scale)
+    kernel = weight_norm(
+        kernel, scale, feature_axes=module.feature_axes, epsilon=module.epsilon
+    )
+    return kernel.astype(module.dtype or kernel.dtype)
+
+
+def weight_standardized(module: Any, kernel: Array, scale: Array | None) -> Array:
+    """`kernel` as the layer in a WeightStandardization computes with it."""
+    kernel = _promoted(kernel, scale)
+    axes = features(kernel.shape, module.feature_axes).reduce
+    kernel = weight_standardize(
+        kernel, axes, module.epsilon, scale, scaled=module.scaled
+    )
+    return kernel.astype(module.dtype or kernel.dtype)
+
+
+def has_spectrum(module: Any, kernel: Array) -> bool:
+    """Whether a SpectralNorm normalizes `kernel`; raises where it is set to."""
+    if module.error_on_non_matrix and kernel.ndim > 2:
+        raise ValueError(
+            f"error_on_non_matrix is set, and a kernel of shape {kernel.shape} is no "
+            "matrix: leave it False to flatten all axes but the last into one"
+        )
+    return kernel.ndim >= 2 and module.n_steps >= 1
+
+
+def spectral_normed(
+    module: Any, kernel: Array, u: Array, sigma: Array
+) -> tuple[Array, Array, Array]:
+    """`kernel` as the layer in a SpectralNorm computes with it, and u and sigma."""
+    kernel, new_u, new_sigma = spectral_norm(
+        _promoted(kernel, u, sigma), u, n_steps=module.n_steps, epsilon=module.epsilon
+    )
+    kernel = kernel.astype(module.dtype or kernel.dtype)
+    return kernel, new_u, new_sigma.astype(sigma.dtype)
+
+
+def _promoted(kernel: Array, *others: Array | None) -> Array:
+    """`kernel` in the dtype that Flax infers from it and the other variables."""
+    dtypes = (v.dtype for v in others if v is not None)
+    return kernel.astype(promote(kernel.dtype, *dtypes))

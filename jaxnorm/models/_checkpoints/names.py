@@ -1,0 +1,194 @@
+"""Which key of a checkpoint is which leaf of a model?"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnorm._arguments import check_function, shown
+from jaxnorm.models._checkpoints.conventions import FLAX, Convention
+from jaxnorm.models._paths import Tree, path_name
+
+Renamed = Callable[[str], str | None] | Mapping[str, str] | None  # layers' paths
+Kinds = Callable[[str], str | None] | Mapping[str, str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of a model, and where a checkpoint has it.
+
+    Attributes:
+        path: such as "params/Conv_0/kernel".
+        layer: its layer's path, such as "Conv_0".
+        name: its last part, such as "kernel".
+        value: the array, or what has its shape and dtype.
+        keys: of the checkpoint, in the order in which they are looked for.
+        kind: of a kernel of axes in and out; None for all else.
+        extras: what goes along with it, by key.
+    """
+
+    path: str
+    layer: str
+    name: str
+    value: Any
+    keys: tuple[str, ...]
+    kind: str | None
+    extras: Mapping[str, Any]
+
+
+def leaves(
+    variables: Tree, table: Convention, rename: Renamed, kinds: Kinds
+) -> list[Leaf]:
+    """All leaves of `variables`, in JAX's order of them."""
+    found = [
+        ([path_name((key,)) for key in path], _shaped(value))
+        for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]
+    ]
+    _check_collections({path[0] if path else "" for path, _ in found})
+    for name, given in (("rename", rename), ("kinds", kinds)):
+        if not isinstance(given, Mapping) and given is not None:
+            check_function(name, given)
+    layers: dict[str, set[str]] = {}
+    for (_, *layer, name), _ in found:
+        layers.setdefault("/".join(layer), set()).add(name)
+    _check_paths("rename", rename, layers, _within)
+    _check_paths("kinds", kinds, layers, str.__eq__)
+
+    def leaf(path, value):
+        collection, *layer, name = path
+        layer = "/".join(layer)
+        kernelled = not layers[layer].isdisjoint(("kernel", "embedding"))
+        is_kernel = name == "kernel" and value.ndim > 1
+        names = table.names if kernelled else table.norm_names
+        place = [_source_name(layer, rename, table.separator)]
+        if table.collections:
+            place.insert(0, table.collections[collection])
+
+        def key(name):
+            return table.separator.join([v for v in place if v] + [name])
+
+        return Leaf(
+            path="/".join(path),
+            layer=layer,
+            name=name,
+            value=value,
+            keys=tuple(key(v) for v in names.get(name, (name,))),
+            kind=_kind(layer, kinds) if is_kernel else None,
+            extras={key(k): v for k, v in table.extras.get(name, {}).items()},
+        )
+
+    return [leaf(path, value) for path, value in found]
+
+
+def _shaped(value: Any) -> Any:
+    """`value`, or a plain number as an array."""
+    return value if hasattr(value, "ndim") else np.asarray(value)
+
+
+def check_checkpoint(name: str, checkpoint: Any) -> None:
+    """Raises TypeError unless `checkpoint` is a mapping."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping of arrays by their keys, got "
+            f"{shown(checkpoint)}: of a module of torch pass its state_dict(), of a "
+            "file what it holds"
+        )
+
+
+def flatten(checkpoint: Mapping[Any, Any], separator: str) -> dict[str, Any]:
+    """The arrays of nested mappings, by their keys joined by `separator`."""
+
+    def arrays(node: Mapping[Any, Any], start: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                yield from arrays(value, f"{start}{key}{separator}")
+            else:
+                yield f"{start}{key}", value
+
+    return dict(arrays(checkpoint, ""))
+
+
+def nest(checkpoint: Mapping[str, Any], table: Convention) -> dict[str, Any]:
+    """The keys of `checkpoint` as nested as the framework has them."""
+    if table.collections is None:
+        return dict(checkpoint)
+    out: dict[str, Any] = {}
+    for key, value in checkpoint.items():
+        parts = key.split(table.separator)
+        if table.modules:
+            parts = [parts[0], table.separator.join(parts[1:-1]), parts[-1]]
+        node = out
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = value
+    return out
+
+
+def _source_name(layer: str, rename: Renamed, separator: str) -> str:
+    """The checkpoint's name for the layer at a path."""
+    if isinstance(rename, Mapping):
+        starts = [start for start in rename if _within(start, layer)]
+        if starts:
+            start = max(starts, key=len)
+            rest = layer[len(start) :].strip("/").replace("/", separator)
+            name = _checked_name(layer, rename[start])
+            return separator.join(v for v in (name, rest) if v)
+    elif rename is not None:
+        name = rename(layer)
+        if name is not None:
+            return _checked_name(layer, name)
+    return layer.replace("/", separator)
+
+
+def _checked_name(layer: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`rename` must give {layer!r} a string for a name, got {shown(name)}"
+        )
+    return name
+
+
+def _kind(layer: str, kinds: Kinds) -> str:
+    if kinds is None:
+        return "conv"
+    kind = kinds.get(layer) if isinstance(kinds, Mapping) else kinds(layer)
+    kind = "conv" if kind is None else kind
+    if not isinstance(kind, str) or kind not in FLAX.kernels:
+        raise ValueError(
+            f"the kind of the kernel of {layer!r} must be one of {list(FLAX.kernels)}, "
+            f"got {shown(kind)}"
+        )
+    return kind
+
+
+def _within(start: str, layer: str) -> bool:
+    """Whether `layer` is the layer at `start` or below it."""
+    return start in ("", layer) or layer.startswith(f"{start}/")
+
+
+def _check_collections(names: set[str]) -> None:
+    others = sorted(names - {"params", "batch_stats"})
+    if others or not names:
+        raise ValueError(
+            'the variables of a model must be {"params": ...} with or without '
+            f'"batch_stats", got {others or "nothing"}: pass what `init` or '
+            "`jaxnorm.nnx.variables` returns, without other collections"
+        )
+
+
+def _check_paths(
+    argument: str,
+    given: Any,
+    layers: Mapping[str, Any],
+    means: Callable[[str, str], bool],
+) -> None:
+    """Raises ValueError for paths in `given`, if a mapping, of no layer."""
+    paths = given if isinstance(given, Mapping) else ()
+    wrong = [path for path in paths if not any(means(path, v) for v in layers)]
+    if wrong:
+        raise ValueError(
+            f"`{argument}` holds {wrong}, but the layers of the model are "
+            f"{list(layers)}: give their paths, without the collection"
+        )

@@ -1,0 +1,323 @@
+"""How are the statistics of several models, or of several domains, combined?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxnorm._arguments import as_epsilon, as_share, shown
+from jaxnorm._dtypes import at_least_float32
+from jaxnorm._moments import abs_square
+from jaxnorm._running import BATCH, SWITCHES, moving_average
+from jaxnorm.models._paths import (
+    Tree,
+    Where,
+    check_layers,
+    check_shapes,
+    check_tree,
+    chosen_norms,
+    copied,
+    everywhere,
+    join_path,
+    map_layers,
+)
+
+
+def merge(
+    trees: Sequence[Tree],
+    weights: Sequence[ArrayLike] | None = None,
+    *,
+    where: Where = everywhere,
+) -> Tree:
+    """Statistics of the union of the data that each tree has statistics of.
+
+        share = weights / sum(weights)
+        mean = sum(share * means)
+        var = sum(share * (vars + abs(means - mean)**2))
+
+    So the statistics of workers, clients or unsynchronized devices become those that
+    one model would have of all their data. An average of the variances, which is what
+    averaging the trees gives, lacks the spread of the means.
+
+    Args:
+        trees: statistics of one model each, of the same layers.
+        weights: how much each counts, such as its number of examples; None for all
+            alike. One of weight 0 counts for nothing, whatever its statistics are.
+            Where all are traced and 0, the result is NaN.
+        where: whether the layer at a path is meant; others are those of the first tree.
+
+    Returns:
+        A new tree. Entries but "mean" and "var" are those of the first tree. What it
+        holds is true of norms whose "var" is a variance, or mean square, of the data;
+        that of L1, range and running instance norm is not.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes, or the weights in number,
+            for weights that are negative, not finite or all 0, and for norms that keep
+            no variance.
+        TypeError: for what are no trees of arrays, and weights that are no numbers.
+
+    Source: Chan, Golub and LeVeque, 1983.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> a = {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}
+    >>> b = {"mean": jnp.array([4.0]), "var": jnp.array([1.0])}
+    >>> jaxnorm.models.merge([a, b], weights=[30, 10])
+    {'mean': Array([1.], dtype=float32), 'var': Array([4.], dtype=float32)}
+    """
+    trees = _listed("trees", trees)
+    for i, tree in enumerate(trees):
+        check_layers(tree, f"trees[{i}]")
+    weights = _weights([1] * len(trees) if weights is None else weights, len(trees))
+
+    def merged(path: str, *each: Mapping[str, Any]) -> dict[str, Any]:
+        if "var" not in each[0]:
+            raise ValueError(
+                f"the norm at {path!r} keeps {sorted(each[0])} and no variance, which "
+                "cannot be merged: leave it out with `where`"
+            )
+        for other in each[1:]:
+            check_shapes(path, each[0], other)
+        mean, var = _union(each, weights)
+        new = {"mean": mean, "var": var}
+        return dict(each[0]) | {k: v for k, v in new.items() if k in each[0]}
+
+    return map_layers(merged, trees[0], *trees[1:], where=where)
+
+
+def _union(
+    each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
+) -> tuple[Array, Array]:
+    """Pooled mean and variance, in the dtypes of the first."""
+    first = jnp.asarray(each[0]["var"])
+    dtype = at_least_float32(first.dtype)
+    known = int | float  # whose shares are exact, however large or small they are
+    weights = [w if isinstance(w, known) else jnp.asarray(w, dtype) for w in weights]
+    shares = [jnp.asarray(w / sum(weights), dtype) for w in weights]
+    means = [jnp.asarray(s.get("mean", 0)) for s in each]
+    mean = _weighed(shares, means)
+    spreads = [
+        jnp.asarray(s["var"], dtype) + abs_square(m - mean)
+        for s, m in zip(each, means, strict=True)
+    ]
+    var = _weighed(shares, spreads)
+    return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+
+
+def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
+    """The sum of `values` by their shares; one of share 0 may be NaN."""
+    pairs = zip(shares, values, strict=True)
+    return sum(jnp.where(share == 0, 0, share * v) for share, v in pairs)
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """`values` in a list; raises TypeError unless they have an order."""
+    ordered = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if ordered or (isinstance(values, np.ndarray | Array) and values.ndim):
+        return list(values)
+    raise TypeError(f"{name} must be a list or tuple, got {shown(values)}")
+
+
+def _weights(weights: Any, number: int) -> list[Any]:
+    """A weight for each of a number of trees, each known one not negative."""
+    weights = [as_epsilon("a weight", w) for w in _listed("weights", weights)]
+    if not len(weights) == number > 0:
+        raise ValueError(
+            f"each tree needs a weight, got {number} trees and {len(weights)} weights"
+        )
+    if all(isinstance(w, int | float) and w == 0 for w in weights):
+        raise ValueError(f"some weight must not be 0, got {weights}")
+    return weights
+
+
+def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> Tree:
+    """Statistics between those of `a` and those of `b`.
+
+        mean = (1 - weight) * a["mean"] + weight * b["mean"], and var alike
+
+    For statistics of two domains of which the norm is to see a bit of both. Averages
+    of n and n0 examples of a similar distribution blend by `weight=n / (n + n0)`.
+    Unlike `merge`, the variance does not grow with the distance of the means.
+
+    Args:
+        a, b: statistics of the same layers.
+        weight: of b, from 0 to 1; may be traced. At 0 and 1 it is exactly those of a
+            and of b, whatever the other holds.
+        where: whether the layer at a path is meant; others are those of a.
+
+    Returns:
+        A new tree. Entries but "mean" and "var" are those of a.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes, or the weight is NaN or
+            not from 0 to 1.
+        TypeError: for what are no trees of arrays, and a weight that is no number.
+
+    Source: Schneider et al., 2020 (https://arxiv.org/abs/2006.16971).
+    """
+
+    check_layers(a, "a")
+    check_layers(b, "b")
+    keep = 1 - as_share("weight", weight)
+
+    def blended(path, mine, other):
+        check_shapes(path, mine, other)
+        names = [k for k in ("mean", "var") if k in mine]
+        return mine | {k: between(mine[k], other[k], keep) for k in names}
+
+    return map_layers(blended, a, b, where=where)
+
+
+def between(a: ArrayLike, b: ArrayLike, keep: ArrayLike) -> Array:
+    """`keep * a + (1 - keep) * b`, in the dtype of a; what has no weight may be NaN."""
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    mixed = moving_average(a, b, keep)
+    return jnp.where(keep == 1, a, jnp.where(keep == 0, b.astype(a.dtype), mixed))
+
+
+def swap(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
+    """`a`, with the layers that `where` means as they are in `b`.
+
+    For a set of statistics per domain, task or branch on one set of parameters; and,
+    with the statistics of a fresh model as b, to start some layers anew.
+
+    Args:
+        a, b: statistics of the same layers.
+        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: if the trees differ in layers or shapes.
+        TypeError: for what are no trees of arrays.
+    """
+    check_layers(a, "a")
+    check_layers(b, "b")
+
+    def swapped(path, mine, other):
+        check_shapes(path, mine, other)
+        return other
+
+    return map_layers(swapped, a, b, where=where)
+
+
+def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
+    """Statistics as before the first batch: mean 0, var 1, count and step 0.
+
+    The marks of `freeze` stay, and what `accumulate` gathered is forgotten.
+
+    Args:
+        batch_stats: statistics of the layers of a model, or of one layer.
+        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        A new tree.
+
+    Raises:
+        ValueError: for a layer that keeps something else, such as a history, of which
+            only its method knows the start: take it from a fresh model by `swap`.
+        TypeError: for what is no tree of arrays.
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> jaxnorm.models.reset({"mean": jnp.array([4.0]), "var": jnp.array([2.0])})
+    {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}
+    """
+
+    def reset(path, stats):
+        unknown = {*stats} - {*_STARTS, *SWITCHES}
+        if unknown:
+            raise ValueError(
+                f"the norm at {path!r} keeps {sorted(unknown)}, of which only its "
+                "method knows the start: take it from a fresh model by swap"
+            )
+        new = {k: jnp.full_like(stats[k], v) for k, v in _STARTS.items() if k in stats}
+        return stats | new
+
+    return map_layers(reset, batch_stats, where=where)
+
+
+_STARTS = {"mean": 0, "var": 1, "count": 0, "step": 0} | dict.fromkeys(BATCH, 0)
+
+
+def split(
+    variables: Mapping[str, Tree], where: Where = everywhere
+) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """The variables of the norms that `where` means, and all others (FedBN).
+
+    A client that keeps the first and shares the second trains on data of its own
+    distribution. `join` puts them together.
+
+    Args:
+        variables: {"params", "batch_stats"} of a model, as nested dicts.
+        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
+
+    Returns:
+        Two trees of the same collections, each without what is in the other, of copies
+        of the arrays.
+
+    Raises:
+        ValueError: if `where` means no norm.
+        TypeError: for what are no trees of arrays.
+
+    Source: Li et al., 2021 (https://arxiv.org/abs/2102.07623).
+
+    >>> import jax.numpy as jnp, jaxnorm
+    >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2))},
+    ...                         "BatchNorm_0": {"scale": jnp.ones(2)}},
+    ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(2)}}
+    >>> norms, others = jaxnorm.models.split(variables)
+    >>> print(list(norms["params"]), list(norms["batch_stats"]), list(others["params"]))
+    ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
+    """
+    meant = {*chosen_norms(variables, where)}
+    for name, tree in variables.items():
+        check_tree(tree, f"variables[{name!r}]")
+    trees = copied(dict(variables))
+    if "" in meant:
+        return trees, {name: {} for name in trees}
+    parts = [_part(tree, meant, "") for tree in trees.values()]
+    norms, others = ({}, {})
+    for name, (mine, rest) in zip(trees, parts, strict=True):
+        norms[name], others[name] = mine, rest
+    return norms, others
+
+
+def join(norms: Mapping[str, Tree], others: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The variables of a model of which `split` made these two trees.
+
+    Its arrays are copies. Raises ValueError where both have an array at the same path,
+    and TypeError for what are no trees of arrays.
+    """
+    check_tree(norms, "norms")
+    check_tree(others, "others")
+    return copied(_joined(norms, others, ""))
+
+
+def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
+    """The nodes of `tree` at the paths that are meant, and the rest of it."""
+    mine, rest = {}, {}
+    for k, node in tree.items():
+        here = join_path(path, k)
+        if here in meant:
+            mine[k] = node
+        elif isinstance(node, Mapping) and node:
+            inner, outer = _part(node, meant, here)
+            mine |= {k: inner} if inner else {}
+            rest |= {k: outer} if outer else {}
+        else:
+            rest[k] = node
+    return mine, rest
+
+
+def _joined(a: Tree, b: Tree, path: str) -> dict[str, Any]:
+    out = dict(a)
+    for k, node in b.items():
+        here = join_path(path, k)
+        if k in a and not (isinstance(a[k], Mapping) and isinstance(node, Mapping)):
+            raise ValueError(f"both trees hold {here!r}: join the two of one split")
+        out[k] = _joined(a[k], node, here) if k in a else node
+    return out

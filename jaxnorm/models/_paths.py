@@ -1,0 +1,260 @@
+"""Which layers of a model keep running statistics, and at which paths?"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxnorm._arguments import shown
+from jaxnorm._base import Norm
+from jaxnorm._running import own
+
+Where = Callable[[str], bool]  # whether the layer at a path is meant
+Tree = Any  # nested mappings of arrays, such as Flax's batch_stats
+
+
+def everywhere(path: str) -> bool:
+    """Means every layer."""
+    return True
+
+
+def check_tree(tree: Any, name: str) -> None:
+    """Raises TypeError unless `tree`, the argument `name`, is a mapping of arrays.
+
+    They may be nested, in whatever JAX can flatten, and known by shape and dtype only.
+    """
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"{name} must be nested mappings of arrays, as a Linen model has them, got "
+            f"{shown(tree)}: of an NNX model take jaxnorm.nnx.variables(model)"
+        )
+    for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not _is_array(value):
+            raise TypeError(
+                f"{name} must hold arrays and nothing else, got {shown(value)} at "
+                f"{path_name(path)!r}: of an NNX model take "
+                "jaxnorm.nnx.variables(model)"
+            )
+
+
+def check_variables(variables: Any, name: str = "variables") -> None:
+    """Raises TypeError unless `variables` hold trees of parameters and statistics."""
+    check_tree(variables, name)
+    for collection in ("params", "batch_stats"):
+        check_tree(variables.get(collection, {}), f"{name}[{collection!r}]")
+
+
+def check_layers(tree: Any, name: str) -> None:
+    """As `check_tree`, but for what may be a list or tuple, too, such as of layers."""
+    check_tree(dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree, name)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether `value` is an array of numbers, a number, or has the shape of one."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return isinstance(value, bool | int | float | complex)
+    return not (isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm")
+
+
+def is_layer(node: Any) -> bool:
+    """Whether `node` holds the running statistics of one layer: "mean" or "var"."""
+    if not isinstance(node, Mapping) or any(
+        isinstance(v, Mapping) for v in node.values()
+    ):
+        return False
+    return "mean" in node or "var" in node
+
+
+def layers(batch_stats: Tree) -> dict[str, dict[str, Any]]:
+    """The running statistics of each layer, by its path, such as "Block_0/BatchNorm_1".
+
+    The path of statistics on their own, as a pure function takes them, is "". Raises
+    TypeError for what is no tree of arrays.
+    """
+    check_layers(batch_stats, "batch_stats")
+    found = jax.tree_util.tree_flatten_with_path(batch_stats, is_leaf=is_layer)[0]
+    return {path_name(path): dict(node) for path, node in found if is_layer(node)}
+
+
+def select_layers(batch_stats: Tree, where: Where) -> dict[str, dict[str, Any]]:
+    """Those of the `layers` that `where` means; raises ValueError if there are none."""
+    return select(layers(batch_stats), where, "layers with running statistics")
+
+
+def select(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
+    """What `where` means of `found`; raises ValueError if that is nothing."""
+    if not callable(where):
+        raise TypeError(
+            "where must be a function of a layer's path that returns True or False, "
+            f"such as {next(iter(found), 'norm')!r}.__eq__, got {shown(where)}"
+        )
+    if not found:
+        raise ValueError(
+            f"there are no {what}: pass the variables of a model that has some, from "
+            "`init` of a Linen model, or jaxnorm.nnx.variables(model)"
+        )
+    some = {path: value for path, value in found.items() if where(path)}
+    if not some:
+        raise ValueError(
+            f"`where` means none of the {what}, which are {list(found)}: return True "
+            "for the paths of some of them"
+        )
+    return some
+
+
+def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree:
+    """`batch_stats` with the layers at the paths of `new` in place of their own.
+
+    All arrays are copies, but of what is traced.
+    """
+
+    def replaced(path, node):
+        return new.get(path_name(path), node) if is_layer(node) else node
+
+    return copied(
+        jax.tree_util.tree_map_with_path(replaced, batch_stats, is_leaf=is_layer)
+    )
+
+
+def copied(tree: Tree) -> Tree:
+    """`tree` with arrays of its own, which may be donated while `tree` is in use."""
+    return jax.tree.map(lambda v: own(v) if isinstance(v, Array) else v, tree)
+
+
+def map_layers(
+    f: Callable[..., Mapping[str, Any]],
+    batch_stats: Tree,
+    *others: Tree,
+    where: Where = everywhere,
+) -> Tree:
+    """`f(path, stats, *stats_of_others)` for each layer that `where` means.
+
+    Raises ValueError where the trees do not hold the same layers.
+    """
+    found, *rest = (layers(tree) for tree in (batch_stats, *others))
+    for other in rest:
+        check_same(found, other)
+    own = select_layers(batch_stats, where)
+    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in own.items()}
+    return with_layers(batch_stats, new)
+
+
+def check_same(a: Iterable[str], b: Iterable[str]) -> None:
+    """Raises ValueError unless `a` and `b` are the paths of the same layers."""
+    only_a, only_b = sorted({*a} - {*b}), sorted({*b} - {*a})
+    if only_a or only_b:
+        raise ValueError(
+            "the trees must hold statistics of the same layers, but only the first "
+            f"has {only_a} and only the other has {only_b}: take both from one model"
+        )
+
+
+def check_shapes(path: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the layers hold the same names, of the same shapes."""
+    shapes = [{k: jnp.shape(v) for k, v in layer.items()} for layer in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the statistics of {path!r} must be of the same shapes, got {shapes[0]} "
+            f"and {shapes[1]}: take both from one model"
+        )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path of JAX's as one string, "Block_0/BatchNorm_1"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def join_path(path: str, name: Any) -> str:
+    """The path of what the node at `path` holds under `name`."""
+    return f"{path}/{name}" if path else str(name)
+
+
+def keys_at(trees: Iterable[Tree], path: str) -> tuple[Any, ...] | None:
+    """The keys that lead to the node at `path` in the first tree that has it."""
+
+    def search(node: Tree, at: str) -> tuple[Any, ...] | None:
+        if at == path:
+            return ()
+        for k, inner in node.items() if isinstance(node, Mapping) else ():
+            here = join_path(at, k)
+            if path == here or path.startswith(f"{here}/"):
+                keys = search(inner, here)
+                if keys is not None:
+                    return (k, *keys)
+        return None
+
+    return next((k for k in (search(t, "") for t in trees) if k is not None), None)
+
+
+def set_at(
+    tree: Tree, keys: tuple[Any, ...], node: Mapping[str, Any]
+) -> dict[Any, Any]:
+    """`tree` with the arrays of `node` at `keys`; what is nested there stays."""
+    if not keys:
+        return {k: v for k, v in tree.items() if isinstance(v, Mapping)} | dict(node)
+    new = dict(tree)
+    inner = set_at(new.pop(keys[0], {}), keys[1:], node)
+    return new | ({keys[0]: inner} if inner else {})
+
+
+def norm_params(params: Tree) -> dict[str, dict[str, Any]]:
+    """The parameters of each norm of a model, by its path.
+
+    A norm is a node that holds nothing but arrays under names of the parameters of
+    jaxnorm's methods, such as "scale" and "bias". So a module of a lone bias counts,
+    too.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    map_params(lambda path, node: found.update({path: dict(node)}), params)
+    return found
+
+
+def chosen_norms(
+    variables: Mapping[str, Tree], where: Where
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters and statistics of each norm that `where` means, by its path.
+
+    A lone bias without statistics is not taken for a norm. Raises ValueError if `where`
+    means none, and TypeError for what are no trees of arrays.
+    """
+    check_variables(variables)
+    params = norm_params(variables.get("params", {}))
+    stats = layers(variables.get("batch_stats", {}))
+    found = {
+        path: (params.get(path, {}), stats.get(path, {}))
+        for path in {**params, **stats}
+        if path in stats or {*params[path]} != {"bias"}
+    }
+    return select(found, where, "norms")
+
+
+def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:
+    """`f(path, parameters)` for each norm, and `others(array)` for all else.
+
+    Raises TypeError for what is no tree of arrays.
+    """
+    check_layers(params, "params")
+    names = _names(Norm)
+
+    def is_norm(node):
+        return (
+            isinstance(node, Mapping)
+            and len(node) > 0
+            and names.issuperset(node)
+            and not any(isinstance(v, Mapping) for v in node.values())
+        )
+
+    def one(path, node):
+        if is_norm(node):
+            return f(path_name(path), node)
+        return others(node) if others else node
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_norm)
+
+
+def _names(kind: type[Norm]) -> set[str]:
+    """The names of the parameters of all methods there are."""
+    return {*kind.param_names}.union(*map(_names, kind.__subclasses__()))
