@@ -43,7 +43,7 @@ def assert_same(actual, desired, rtol=2e-6):
 def test_micro_batches_make_the_update_of_the_whole(name, unbiased):
     row = POOLABLE[name]
     p = problem(row, offset=100)
-    momentum = None if unbiased and row.norm.cumulative else 0.9
+    momentum = None if unbiased and row.norm.counts_batches else 0.9
     norm = changed(row.norm, momentum=momentum, unbiased=unbiased)
     start = moved(row._replace(norm=norm))
 
