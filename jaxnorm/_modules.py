@@ -14,6 +14,7 @@ from jaxnorm._arguments import (
     as_bool,
     as_dtype,
     as_feature_shape,
+    as_flag,
     as_integer,
     check_function,
     check_instance,
@@ -21,9 +22,9 @@ from jaxnorm._arguments import (
     optional,
     shown,
 )
-from jaxnorm._base import Norm, as_flag
+from jaxnorm._base import Norm
 from jaxnorm._dtypes import as_floating, promote, widened
-from jaxnorm._running import RUNNING
+from jaxnorm._marks import RUNNING
 from jaxnorm._weights._arguments import features
 from jaxnorm._weights.spectral_norm import spectral_norm
 from jaxnorm._weights.weight_norm import weight_norm

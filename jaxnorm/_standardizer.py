@@ -16,16 +16,12 @@ from jaxnorm import _devices as devices
 from jaxnorm._arguments import as_feature_shape, as_integers
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._dtypes import as_floating, at_least_float32, promote, widened
-from jaxnorm._moments import (
-    Moments,
-    aligned,
-    as_mask,
-    moments,
-    moved,
-    overflow_as_nan,
-    union,
-)
+from jaxnorm._exact import overflow_as_nan
+from jaxnorm._moments import Moments, like_moments, moved, union
+from jaxnorm._reduce import moments
+from jaxnorm._sharding import automatically, sharded_as
 from jaxnorm._standardize import standardize
+from jaxnorm._working import aligned, as_mask
 
 MAX_SIZE = 2**31 - 1  # moments are taken of at most so many elements at once
 
@@ -207,7 +203,7 @@ class Standardizer:
         self._axes(data.high.shape)
         return self.merge(self._fit(data, self.axis, mask, axis_name))
 
-    @devices.sharded_as("self")
+    @sharded_as("self")
     def merge(self, other: "Standardizer") -> Self:
         """The moments of the union of two disjoint parts of the data.
 
@@ -269,7 +265,7 @@ class Standardizer:
         data = _as_data(x)
         dtype = data.high.dtype if dtype is None else _as_dtype(dtype)
         given = self, data, mask, dtype
-        return devices.automatically(Standardizer._applied, *given, like=data.high)
+        return automatically(Standardizer._applied, *given, like=data.high)
 
     def _applied(self, data: "_Data", mask: Any, dtype: jnp.dtype) -> Array:
         axes, *values = self._read(data.high, dtype)
@@ -310,7 +306,7 @@ class Standardizer:
         if dtype is None:
             dtype = promote(y.dtype, self.mean.dtype)
         given = self, y, _as_dtype(dtype)
-        return devices.automatically(Standardizer._inverted, *given, like=y)
+        return automatically(Standardizer._inverted, *given, like=y)
 
     def _inverted(self, y: Array, dtype: jnp.dtype) -> Array:
         axes, *values = self._read(y, dtype)
@@ -470,8 +466,8 @@ def _fitted(
         pivot = lax.stop_gradient(m.mean)
         return moved(whole((data.high - pivot) + data.low, mask), pivot)
 
-    like = devices.like_moments(data.high, axes)
-    m = devices.automatically(fitted, data, mask, like=like)
+    like = like_moments(data.high, axes)
+    m = automatically(fitted, data, mask, like=like)
     eps = jnp.finfo(m.mean.dtype).eps ** (1 if data.low is None else 2)
     size = jnp.asarray(m.size, jnp.int32)
     mean, var, residue, size = (

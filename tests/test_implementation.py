@@ -40,7 +40,7 @@ def problem(name, dtype=np.float32):
 def by_kernels(norm, x, params):
     """What normalize does with an implementation, interpreted."""
     axes = norm.axes(x.shape)
-    how = kernels.Plan(
+    how = kernels.KernelCall(
         "triton",
         norm.epsilon,
         jnp.dtype(x.dtype),

@@ -29,9 +29,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes
-from jaxnorm._devices import Peers, axes_gained, vary_together
-from jaxnorm._moments import as_mask, to_working
-from jaxnorm._standardize import affine, as_param, from_working
+from jaxnorm._devices import Peers
+from jaxnorm._sharding import axes_gained, vary_together
+from jaxnorm._standardize import affine, as_param
+from jaxnorm._working import as_mask, from_working, to_working
 
 NAMES = ("control", "control_product", "control_mean")
 

@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_real
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import standardize
+from jaxnorm._stateful import RunningNorm
 
 Limit = ArrayLike | Callable[[Array], ArrayLike]
 
 
-@method
 class BatchRenorm(RunningNorm):
     """Batch norm, moved towards what the running statistics would give, within limits.
 

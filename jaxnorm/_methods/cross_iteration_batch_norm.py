@@ -9,14 +9,14 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_array, check_function
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
-from jaxnorm._devices import vary_together
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import at_least_float32, one_rounding
 from jaxnorm._moments import Moments, pool
 from jaxnorm._running import all_finite, replaced
+from jaxnorm._sharding import vary_together
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class CrossIterationBatchNorm(RunningNorm):
     """Batch norm by the statistics of the last `window` batches, each corrected to the
     first order for what the kernel of the layer before has changed since.

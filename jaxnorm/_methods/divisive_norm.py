@@ -7,14 +7,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import at_least_float32, one_rounding
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
-from jaxnorm._moments import as_mask, overflow_as_nan
 from jaxnorm._standardize import affine, as_number, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
+from jaxnorm._working import as_mask
 
 
-@method
 class DivisiveNorm(StatelessNorm):
     """Subtracts from each element the mean of its neighbours and divides by the root
     of their mean square, with a learned deviation to smooth it.

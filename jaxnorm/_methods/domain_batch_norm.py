@@ -9,12 +9,14 @@ from jax.typing import ArrayLike
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_array
 from jaxnorm._axes import Axes
-from jaxnorm._base import Params, RunningNorm, Stats, method
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, as_mask, moments, pool
+from jaxnorm._moments import Moments, pool
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
+from jaxnorm._working import as_mask
 
 
-@method
 class DomainBatchNorm(RunningNorm):
     """Batch norm within each domain, in batches that mix domains.
 

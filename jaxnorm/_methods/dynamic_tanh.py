@@ -7,12 +7,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._standardize import affine, as_number, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class DynamicTanh(StatelessNorm):
     """A tanh of learned steepness in the place of a norm; takes no statistics.
 

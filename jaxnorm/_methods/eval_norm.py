@@ -9,12 +9,14 @@ from jax.typing import ArrayLike
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, abs_square, moments
+from jaxnorm._exact import abs_square
+from jaxnorm._moments import Moments
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class EvalNorm(RunningNorm):
     """Batch norm whose evaluation blends each example's own statistics with the running
     ones, as in training each example is part of its batch.

@@ -8,13 +8,14 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import moments, overflow_as_nan
+from jaxnorm._exact import overflow_as_nan
+from jaxnorm._reduce import moments
 from jaxnorm._standardize import affine, as_param, pointwise
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class EvoNormB0(RunningNorm):
     """Normalization and activation in one: divides by the larger of the deviation over
     the batch and of a line through the deviation of the example.

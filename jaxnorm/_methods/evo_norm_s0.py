@@ -9,12 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import check_no_count
 from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import affine, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class EvoNormS0(StatelessNorm):
     """Normalization and activation in one: a swish divided by the deviation of each
     group of features of each example; the mean is not subtracted.

@@ -7,12 +7,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import affine, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class FilterResponseNorm(StatelessNorm):
     """Divides each feature of each example by its root mean square over space, then
     takes the larger of the result and a learned threshold.

@@ -8,13 +8,14 @@ from jax.core import max_dim
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, moments, pool
+from jaxnorm._moments import Moments, pool
 from jaxnorm._normalize import normalize
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class GhostBatchNorm(RunningNorm):
     """Batch norm within each virtual batch of `size` consecutive examples.
 

@@ -7,13 +7,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import overflow_as_nan
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._standardize import as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class GlobalResponseNorm(StatelessNorm):
     """Multiplies each feature of each example by its length over space, relative to
     the mean length of its features; adds the input.

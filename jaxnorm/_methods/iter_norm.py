@@ -11,14 +11,15 @@ from jax.typing import ArrayLike
 from jaxnorm import _devices as devices
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes, is_known
-from jaxnorm._base import StatefulNorm, Stats, method
-from jaxnorm._devices import vary_together
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import at_least_float32, one_rounding
-from jaxnorm._moments import Moments, aligned, as_mask, to_working
+from jaxnorm._moments import Moments
+from jaxnorm._sharding import vary_together
 from jaxnorm._standardize import affine, as_param, pointwise
+from jaxnorm._stateful import StatefulNorm
+from jaxnorm._working import aligned, as_mask, to_working
 
 
-@method
 class IterNorm(StatefulNorm):
     """Whitens each group of features: subtracts the mean and multiplies by the inverse
     root of the covariance, which Newton's iteration approaches.

@@ -10,12 +10,12 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import as_mask, mask_to_working, to_working
+from jaxnorm._stateful import RunningNorm
+from jaxnorm._working import as_mask, mask_to_working, to_working
 
 
-@method
 class L1BatchNorm(RunningNorm):
     """Batch norm by the mean absolute deviation in the place of the standard one.
 

@@ -5,13 +5,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
-from jaxnorm._moments import overflow_as_nan
 from jaxnorm._standardize import pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class LocalResponseNorm(StatelessNorm):
     """Divides each element by a power of the sum of squares of its `size` neighbours
     along the features; has no parameters.

@@ -8,13 +8,13 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes
-from jaxnorm._base import StatefulNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._methods._control import as_control, controlled
 from jaxnorm._moments import Moments
+from jaxnorm._stateful import StatefulNorm
 
 
-@method
 class MovingAverageBatchNorm(StatefulNorm):
     """Divides by the root of a mean square that is averaged over the last `window`
     batches, in the backward pass as well; for small batches.
@@ -34,6 +34,7 @@ class MovingAverageBatchNorm(StatefulNorm):
 
     real_only = True
     param_names = ("scale", "bias", "control")
+    controls = ("control",)
     center = False
     epsilon: float = 1e-5
     momentum: float = 0.98

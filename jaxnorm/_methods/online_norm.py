@@ -13,15 +13,18 @@ from jaxnorm import _devices as devices
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share, check_known
 from jaxnorm._axes import Axes
-from jaxnorm._base import StatefulNorm, Stats, method
-from jaxnorm._devices import vary_together
+from jaxnorm._base import Stats
+from jaxnorm._exact import two_sum
 from jaxnorm._methods import _control as control
-from jaxnorm._moments import Moments, as_mask, moments, two_sum
+from jaxnorm._moments import Moments
 from jaxnorm._normalize import normalize
-from jaxnorm._standardize import from_working, standardize
+from jaxnorm._reduce import moments
+from jaxnorm._sharding import vary_together
+from jaxnorm._standardize import standardize
+from jaxnorm._stateful import StatefulNorm
+from jaxnorm._working import as_mask, from_working
 
 
-@method
 class OnlineNorm(StatefulNorm):
     """Normalizes a stream of examples one by one, each by the examples before it, and
     keeps their gradients in check by two running statistics.
@@ -42,6 +45,7 @@ class OnlineNorm(StatefulNorm):
 
     real_only = True
     param_names = ("scale", "bias", "control_product", "control_mean")
+    controls = ("control_product", "control_mean")
     center = False
     epsilon: float = 1e-5
     momentum: float = 0.999

@@ -6,12 +6,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import as_floating
 from jaxnorm._moments import Moments
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class PositionalNorm(StatelessNorm):
     """Normalizes each position of each example over its features; has no parameters.
 

@@ -8,11 +8,11 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._methods._control import as_control, controlled
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class PowerNorm(RunningNorm):
     """Divides by the running root mean square, at training as at evaluation; the
     backward pass is corrected by a running statistic of gradients.
@@ -30,6 +30,7 @@ class PowerNorm(RunningNorm):
 
     real_only = True
     param_names = ("scale", "bias", "control")
+    controls = ("control",)
     center = False
     stat_names = ("var",)
     counts_batches = False

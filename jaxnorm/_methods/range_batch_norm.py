@@ -9,12 +9,13 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import as_mask, mask_to_working, moments, to_working
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
+from jaxnorm._working import as_mask, mask_to_working, to_working
 
 
-@method
 class RangeBatchNorm(RunningNorm):
     """Batch norm by the range of the values in the place of their deviation.
 

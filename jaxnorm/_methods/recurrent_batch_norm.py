@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_array
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class RecurrentBatchNorm(RunningNorm):
     """Batch norm with statistics of its own for each of the first `max_steps` steps of
     a sequence; later steps share the last ones. The scale starts at 0.1.

@@ -8,12 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._base import Stats
 from jaxnorm._moments import Moments, pool
 from jaxnorm._normalize import normalize
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class RunningInstanceNorm(RunningNorm):
     """Instance norm at training; at evaluation, batch norm by the average of the
     statistics of the instances. `axis_name` pools the running statistics only.
@@ -41,8 +41,8 @@ class RunningInstanceNorm(RunningNorm):
         )
         return y, self._averaged(m)
 
-    def single_value_problem(self, shape, flag):
-        if Axes.per_example(shape, self.axis).size == 1 and flag is not True:
+    def single_value_problem(self, shape, by_batch):
+        if Axes.per_example(shape, self.axis).size == 1 and by_batch:
             return (
                 f"RunningInstanceNorm over an input of shape {shape} would take each "
                 "variance of one single position, so that everything becomes 0: give "

@@ -8,12 +8,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import standardize
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class ScaleNorm(StatelessNorm):
     """Divides each vector of features by its length; has one learned length for all.
 

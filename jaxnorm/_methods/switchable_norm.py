@@ -9,13 +9,14 @@ from jax.typing import ArrayLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
-from jaxnorm._devices import vary_together
+from jaxnorm._base import Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, moments, pool
+from jaxnorm._moments import Moments, pool
+from jaxnorm._reduce import moments
+from jaxnorm._sharding import vary_together
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class SwitchableNorm(RunningNorm):
     """Normalizes by a learned mixture of instance, layer and batch statistics.
 
@@ -38,7 +39,7 @@ class SwitchableNorm(RunningNorm):
     def axes(self, shape):
         return Axes.keep(shape, self.axis)
 
-    def single_value_problem(self, shape, flag):
+    def single_value_problem(self, shape, by_batch):
         # The layer statistics are still of many values.
         return None
 

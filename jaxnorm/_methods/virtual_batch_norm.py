@@ -9,12 +9,12 @@ from jax.core import min_dim
 from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, is_known
-from jaxnorm._base import StatelessNorm, method
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, moments, pool
+from jaxnorm._moments import Moments, pool
+from jaxnorm._reduce import moments
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class VirtualBatchNorm(StatelessNorm):
     """Normalizes each example by the statistics of a reference batch and itself.
 
@@ -45,11 +45,10 @@ class VirtualBatchNorm(StatelessNorm):
         # A model may be initialized with a single example.
         return dataclasses.replace(super().without_devices(), size=1)
 
-    def single_value_problem(self, shape, flag):
+    def single_value_problem(self, shape, by_batch):
         self.axes(shape)  # which raises if there is no batch
-        return super().single_value_problem(
-            (min_dim(self.size, shape[0]), *shape[1:]), flag
-        )
+        reference = min_dim(self.size, shape[0]), *shape[1:]
+        return super().single_value_problem(reference, by_batch)
 
     @one_rounding
     def transform(self, x, params, *, mask, dtype):

@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm._arguments import as_array
-from jaxnorm._base import as_flag
+from jaxnorm._arguments import as_array, as_flag
+from jaxnorm._marks import HELD, MARKS
 from jaxnorm._modules import (
     refuse,
     run,
@@ -21,7 +21,6 @@ from jaxnorm._modules import (
     stats_dtype,
     warn,
 )
-from jaxnorm._running import HELD, MARKS
 from jaxnorm.linen._checked import Checked
 
 
@@ -80,7 +79,6 @@ class BatchNorm(Checked, nn.BatchNorm):
     momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     activation: str | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(self, x, use_running_average=None, *, mask=None, residual=None):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_bool, check_function, shown
-from jaxnorm._running import BATCH, MARKS, RUNNING
+from jaxnorm._marks import BATCH, MARKS, RUNNING
 from jaxnorm.models._paths import (
     Tree,
     Where,
@@ -118,7 +119,7 @@ def recalibrate(
         found = _one_pass(gather, now, progress(batches) if progress else batches)
         return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
 
-    own = {p: running.without(layer, MARKS) for p, layer in meant.items()}
+    own = {p: marks.without(layer, MARKS) for p, layer in meant.items()}
     own = _settled(once, own) if layer_by_layer else once(own)
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
@@ -141,8 +142,8 @@ class _Pooled(NamedTuple):
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
-    marks = running.marks(stats, RUNNING) if by_running else {}
-    return running.init_batch(stats) | marks
+    switch = marks.marks(stats, RUNNING) if by_running else {}
+    return running.init_batch(stats) | switch
 
 
 def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:
@@ -219,12 +220,12 @@ def _moved(stats: Mapping[str, Any], found: _Pooled, unbiased: bool) -> dict[str
 
 def _by_running(batch_stats: Tree) -> Tree:
     """All layers normalize by running statistics, those that keep theirs, too."""
-    return map_layers(lambda _, v: v | running.marks(v, RUNNING), batch_stats)
+    return map_layers(lambda _, v: v | marks.marks(v, RUNNING), batch_stats)
 
 
 def _depth(own: Mapping[str, Any]) -> int:
     """How many layers there are at most, stacked ones, as of a scan, one by one."""
-    return sum(math.prod(running.shape_of(v)[:-1]) for v in own.values())
+    return sum(math.prod(marks.shape_of(v)[:-1]) for v in own.values())
 
 
 def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:

@@ -14,8 +14,8 @@ import jaxnorm
 from jaxnorm._activation import add_and_activate, without_masked
 from jaxnorm._arguments import as_array, check_function, shown
 from jaxnorm._dtypes import promote
-from jaxnorm._moments import as_mask
-from jaxnorm._running import MARKS
+from jaxnorm._marks import MARKS
+from jaxnorm._working import as_mask
 from jaxnorm.models._convert import check_norm, converted, features
 from jaxnorm.models._folding.fold import Pair, as_pairs
 from jaxnorm.models._paths import Where, check_tree, copied, everywhere, select

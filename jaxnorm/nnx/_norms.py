@@ -18,11 +18,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm._arguments import as_array, as_feature_shape
-from jaxnorm._base import as_flag
+from jaxnorm._arguments import as_array, as_feature_shape, as_flag
 from jaxnorm._dtypes import at_least_float32, promote
+from jaxnorm._marks import HELD, MARKS
 from jaxnorm._modules import refuse, run, settings, stats_dtype, warn
-from jaxnorm._running import HELD, MARKS
 from jaxnorm.nnx._constructor import ConstructorSignature, checked
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
@@ -155,7 +154,6 @@ class BatchNorm(nnx.BatchNorm):
         scale_metadata: Mapping[str, Any] = _NO_METADATA,
         unbiased: bool = False,
         activation: str | None = None,
-        implementation: str | None = None,
     ):
         super().__init__(
             num_features,
@@ -179,7 +177,6 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.unbiased = unbiased
         self.activation = activation
-        self.implementation = implementation
         kept = self._settings().init_stats((num_features,), stats_dtype(dtype))
         for k, v in kept.items():
             setattr(self, k, nnx.BatchStat(v))

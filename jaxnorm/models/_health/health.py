@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxnorm._arguments import as_epsilon
-from jaxnorm._running import BATCH, MARKS, shape_of
+from jaxnorm._marks import BATCH, MARKS, shape_of
 from jaxnorm.models._paths import (
     Tree,
     Where,
