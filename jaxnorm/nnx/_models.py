@@ -19,14 +19,9 @@ from jaxnorm._working import as_mask
 from jaxnorm.models._convert import check_norm, converted, features
 from jaxnorm.models._folding.fold import Pair, as_pairs
 from jaxnorm.models._paths import Where, check_tree, copied, everywhere, select
-from jaxnorm.nnx._norms import (
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    Norm,
-    RMSNorm,
-)
+from jaxnorm.nnx._layer_norms import LayerNorm, RMSNorm
+from jaxnorm.nnx._norm import Norm
+from jaxnorm.nnx._norms import BatchNorm, GroupNorm, InstanceNorm
 
 
 def variables(model: nnx.Module) -> dict[str, Any]:
