@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, as_share, shown
 from jaxnorm._dtypes import at_least_float32
-from jaxnorm._moments import abs_square
+from jaxnorm._moments import Moments, mix
 from jaxnorm._running import BATCH, SWITCHES, moving_average
 from jaxnorm.models._paths import (
     Tree,
@@ -81,36 +81,32 @@ def merge(
             )
         for other in each[1:]:
             check_shapes(path, each[0], other)
-        mean, var = _union(each, weights)
+        mean, var = _mixed(each, weights)
         new = {"mean": mean, "var": var}
         return dict(each[0]) | {k: v for k, v in new.items() if k in each[0]}
 
     return map_layers(merged, trees[0], *trees[1:], where=where)
 
 
-def _union(
+def _mixed(
     each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
 ) -> tuple[Array, Array]:
-    """Pooled mean and variance, in the dtypes of the first."""
-    first = jnp.asarray(each[0]["var"])
-    dtype = at_least_float32(first.dtype)
+    """Mean and variance of the mixture, in the dtypes of the first."""
+    dtypes = [jnp.asarray(each[0].get(k, 0.0)).dtype for k in ("mean", "var")]
+    wide = at_least_float32(dtypes[1])
     known = int | float  # whose shares are exact, however large or small they are
-    weights = [w if isinstance(w, known) else jnp.asarray(w, dtype) for w in weights]
-    shares = [jnp.asarray(w / sum(weights), dtype) for w in weights]
-    means = [jnp.asarray(s.get("mean", 0)) for s in each]
-    mean = _weighed(shares, means)
-    spreads = [
-        jnp.asarray(s["var"], dtype) + abs_square(m - mean)
-        for s, m in zip(each, means, strict=True)
-    ]
-    var = _weighed(shares, spreads)
-    return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+    weights = [w if isinstance(w, known) else jnp.asarray(w, wide) for w in weights]
+    shares = [jnp.asarray(w / sum(weights), wide) for w in weights]
+    parts = [_moments(*pair) for pair in zip(each, shares, strict=True)]
+    m = mix(parts, shares)
+    return (m.mean + m.residue).astype(dtypes[0]), m.var.astype(dtypes[1])
 
 
-def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
-    """The sum of `values` by their shares; one of share 0 may be NaN."""
-    pairs = zip(shares, values, strict=True)
-    return sum(jnp.where(share == 0, 0, share * v) for share, v in pairs)
+def _moments(stats: Mapping[str, Any], share: Array) -> Moments:
+    """Those that `stats` are, and 0 where they have no share, and may be NaN."""
+    var = jnp.asarray(stats["var"])
+    mean = jnp.asarray(stats.get("mean", jnp.zeros_like(var)))
+    return Moments(*(jnp.where(share == 0, 0, v) for v in (mean, var)), 1)
 
 
 def _listed(name: str, values: Any) -> list[Any]:
