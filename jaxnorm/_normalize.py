@@ -20,9 +20,7 @@ from jaxnorm._moments import Moments, like_moments
 from jaxnorm._rectify import rectify
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import automatically
-from jaxnorm._standardize import (
-    as_param,
-)
+from jaxnorm._standardize import as_param
 from jaxnorm._working import as_mask, check_axes
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
