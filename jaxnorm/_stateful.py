@@ -12,8 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._marks import BATCH, MARKS, SWITCHES, use, without
+from jaxnorm._mesh import on_any_mesh
 from jaxnorm._moments import Moments
 from jaxnorm._running import as_arrays
 

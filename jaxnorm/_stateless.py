@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import ActivatedNorm, Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import ActivatedNorm, Norm, Params, Stats
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS, without
+from jaxnorm._mesh import on_any_mesh
 from jaxnorm._running import as_arrays
 
 
