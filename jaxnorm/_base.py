@@ -205,18 +205,18 @@ class Norm(Settings, abc.ABC):
 
         `options` are the activation, residual and implementation of `normalize`.
         """
-        return normalize(
-            x,
-            params,
-            self.axes(x.shape),
-            epsilon=self.epsilon,
-            center=self.center,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=dtype,
-            **options,
-        )
+        how = {"mask": mask, "dtype": dtype, **self.reduction, **options}
+        return normalize(x, params, self.axes(x.shape), **how)
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """Arguments of `normalize` that are settings of every norm."""
+        return {
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
 
     @final
     def batch_moments(self, x: Array, mask: ArrayLike | None) -> Moments:

@@ -1,8 +1,6 @@
 """Norms of arrays on a mesh with explicit axes."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 from jax import Array
@@ -11,35 +9,34 @@ from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._running import as_arrays
 from jaxnorm._sharding import automatically, on_explicit_mesh
 
-Applied = tuple[Array, dict[str, Array]]  # what normalizing gives
+
+def is_for_automatic_axes(norm: Norm, *arrays: Any) -> bool:
+    """Whether `norm` of `arrays` has to be computed with explicit axes made automatic.
+
+    Kernels are parted along explicit axes, so that they can be exported.
+    """
+    by_kernels = getattr(norm, "implementation", None) not in (None, "xla")
+    return not by_kernels and on_explicit_mesh(*arrays)
 
 
-def on_any_mesh(apply: Callable[..., Applied]) -> Callable[..., Applied]:
-    """The `apply` of a norm, also on a mesh of explicit axes.
+def apply_automatically(
+    norm: Norm, x: Array, params: Params, stats: Stats, how: dict[str, Any]
+) -> tuple[Array, dict[str, Array]]:
+    """`norm.apply`, with the explicit axes of the mesh automatic within it.
 
     The result is sharded as `x`, and the new statistics are as the old ones.
     """
+    stats = as_arrays(stats)
+    settings = {k: v for k, v in vars(norm).items() if isinstance(v, Array)}
 
-    @functools.wraps(apply)
-    def call(norm: Norm, x: Array, params: Params, stats: Stats, **how: Any) -> Applied:
-        # Kernels are parted along explicit axes, so that they can be exported.
-        parted = getattr(norm, "implementation", None) not in (None, "xla")
-        if parted or not on_explicit_mesh(x, params, stats, how):
-            return apply(norm, x, params, stats, **how)
-        stats = as_arrays(stats)
-        settings = {k: v for k, v in vars(norm).items() if isinstance(v, Array)}
+    def apply(
+        settings: dict[str, Array],
+        how: dict[str, Any],
+        x: Array,
+        params: Params,
+        stats: Stats,
+    ) -> tuple[Array, dict[str, Array]]:
+        own = dataclasses.replace(cast(Any, norm), **settings) if settings else norm
+        return own.apply(x, params, stats, **how)
 
-        def applied(
-            settings: dict[str, Array],
-            how: dict[str, Any],
-            x: Array,
-            params: Params,
-            stats: Stats,
-        ) -> Applied:
-            own = dataclasses.replace(cast(Any, norm), **settings) if settings else norm
-            return apply(own, x, params, stats, **how)
-
-        arrays = settings, how, x, params, stats
-        return automatically(applied, *arrays, like=(x, stats))
-
-    return call
+    return automatically(apply, settings, how, x, params, stats, like=(x, stats))
