@@ -28,12 +28,13 @@ from jaxnorm._normalize import normalize
 from jaxnorm._reduce import moments
 from jaxnorm._running import as_arrays
 from jaxnorm._settings import Settings
-from jaxnorm._sharding import automatically
+from jaxnorm._sharding import automatically, on_explicit_mesh
 from jaxnorm._standardize import standardize
 
 Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
 Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
 
+Applied = tuple[Array, dict[str, Array]]  # what normalizing gives
 Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
 
 
@@ -41,7 +42,9 @@ def _initializer(init: Init) -> Init:
     """`init` of arguments that have been checked, whichever method it is of."""
 
     @functools.wraps(init)
-    def checked(self, feature_shape, dtype=jnp.float32):
+    def checked(
+        self: "Norm", feature_shape: Any, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         shape = as_feature_shape("feature_shape", feature_shape)
         return init(self, shape, as_dtype("dtype", dtype))
 
@@ -279,25 +282,32 @@ class ActivatedNorm(Norm):
     optional_inputs = ("residual",)
 
 
-def on_any_mesh(apply: Callable[..., tuple[Array, dict[str, Array]]]) -> Any:
+def on_any_mesh(apply: Callable[..., Applied]) -> Callable[..., Applied]:
     """The `apply` of a norm, also on a mesh of explicit axes.
 
     The result is sharded as `x`, and the new statistics are as the old ones.
     """
 
     @functools.wraps(apply)
-    def call(self, x, params, stats, **others):
-        if getattr(self, "implementation", None) not in (None, "xla"):
-            # Kernels are parted along explicit axes, so that they can be exported.
-            return apply(self, x, params, stats, **others)
-
-        def applied(settings, others, x, params, stats):
-            norm = dataclasses.replace(self, **settings) if settings else self
-            return apply(norm, x, params, stats, **others)
-
+    def call(norm: Norm, x: Array, params: Params, stats: Stats, **how: Any) -> Applied:
+        # Kernels are parted along explicit axes, so that they can be exported.
+        parted = getattr(norm, "implementation", None) not in (None, "xla")
+        if parted or not on_explicit_mesh(x, params, stats, how):
+            return apply(norm, x, params, stats, **how)
         stats = as_arrays(stats)
-        settings = {k: v for k, v in vars(self).items() if isinstance(v, Array)}
-        given = settings, others, x, params, stats
-        return automatically(applied, *given, like=(x, stats))
+        settings = {k: v for k, v in vars(norm).items() if isinstance(v, Array)}
+
+        def applied(
+            settings: dict[str, Array],
+            how: dict[str, Any],
+            x: Array,
+            params: Params,
+            stats: Stats,
+        ) -> Applied:
+            own = dataclasses.replace(cast(Any, norm), **settings) if settings else norm
+            return apply(own, x, params, stats, **how)
+
+        arrays = settings, how, x, params, stats
+        return automatically(applied, *arrays, like=(x, stats))
 
     return call

@@ -14,11 +14,7 @@ from jaxnorm._axes import Axes
 from jaxnorm._devices import Peers
 from jaxnorm._moments import Moments
 from jaxnorm._reduce import moments, moments_tangent, row_moments
-from jaxnorm._standardize import (
-    Line,
-    apply_line,
-    standardize_tangent,
-)
+from jaxnorm._standardize import Line, apply_line, standardize_tangent
 from jaxnorm._working import from_working, to_working
 
 T = TypeVar("T")

@@ -44,7 +44,6 @@ class StatefulNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """The normalized batch, and the statistics after it."""
 
@@ -57,7 +56,6 @@ class StatefulNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         """`x` normalized by `stats`."""
 
@@ -183,7 +181,6 @@ class RunningNorm(StatefulNorm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> tuple[Array, Moments]:
         """Normalizes by the batch; returns the moments that the running ones follow,
         one of each per feature."""
@@ -240,7 +237,6 @@ class RunningNorm(StatefulNorm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         m = running.read(stats, self.axes(x.shape), x.dtype, stat_names=self.stat_names)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)

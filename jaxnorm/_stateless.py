@@ -33,7 +33,6 @@ class StatelessNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         """Normalizes by the moments over `axes`, unless a method says otherwise."""
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)[0]
@@ -67,18 +66,11 @@ class KernelNorm(StatelessNorm):
 
     implementation: str | None = None
 
-    def transform(
-        self,
-        x: Array,
-        params: Params,
-        *,
-        mask: ArrayLike | None,
-        dtype: DTypeLike | None,
-        **options: Any,
-    ) -> Array:
+    @final
+    def by_implementation(self, x: Array, params: Params, **options: Any) -> Array:
         """Normalizes by the moments over `axes`; see `normalize` for the `options`."""
-        how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
-        return self.normalize_by_batch(x, params, **how, **options)[0]
+        options["implementation"] = self.implementation
+        return self.normalize_by_batch(x, params, **options)[0]
 
 
 class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
@@ -95,7 +87,8 @@ class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
         residual: ArrayLike | None = None,
     ) -> Array:
         what_follows = {"activation": self.activation, "residual": residual}
-        return super().transform(x, params, mask=mask, dtype=dtype, **what_follows)
+        how = {"mask": mask, "dtype": dtype, **what_follows}
+        return self.by_implementation(x, params, **how)
 
 
 class ReductionNorm(KernelNorm):
@@ -136,4 +129,4 @@ class ReductionNorm(KernelNorm):
             scale = jnp.asarray(scale)
             wide = promote(at_least_float32(x.dtype), scale.dtype)
             params = {**params, "scale": scale.astype(wide) + 1}
-        return super().transform(x, params, mask=mask, dtype=dtype)
+        return self.by_implementation(x, params, mask=mask, dtype=dtype)

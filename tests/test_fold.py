@@ -18,7 +18,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm.models import Pair, affine_form, find_pairs, fold, fold_input, fold_output
 from jaxnorm.models._paths import path_name
-from jaxnorm.nnx._models import Identity
+from jaxnorm.nnx._fold import Identity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
