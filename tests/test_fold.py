@@ -18,9 +18,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm.models import Pair, affine_form, find_pairs, fold, fold_input, fold_output
 from jaxnorm.models._paths import path_name
-from jaxnorm.nnx._models import Identity
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from jaxnorm.nnx._fold import Identity
 
 IN, OUT = 4, 6
 BF16 = 2.0**-8  # the largest relative error of rounding to bfloat16
@@ -1297,7 +1295,6 @@ class Set(nnx.BatchNorm):
         super().__init__(features, epsilon=1e-3, rngs=rngs)
 
 
-@jaxnorm.method
 class Doubled(jaxnorm.BatchNorm):
     def evaluate(self, x, params, stats, **kwargs):
         return 2 * super().evaluate(x, params, stats, **kwargs)

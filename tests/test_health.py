@@ -19,9 +19,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm import _running as running
 from jaxnorm.models import health
-from jaxnorm.models._health.health import RULES
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from jaxnorm.models._health.rules import RULES
 
 
 def stats(features=20, **changes):

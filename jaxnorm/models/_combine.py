@@ -10,18 +10,15 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, as_share, shown
 from jaxnorm._dtypes import at_least_float32
-from jaxnorm._moments import abs_square
-from jaxnorm._running import BATCH, SWITCHES, moving_average
+from jaxnorm._marks import BATCH, SWITCHES
+from jaxnorm._moments import Moments, mix
+from jaxnorm._running import moving_average
 from jaxnorm.models._paths import (
     Tree,
     Where,
     check_layers,
     check_shapes,
-    check_tree,
-    chosen_norms,
-    copied,
     everywhere,
-    join_path,
     map_layers,
 )
 
@@ -81,36 +78,32 @@ def merge(
             )
         for other in each[1:]:
             check_shapes(path, each[0], other)
-        mean, var = _union(each, weights)
+        mean, var = _mixed(each, weights)
         new = {"mean": mean, "var": var}
         return dict(each[0]) | {k: v for k, v in new.items() if k in each[0]}
 
     return map_layers(merged, trees[0], *trees[1:], where=where)
 
 
-def _union(
+def _mixed(
     each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
 ) -> tuple[Array, Array]:
-    """Pooled mean and variance, in the dtypes of the first."""
-    first = jnp.asarray(each[0]["var"])
-    dtype = at_least_float32(first.dtype)
+    """Mean and variance of the mixture, in the dtypes of the first."""
+    dtypes = [jnp.asarray(each[0].get(k, 0.0)).dtype for k in ("mean", "var")]
+    wide = at_least_float32(dtypes[1])
     known = int | float  # whose shares are exact, however large or small they are
-    weights = [w if isinstance(w, known) else jnp.asarray(w, dtype) for w in weights]
-    shares = [jnp.asarray(w / sum(weights), dtype) for w in weights]
-    means = [jnp.asarray(s.get("mean", 0)) for s in each]
-    mean = _weighed(shares, means)
-    spreads = [
-        jnp.asarray(s["var"], dtype) + abs_square(m - mean)
-        for s, m in zip(each, means, strict=True)
-    ]
-    var = _weighed(shares, spreads)
-    return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+    weights = [w if isinstance(w, known) else jnp.asarray(w, wide) for w in weights]
+    shares = [jnp.asarray(w / sum(weights), wide) for w in weights]
+    parts = [_moments(*pair) for pair in zip(each, shares, strict=True)]
+    m = mix(parts, shares)
+    return (m.mean + m.residue).astype(dtypes[0]), m.var.astype(dtypes[1])
 
 
-def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
-    """The sum of `values` by their shares; one of share 0 may be NaN."""
-    pairs = zip(shares, values, strict=True)
-    return sum(jnp.where(share == 0, 0, share * v) for share, v in pairs)
+def _moments(stats: Mapping[str, Any], share: Array) -> Moments:
+    """Those that `stats` are, and 0 where they have no share, and may be NaN."""
+    var = jnp.asarray(stats["var"])
+    mean = jnp.asarray(stats.get("mean", jnp.zeros_like(var)))
+    return Moments(*(jnp.where(share == 0, 0, v) for v in (mean, var)), 1)
 
 
 def _listed(name: str, values: Any) -> list[Any]:
@@ -241,83 +234,3 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
 
 
 _STARTS = {"mean": 0, "var": 1, "count": 0, "step": 0} | dict.fromkeys(BATCH, 0)
-
-
-def split(
-    variables: Mapping[str, Tree], where: Where = everywhere
-) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """The variables of the norms that `where` means, and all others (FedBN).
-
-    A client that keeps the first and shares the second trains on data of its own
-    distribution. `join` puts them together.
-
-    Args:
-        variables: {"params", "batch_stats"} of a model, as nested dicts.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
-
-    Returns:
-        Two trees of the same collections, each without what is in the other, of copies
-        of the arrays.
-
-    Raises:
-        ValueError: if `where` means no norm.
-        TypeError: for what are no trees of arrays.
-
-    Source: Li et al., 2021 (https://arxiv.org/abs/2102.07623).
-
-    >>> import jax.numpy as jnp, jaxnorm
-    >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2))},
-    ...                         "BatchNorm_0": {"scale": jnp.ones(2)}},
-    ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(2)}}
-    >>> norms, others = jaxnorm.models.split(variables)
-    >>> print(list(norms["params"]), list(norms["batch_stats"]), list(others["params"]))
-    ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
-    """
-    meant = {*chosen_norms(variables, where)}
-    for name, tree in variables.items():
-        check_tree(tree, f"variables[{name!r}]")
-    trees = copied(dict(variables))
-    if "" in meant:
-        return trees, {name: {} for name in trees}
-    parts = [_part(tree, meant, "") for tree in trees.values()]
-    norms, others = ({}, {})
-    for name, (mine, rest) in zip(trees, parts, strict=True):
-        norms[name], others[name] = mine, rest
-    return norms, others
-
-
-def join(norms: Mapping[str, Tree], others: Mapping[str, Tree]) -> dict[str, Tree]:
-    """The variables of a model of which `split` made these two trees.
-
-    Its arrays are copies. Raises ValueError where both have an array at the same path,
-    and TypeError for what are no trees of arrays.
-    """
-    check_tree(norms, "norms")
-    check_tree(others, "others")
-    return copied(_joined(norms, others, ""))
-
-
-def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
-    """The nodes of `tree` at the paths that are meant, and the rest of it."""
-    mine, rest = {}, {}
-    for k, node in tree.items():
-        here = join_path(path, k)
-        if here in meant:
-            mine[k] = node
-        elif isinstance(node, Mapping) and node:
-            inner, outer = _part(node, meant, here)
-            mine |= {k: inner} if inner else {}
-            rest |= {k: outer} if outer else {}
-        else:
-            rest[k] = node
-    return mine, rest
-
-
-def _joined(a: Tree, b: Tree, path: str) -> dict[str, Any]:
-    out = dict(a)
-    for k, node in b.items():
-        here = join_path(path, k)
-        if k in a and not (isinstance(a[k], Mapping) and isinstance(node, Mapping)):
-            raise ValueError(f"both trees hold {here!r}: join the two of one split")
-        out[k] = _joined(a[k], node, here) if k in a else node
-    return out

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_bool, check_function, shown
-from jaxnorm._running import BATCH, MARKS, RUNNING
+from jaxnorm._marks import BATCH, MARKS, RUNNING
+from jaxnorm._moments import Moments, mix
 from jaxnorm.models._paths import (
     Tree,
     Where,
@@ -118,31 +120,21 @@ def recalibrate(
         found = _one_pass(gather, now, progress(batches) if progress else batches)
         return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
 
-    own = {p: running.without(layer, MARKS) for p, layer in meant.items()}
+    own = {p: marks.without(layer, MARKS) for p, layer in meant.items()}
     own = _settled(once, own) if layer_by_layer else once(own)
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
 
-class _Pooled(NamedTuple):
-    """Moments of all batches so far, in float64."""
-
-    mean: Any = 0.0
-    var: Any = 0.0
-    size: Any = 0
-
-    def joined(self, mean: Any, var: Any, size: Any) -> "_Pooled":
-        """With those of a batch (Chan, Golub and LeVeque, 1983)."""
-        total = self.size + size
-        share = size / np.maximum(total, 1)
-        offset = mean - self.mean
-        spread = share * (1 - share) * np.abs(offset) ** 2
-        var = (1 - share) * self.var + share * var + spread
-        return _Pooled(self.mean + share * offset, var, total)
+def _union(a: Moments, b: Moments) -> Moments:
+    """The moments of two disjoint sets together, all in NumPy's float64."""
+    size = a.size + b.size
+    share = b.size / np.maximum(size, 1)
+    return mix((a, b), (1 - share, share))._replace(size=size)
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
-    marks = running.marks(stats, RUNNING) if by_running else {}
-    return running.init_batch(stats) | marks
+    switch = marks.marks(stats, RUNNING) if by_running else {}
+    return running.init_batch(stats) | switch
 
 
 def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:
@@ -162,8 +154,8 @@ def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) ->
 
 def _one_pass(
     gather: Callable, variables: Any, batches: Iterable[Any]
-) -> dict[str, _Pooled]:
-    found: dict[str, _Pooled] = {}
+) -> dict[str, Moments]:
+    found: dict[str, Moments] = {}
     before = None
     for number, batch in enumerate(batches):
         # The device works on this batch while the host pools the one before.
@@ -186,30 +178,35 @@ def _one_pass(
     return found
 
 
-def _join(found: dict[str, _Pooled], batch: tuple[int, dict] | None) -> None:
+def _join(found: dict[str, Moments], batch: tuple[int, dict] | None) -> None:
     if batch is None:
         return
     number, moments = batch
     for path, (mean, var, size, residue) in jax.device_get(moments).items():
-        wide = np.result_type(mean.dtype, np.float64)
-        mean = mean.astype(wide) + residue
-        if not (np.isfinite(mean).all() and np.isfinite(var).all()):
+        batch = _float64(Moments(mean, var, size, residue))
+        if not (np.isfinite(batch.mean).all() and np.isfinite(batch.var).all()):
             raise ValueError(
                 f"the moments of batch {number} (counted from 0) in the layer {path!r} "
                 "are not finite: mask what is not valid in the data, or find out which "
                 "weights make it so; no statistics have changed"
             )
-        found[path] = found.get(path, _Pooled()).joined(
-            mean, var.astype(np.float64), size.astype(np.int64)
-        )
+        found[path] = _union(found[path], batch) if path in found else batch
 
 
-def _moved(stats: Mapping[str, Any], found: _Pooled, unbiased: bool) -> dict[str, Any]:
+def _float64(m: Moments) -> Moments:
+    """`m` in NumPy's float64, with its mean and residue in one number."""
+    wide = np.result_type(m.mean.dtype, np.float64)
+    mean = m.mean.astype(wide) + m.residue
+    zero = np.zeros_like(mean)
+    return Moments(mean, m.var.astype(np.float64), m.size.astype(np.int64), zero)
+
+
+def _moved(stats: Mapping[str, Any], found: Moments, unbiased: bool) -> dict[str, Any]:
     """`stats` with the moments found, where there are any."""
     size = np.maximum(found.size, 2)
     var = found.var * (size / (size - 1) if unbiased else 1)
     new = dict(stats)
-    for name, value in (("mean", found.mean), ("var", var)):
+    for name, value in (("mean", found.mean + found.residue), ("var", var)):
         if name in stats:
             old = np.asarray(stats[name])
             value = np.where(found.size < 2, old, value).astype(old.dtype)
@@ -219,12 +216,12 @@ def _moved(stats: Mapping[str, Any], found: _Pooled, unbiased: bool) -> dict[str
 
 def _by_running(batch_stats: Tree) -> Tree:
     """All layers normalize by running statistics, those that keep theirs, too."""
-    return map_layers(lambda _, v: v | running.marks(v, RUNNING), batch_stats)
+    return map_layers(lambda _, v: v | marks.marks(v, RUNNING), batch_stats)
 
 
 def _depth(own: Mapping[str, Any]) -> int:
     """How many layers there are at most, stacked ones, as of a scan, one by one."""
-    return sum(math.prod(running.shape_of(v)[:-1]) for v in own.values())
+    return sum(math.prod(marks.shape_of(v)[:-1]) for v in own.values())
 
 
 def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.models._folding.trace import ARITHMETIC, Flow, Known, Leaf
+from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Leaf
 
 
 def affine_image(
