@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A class of `lib`, Flax's namespace or jaxnorm's, and its constructor arguments."""
+    """A class of `lib`, which is Flax's namespace or jaxnorm's, and its arguments."""
 
     lib: ModuleType
     name: str
@@ -53,7 +53,7 @@ class Layer:
         """The module of Flax."""
         raise NotImplementedError
 
-    def init(self, x, seed=0, **call) -> dict[str, Any]:
+    def init(self, x, **call) -> dict[str, Any]:
         """Its variables at first."""
         raise NotImplementedError
 
@@ -85,10 +85,8 @@ class LinenLayer(Layer):
         kwargs = {k: v for k, v in self.kwargs.items() if k != "num_features"}
         return getattr(self.lib, self.name)(**kwargs)
 
-    def init(self, x, seed=0, **call):
-        with self.promotion():
-            new = self.make().init(jax.random.key(seed), x, **call)
-        return {"params": {}, "batch_stats": {}, **new}
+    def init(self, x, **call):
+        return self.output(x, **call)[1]
 
     def output(self, x, **call):
         with self.promotion():
@@ -102,12 +100,12 @@ class LinenLayer(Layer):
 
 
 class NNXLayer(Layer):
-    def make(self, rngs: nnx.Rngs | None = None) -> nnx.Module:
-        kwargs = {"num_features": FEATURES, "rngs": rngs or nnx.Rngs(0), **self.kwargs}
+    def make(self) -> nnx.Module:
+        kwargs = {"num_features": FEATURES, "rngs": nnx.Rngs(0), **self.kwargs}
         return getattr(self.lib, self.name)(**kwargs)
 
-    def init(self, x, seed=0, **call):
-        return read(self.make(nnx.Rngs(seed)))
+    def init(self, x, **call):
+        return read(self.make())
 
     def output(self, x, **call):
         layer = self.make()
@@ -140,9 +138,13 @@ def write(layer: nnx.Module, variables: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Api:
+    name: str
     flax: ModuleType
     own: ModuleType
     layer: type[Layer]
+
+    def __repr__(self) -> str:
+        return self.name  # in the names of tests
 
     def ours(self, name: str, **kwargs: Any) -> Layer:
         return self.layer(self.own, name, {**NEEDED.get(name, {}), **kwargs})
@@ -158,10 +160,25 @@ class Api:
         return self.ours("Norm", **{"norm": norm, **kwargs})
 
 
-LINEN = Api(nn, jaxnorm.linen, LinenLayer)
-NNX = Api(nnx, jaxnorm.nnx, NNXLayer)
+def initial(layers, x):
+    """The variables of each layer at first, from one compiled program, of which the
+    forward pass is no part."""
+    return jax.jit(lambda: [layer.init(x) for layer in layers])()
 
-both = pytest.mark.parametrize("api", [LINEN, NNX], ids=["linen", "nnx"])
+
+def applied(layers, variables, x, **call):
+    """What each layer makes of the same variables, from one compiled program."""
+
+    def run(variables, x):
+        return [layer.apply(variables, x, **call) for layer in layers]
+
+    return jax.jit(run)(variables, x)
+
+
+LINEN = Api("linen", nn, jaxnorm.linen, LinenLayer)
+NNX = Api("nnx", nnx, jaxnorm.nnx, NNXLayer)
+
+both = pytest.mark.parametrize("api", [LINEN, NNX], ids=str)
 names = pytest.mark.parametrize("name", NAMES)
 
 

@@ -21,10 +21,12 @@ from apis import (
     NAMES,
     NNX,
     SHAPE,
+    applied,
     assert_close,
     assert_extends,
     assert_identical,
     both,
+    initial,
     names,
     sample,
     sample_mask,
@@ -33,8 +35,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Constructor arguments that change the result, with at least one row for each of them.
 CASES = [
@@ -91,6 +91,10 @@ def right(api, name, **kwargs):
     """Flax's layer; Linen's where that of NNX repeats statistics along a wrong axis."""
     wrong = name == "GroupNorm" and "reduction_axes" in kwargs
     return (LINEN if wrong else api).theirs(name, **kwargs)
+
+
+def described(tree):
+    return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
 
 
 def unlike(a, b):
@@ -168,15 +172,13 @@ def test_what_flax_refuses(api, name, kwargs):
 
 @cases
 def test_variables_are_flax_variables(api, name, kwargs):
-    x = sample()
-    expected = api.theirs(name, **kwargs).init(x)
-    assert_identical(api.ours(name, **kwargs).init(x), expected)
+    layers = api.ours(name, **kwargs), api.theirs(name, **kwargs)
+    assert_identical(*initial(layers, sample()))
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
 @names
 @both
-def test_initializers_are_called_as_flax_calls_them(api, name, param_dtype):
+def test_initializers_are_called_as_flax_calls_them(api, name):
     """With the same keys, so that they draw what they draw in Flax."""
     calls = []
 
@@ -185,22 +187,23 @@ def test_initializers_are_called_as_flax_calls_them(api, name, param_dtype):
         calls.append((key.tolist(), tuple(shape), dtype))
         return jnp.asarray(np.resize(key, shape).astype(dtype))
 
-    def found(layer):
+    def found(maker, **kwargs):
         calls.clear()
-        return layer.init(sample(), seed=3), calls[:]
+        return maker(name, **kwargs).init(sample()), calls[:]
 
     scale, bias = {"scale_init": drawn}, {"bias_init": drawn}
-    variants = [scale, {**scale, **bias}, bias, {**scale, "use_bias": False}]
-    variants += [{}, {**scale, **bias, "use_scale": False}]
-    if name == "RMSNorm":
-        variants = [scale, {}, {"use_scale": False}]
+    variants = [scale, {}, {"use_scale": False}]
+    if name != "RMSNorm":
+        variants += [{**scale, **bias}, bias, {**scale, "use_bias": False}]
+        variants += [{**scale, **bias, "use_scale": False}]
     for variant in variants:
-        kwargs = {"param_dtype": param_dtype, **variant}
-        expected, flax_calls = found(api.theirs(name, **kwargs))
-        for layer in (api.ours(name, **kwargs), api.generic(name, **kwargs)):
-            variables, own_calls = found(layer)
-            assert own_calls == flax_calls
-            assert_identical(variables, expected)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            kwargs = {"param_dtype": dtype, **variant}
+            expected, flax_calls = found(api.theirs, **kwargs)
+            for maker in (api.ours, api.generic):
+                variables, own_calls = found(maker, **kwargs)
+                assert own_calls == flax_calls
+                assert_identical(variables, expected)
 
 
 # The same numbers.
@@ -209,12 +212,15 @@ def test_initializers_are_called_as_flax_calls_them(api, name, param_dtype):
 @cases
 def test_values_are_flax(api, name, kwargs):
     x, mask = sample(), sample_mask()
-    layer, reference = api.ours(name, **kwargs), right(api, name, **kwargs)
-    variables = reference.variables()
-    assert_close(layer.apply(variables, x), reference.apply(variables, x))
-    if "axis" in kwargs or "reduction_axes" in kwargs or "feature_axes" in kwargs:
-        y, found = layer.apply(variables, x, mask=mask)
-        y_flax, expected = reference.apply(variables, x, mask=mask)
+    layers = api.ours(name, **kwargs), right(api, name, **kwargs)
+    # Other tests mask what is normalized along the usual axes.
+    masked = (
+        kwargs.get("reduction_axes") in ((1, 2), (1, 3)) or (3, 1) in kwargs.values()
+    )
+    variables = layers[1].variables()
+    assert_close(*applied(layers, variables, x))
+    if masked:
+        (y, found), (y_flax, expected) = applied(layers, variables, x, mask=mask)
         assert_close(y, jnp.where(mask, y_flax, 0))
         assert_close(found, expected)
 
@@ -224,9 +230,7 @@ def test_axes_may_be_lists(api):
     x = sample()
     reference = api.theirs("LayerNorm", reduction_axes=(1, 2))
     layer = api.ours("LayerNorm", reduction_axes=[1, 2], feature_axes=[3])
-    variables = reference.variables()
-    found = jax.jit(layer.apply)(variables, x)
-    assert_close(found, reference.apply(variables, x))
+    assert_close(*applied([layer, reference], reference.variables(), x))
 
 
 @functools.cache
@@ -289,10 +293,8 @@ def test_masks_are_flax(api, name):
 )
 @both
 def test_inputs_of_other_ranks_are_flax(api, name, shape):
-    x, reference = sample(shape), api.theirs(name)
-    variables = reference.variables(x)
-    found = jax.jit(api.ours(name).apply)(variables, x)
-    assert_close(found, jax.jit(reference.apply)(variables, x))
+    x, layers = sample(shape), [api.ours(name), api.theirs(name)]
+    assert_close(*applied(layers, layers[1].variables(x), x))
 
 
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "int32"])
@@ -308,14 +310,14 @@ def test_dtypes_are_flax(api, name, x_dtype):
     def run(layer):
         return jax.eval_shape(layer.output, x)
 
-    for dtype in (None, jnp.float32, jnp.bfloat16):
-        variants = [{"param_dtype": d} for d in ("float32", "bfloat16", "float16")]
-        for kwargs in (*variants, without):
-            kwargs = {"dtype": dtype, **kwargs}
-            y, variables = run(api.ours(name, **kwargs))
-            assert (y, variables) == run(api.theirs(name, **kwargs)), kwargs
-            stats = variables["batch_stats"]
-            assert all(a.dtype == jnp.float32 for a in stats.values())
+    variants = [{"param_dtype": d} for d in ("float32", "bfloat16", "float16")]
+    variants += [without, {"dtype": "float32", "param_dtype": "bfloat16"}]
+    variants += [{"dtype": "bfloat16", **kwargs} for kwargs in variants[2:4]]
+    for kwargs in variants:
+        y, variables = run(api.ours(name, **kwargs))
+        assert (y, variables) == run(api.theirs(name, **kwargs)), kwargs
+        stats = variables["batch_stats"]
+        assert all(a.dtype == jnp.float32 for a in stats.values())
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -372,11 +374,10 @@ def test_half_precision_sums_are_never_made(api, name):
     x = 150 * sample((64, 6)).astype(jnp.float16)
     kwargs = {"param_dtype": jnp.float16, "dtype": jnp.float16}
     reference = LINEN.theirs(name, **kwargs)
-    variables = reference.variables(x)
-    expected = jax.jit(reference.apply)(variables, x)
     switch = {"force_float32_reductions": False} if api is LINEN else {}
     layer = api.ours(name, **switch, **kwargs)
-    assert_close(jax.jit(layer.apply)(variables, x), expected, 2e-3)
+    found = applied([layer, reference], reference.variables(x), x)
+    assert_close(*found, tolerance=2e-3)
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
@@ -384,8 +385,13 @@ def test_half_precision_sums_are_never_made(api, name):
 def test_running_statistics_after_each_step(api, axis):
     """Against Flax and the definition, after 1, 2 and 5 steps."""
     kwargs = {"axis": axis, "momentum": 0.8, "num_features": SHAPE[axis]}
-    layer, reference = api.ours("BatchNorm", **kwargs), api.theirs("BatchNorm", **kwargs)
-    variables = flax_variables = reference.init(sample())
+    layers = api.ours("BatchNorm", **kwargs), api.theirs("BatchNorm", **kwargs)
+    states = [layers[1].init(sample())] * 2
+
+    @jax.jit
+    def run(states, x):
+        return [layer.apply(v, x) for layer, v in zip(layers, states, strict=True)]
+
     mean, var = np.zeros(SHAPE[axis]), np.ones(SHAPE[axis])
     others = tuple(a for a in range(4) if a != axis % 4)
     for step in range(5):
@@ -393,10 +399,10 @@ def test_running_statistics_after_each_step(api, axis):
         exact = np.asarray(x, np.float64)
         mean = 0.8 * mean + 0.2 * exact.mean(others)
         var = 0.8 * var + 0.2 * exact.var(others)
-        y, variables = layer.apply(variables, x)
-        y_flax, flax_variables = reference.apply(flax_variables, x)
-        assert_close((y, variables), (y_flax, flax_variables))
-        assert_close(variables["batch_stats"], {"mean": mean, "var": var})
+        found = run(states, x)
+        states = [variables for _, variables in found]
+        assert_close(*found)
+        assert_close(states[0]["batch_stats"], {"mean": mean, "var": var})
 
 
 @names
@@ -475,7 +481,7 @@ def test_axis_index_groups_are_flax(api):
         return jax.jit(mapped)(variables, x)
 
     everywhere = run(api.ours("BatchNorm"))
-    assert_close(everywhere, reference.apply(variables, x))
+    assert_close(everywhere, *applied([reference], variables, x))
     groups = {"axis_index_groups": [[0, 1], [2, 3]]}
     y, _ = run(api.ours("BatchNorm"), **groups)
     assert_close(y, run(reference, **groups)[0])
@@ -490,16 +496,16 @@ def test_one_example_per_device_is_a_batch(api):
     variables = reference.variables(x)
     run = jax.vmap(functools.partial(layer.apply, variables), axis_name="batch")
     y, new = jax.jit(run)(x)
-    expected = reference.apply(variables, x)
-    assert_close((y, jax.tree.map(lambda a: a[0], new)), expected)
+    new = jax.tree.map(lambda a: np.asarray(a)[0], new)
+    assert_close((y, new), *applied([reference], variables, x))
 
 
 @both
 def test_masked_statistics_across_devices(api):
     """Shards with 3, 1, 0 and 2 valid rows count by rows, not by shards."""
     x = sample((4, 3, 6))
-    mask = jnp.arange(3)[None, :, None] < jnp.asarray([3, 1, 0, 2])[:, None, None]
-    rows = np.asarray(mask).reshape(12)
+    mask = np.arange(3)[None, :, None] < np.array([3, 1, 0, 2])[:, None, None]
+    rows = mask.reshape(12)
     reference = LINEN.theirs("BatchNorm", momentum=0.9)
     variables = reference.variables(x[0])
     layer = api.ours("BatchNorm", axis_name="d", momentum=0.9)
@@ -509,9 +515,9 @@ def test_masked_statistics_across_devices(api):
     def run(x, mask):
         return layer.apply(variables, x, mask=mask)
 
-    y, new = run(x, mask)
-    valid = x.reshape(12, 6)[rows]
-    expected, expected_new = jax.jit(reference.apply)(variables, valid)
+    y, new = jax.tree.map(np.asarray, run(x, mask))
+    valid = np.asarray(x).reshape(12, 6)[rows]
+    [(expected, expected_new)] = applied([reference], variables, valid)
     assert_close(y.reshape(12, 6)[rows], expected)
     for shard in range(4):
         assert_close(jax.tree.map(lambda a, i=shard: a[i], new), expected_new)
@@ -524,9 +530,10 @@ def test_an_axis_name_that_is_not_bound(api, name):
     x, settings = sample(), api.generic(name).kwargs["norm"]
     norm = type(settings)(**{**vars(settings), "axis_name": "absent"})
     variables = api.ours(name).variables()
-    first = api.ours(name).init(x)
-    for layer in (api.ours(name, axis_name="absent"), api.ours("Norm", norm=norm)):
-        assert_identical(layer.init(x), first)
+    layers = api.ours(name, axis_name="absent"), api.ours("Norm", norm=norm)
+    expected, *first = initial([api.ours(name), *layers], x)
+    assert_identical(first, [expected] * 2)
+    for layer in layers:
         for run in (layer.apply, jax.jit(layer.apply)):
             with pytest.raises(ValueError, match="absent"):
                 run(variables, x)
@@ -545,7 +552,7 @@ def test_the_generic_module_is_the_named_one(api, name):
     x, mask = sample(), sample_mask()
     named = batch_norm(api, "ours") if name == "BatchNorm" else api.ours(name)
     layer = api.generic(name)
-    assert_identical(layer.init(x), named.init(x))
+    assert_identical(*initial([layer, named], x))
     variables = named.variables()
     found = layer.apply(variables, x, mask=mask)
     assert_close(found, named.apply(variables, x, mask=mask), 1e-6)
@@ -599,13 +606,12 @@ def test_traced_use_running_average(api, kind):
 def test_unbiased_running_variance(api):
     """n / (n - 1) in the running variance alone, n counting valid elements."""
     x, mask = sample((5, 6)), jnp.asarray(np.arange(5)[:, None] < 4)
-    biased = batch_norm(api, "ours")
-    layer = biased.with_(unbiased=True)
-    variables = layer.init(x)
-    assert_identical(variables, biased.init(x))
+    layers = [batch_norm(api, "ours", unbiased=flag) for flag in (True, False)]
+    variables, expected = initial(layers, x)
+    assert_identical(variables, expected)
     for kwargs, count in (({}, 5), ({"mask": mask}, 4)):
-        y, new = layer.apply(variables, x, **kwargs)
-        assert_close(y, biased.apply(variables, x, **kwargs)[0], 1e-6)
+        (y, new), (y_biased, _) = applied(layers, variables, x, **kwargs)
+        assert_close(y, y_biased, 1e-6)
         var = 0.9 + 0.1 * np.var(np.asarray(x, np.float64)[:count], 0, ddof=1)
         assert_close(new["batch_stats"]["var"], var)
 
@@ -614,20 +620,20 @@ def test_unbiased_running_variance(api):
 def test_cumulative_average(api):
     """momentum=None: each batch counts the same, and those without values not."""
     layer, batches = api.ours("BatchNorm", momentum=None), []
-    variables = layer.init(sample((5, 6)))
+    variables = layer.init(sample())
     assert set(variables["batch_stats"]) == {"mean", "var", "count"}
     for step in range(4):
-        x = sample((5, 6), seed=step)
-        batches.append(np.asarray(x, np.float64))
+        x = sample(seed=step)
+        exact = np.asarray(x, np.float64).reshape(-1, FEATURES)
+        batches.append((exact.mean(0), exact.var(0)))
+        mean, var = np.mean(batches, 0)
         previous = variables
         _, variables = layer.apply(variables, x)
-        described = [jax.eval_shape(lambda v=v: v) for v in (variables, previous)]
-        assert described[0] == described[1]
+        assert described(variables) == described(previous)
         stats = variables["batch_stats"]
-        assert_close(stats["mean"], np.mean([b.mean(0) for b in batches], 0))
-        assert_close(stats["var"], np.mean([b.var(0) for b in batches], 0))
+        assert_close((stats["mean"], stats["var"]), (mean, var))
         assert np.all(np.asarray(stats["count"]) == step + 1)
-        _, new = layer.apply(variables, x, mask=jnp.zeros((5, 1), bool))
+        _, new = layer.apply(variables, x, mask=jnp.zeros(SHAPE, bool))
         assert_identical(new, variables)
     evaluate = {"use_running_average": True}
     y, _ = layer.with_(**evaluate).apply(variables, x)
@@ -667,12 +673,11 @@ def test_masks_broadcast(api, name):
 def test_masked_rows_are_rows_removed(api):
     x = sample()
     mask = np.array([True, False, True, True])
-    reference = api.theirs("BatchNorm")
+    layer, reference = api.ours("BatchNorm"), api.theirs("BatchNorm")
     variables = reference.variables()
-    given = jnp.asarray(mask[:, None, None, None])
-    y, new = api.ours("BatchNorm").apply(variables, x, mask=given)
-    expected = jax.jit(reference.apply)(variables, x[mask])
-    assert_close((y[mask], new), expected)
+    y, new = layer.apply(variables, x, mask=jnp.asarray(mask[:, None, None, None]))
+    expected = applied([reference], variables, np.asarray(x)[mask])
+    assert_close([(np.asarray(y)[mask], new)], expected)
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])
@@ -681,11 +686,10 @@ def test_masked_rows_are_rows_removed(api):
 @both
 def test_a_bad_batch_leaves_the_statistics(api, kind, bad, momentum):
     layer = batch_norm(api, kind, momentum=momentum)
-    good, mask = sample((5, 6)), np.full((5, 6), bad != "masked")
-    variables = layer.variables(good)
-    x = np.array(good)
+    x, mask = np.array(sample()), np.full(SHAPE, bad != "masked")
+    variables = layer.variables()
     if bad == "one nan":
-        x[2, 3] = np.nan
+        x[2, 1, 0, 3] = np.nan
     elif bad != "masked":
         x[:] = float(bad)
     y, new = layer.apply(variables, jnp.asarray(x), mask=jnp.asarray(mask))
@@ -699,10 +703,9 @@ def test_a_bad_batch_leaves_the_statistics(api, kind, bad, momentum):
 @both
 def test_a_single_valid_value_leaves_finite_statistics(api, unbiased):
     """Known only at run time, so it cannot raise; n / (n - 1) must not divide by 0."""
-    x = sample((5, 6))
     layer = batch_norm(api, "ours", unbiased=unbiased)
-    mask = jnp.asarray(np.arange(5) == 2)[:, None]
-    found = layer.apply(layer.variables(x), x, mask=mask)
+    mask = jnp.asarray(np.arange(np.prod(SHAPE)).reshape(SHAPE) // FEATURES == 2)
+    found = layer.apply(layer.variables(), sample(), mask=mask)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(found))
 
 
@@ -730,21 +733,20 @@ def test_variance_far_from_zero(api, name):
 def test_one_value_per_channel(api, shape):
     """Flax-named: Flax's output, a warning, the state as it was. Generic: an error."""
     x = sample(shape)
-    layer, reference = api.ours("BatchNorm"), api.theirs("BatchNorm")
-    variables = reference.variables(x)
+    layers = api.ours("BatchNorm"), api.theirs("BatchNorm")
+    variables = layers[1].variables(x)
     # While initializing, nothing is said: warnings are errors here.
-    layer.init(x), api.generic("BatchNorm").init(x)
+    initial([layers[0], api.generic("BatchNorm")], x)
     with pytest.warns(UserWarning) as record:
-        y, new = jax.jit(layer.apply)(variables, x)
+        (y, new), (expected, _) = applied(layers, variables, x)
     assert len(record) == 1
-    assert_close(y, reference.apply(variables, x)[0])
+    assert_close(y, expected)
     assert_identical(new, variables)
     with pytest.raises(ValueError):
         api.generic("BatchNorm").apply(variables, x)
     # Evaluation on one example is what evaluation is for: nothing is said.
-    evaluate = {"use_running_average": True}
-    found = layer.with_(**evaluate).apply(variables, x)
-    assert_close(found, reference.with_(**evaluate).apply(variables, x))
+    layers = [layer.with_(use_running_average=True) for layer in layers]
+    assert_close(*applied(layers, variables, x))
 
 
 @both
