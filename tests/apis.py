@@ -104,36 +104,33 @@ class NNXLayer(Layer):
         kwargs = {"num_features": FEATURES, "rngs": nnx.Rngs(0), **self.kwargs}
         return getattr(self.lib, self.name)(**kwargs)
 
+    def read(self, module) -> dict[str, Any]:
+        """The variables of the module."""
+        return {k: nnx.to_pure_dict(nnx.state(module, v)) for k, v in KINDS.items()}
+
+    def write(self, module, variables) -> None:
+        for kind, values in variables.items():
+            state = nnx.state(module, KINDS[kind])
+            nnx.replace_by_pure_dict(state, values)
+            nnx.update(module, state)
+
     def init(self, x, **call):
-        return read(self.make())
+        return self.read(self.make())
 
     def output(self, x, **call):
-        layer = self.make()
-        return self._call(layer, x, **call), read(layer)
+        return self._call(self.make(), x, **call)
 
     def apply(self, variables, x, **call):
-        layer = self.make()
-        write(layer, variables)
-        return self._call(layer, x, **call), read(layer)
+        module = self.make()
+        self.write(module, variables)
+        return self._call(module, x, **call)
 
-    def _call(self, layer, x, **call):
+    def _call(self, module, x, **call):
         with self.promotion():
-            return layer(x, **call)
+            return module(x, **call), self.read(module)
 
 
 KINDS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
-
-
-def read(layer: nnx.Module) -> dict[str, Any]:
-    """The variables of an NNX module."""
-    return {k: nnx.to_pure_dict(nnx.state(layer, v)) for k, v in KINDS.items()}
-
-
-def write(layer: nnx.Module, variables: Mapping[str, Any]) -> None:
-    for kind, values in variables.items():
-        state = nnx.state(layer, KINDS[kind])
-        nnx.replace_by_pure_dict(state, values)
-        nnx.update(layer, state)
 
 
 @dataclasses.dataclass(frozen=True)
