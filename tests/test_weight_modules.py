@@ -246,7 +246,7 @@ def test_numbers(api, name, kwargs, layer):
     variables = randomized(variables)
     (found, new), (want, expected) = run(variables, x)
     half = jnp.bfloat16 in kwargs.values()
-    tolerance = 2e-2 if half else 2e-5
+    tolerance = 2e-2 if half else 1e-5
     assert_close(found, want, tolerance)
     assert_identical(new.pop("params"), variables["params"])
     del expected["params"]
