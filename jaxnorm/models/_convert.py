@@ -15,10 +15,10 @@ from jaxnorm.models._paths import (
     Tree,
     Where,
     check_variables,
-    chosen_norms,
     copied,
     everywhere,
     keys_at,
+    select_norms,
     set_at,
 )
 
@@ -44,7 +44,7 @@ def convert(
     Args:
         variables: {"params", "batch_stats"} of the model, as nested dicts.
         norm: the settings of the new norm, such as `jaxnorm.GroupNorm()`.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant. A
+        where: whether to take the norm at a path, such as "Block_0/BatchNorm_1". A
             module of nothing but a bias is not taken for a norm.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
@@ -54,7 +54,7 @@ def convert(
         `nn.Partitioned`, around what they held.
 
     Raises:
-        ValueError, TypeError: if `where` means no norm, arrays of one do not fit
+        ValueError, TypeError: if `where` selects no norm, arrays of one do not fit
             `norm`, or it gathers batches (`accumulate`); its path is named.
 
     >>> import jax.numpy as jnp, jaxnorm
@@ -69,7 +69,7 @@ def convert(
     check_norm(norm, use_scale, use_bias)
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
     new = dict(variables) | trees
-    for path, old in chosen_norms(variables, where).items():
+    for path, old in select_norms(variables, where).items():
         keys = keys_at(trees.values(), path)
         if keys is None:
             raise ValueError(

@@ -61,7 +61,7 @@ def recalibrate(
         batches: any iterable of anything `apply` takes: arrays on one device or many,
             tuples, dicts with masks; with `layer_by_layer`, one that starts again each
             time, such as a list.
-        where: whether the layer at a path is meant; others keep their statistics, and
+        where: whether to take the layer at a path; others keep their statistics, and
             normalize as `apply` has them; with `layer_by_layer` by these statistics,
             if they are jaxnorm's.
         layer_by_layer: take the moments of each layer as those before it evaluate.

@@ -47,7 +47,7 @@ def convert(
     Args:
         model: the module, which stays as it is.
         norm: the settings of the new norms: all of them, such as epsilon and axis.
-        where: whether the norm at a path, such as "layers/1", is meant. One that is
+        where: whether to take the norm at a path, such as "layers/1". One that is
             held in several places has one path.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 

@@ -104,14 +104,14 @@ def recalibrate(
 ) -> None:
     """Sets running statistics to the moments of a whole data set (`recalibrate`).
 
-    The layers that `where` means train while `call` runs; all else, such as dropout,
+    The layers that `where` selects train while `call` runs; all else, such as dropout,
     stays in the mode that the model is in.
 
     Args:
         model: the module, whose statistics are changed in place, at the end.
         batches: any iterable of anything `call` takes.
         call: `call(model, batch)` runs the model on a batch.
-        where: whether the layer at a path is meant; others keep their statistics.
+        where: whether to take the layer at a path; others keep their statistics.
         options: as in `jaxnorm.models.recalibrate`, which says what is raised.
 
     >>> import jax.numpy as jnp

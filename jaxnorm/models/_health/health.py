@@ -98,7 +98,7 @@ def health(
         fresh: the same tree after a training pass with statistics that pool the moments
             of its batches; one batch of the training tells whether it is large enough.
             Or else moments by layer: "mean", "var" or both, and "size" if known.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
         epsilon: what the layers add to the variance.
         dead: deviation of an output that counts as constant.
         drift: differences up to here are none, in deviations.
@@ -109,7 +109,7 @@ def health(
         `figure()`, and a table by `print` or `rich.print`.
 
     Raises:
-        ValueError: if `where` means no layer, `params` hold their scales at other
+        ValueError: if `where` selects no layer, `params` hold their scales at other
             paths, `fresh` lacks a layer or holds no batch, a limit is not as it should
             be, or shapes differ.
         TypeError: for what is no tree of arrays, limits that are no numbers, and under
