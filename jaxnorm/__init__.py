@@ -4,10 +4,6 @@ import typing
 
 from jaxnorm._axes import Axes as Axes
 from jaxnorm._base import Norm as Norm
-from jaxnorm._base import RunningNorm as RunningNorm
-from jaxnorm._base import StatefulNorm as StatefulNorm
-from jaxnorm._base import StatelessNorm as StatelessNorm
-from jaxnorm._base import method as method
 from jaxnorm._devices import sync as sync
 from jaxnorm._methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm._methods.batch_norm import batch_norm as batch_norm
@@ -94,13 +90,16 @@ from jaxnorm._methods.switchable_norm import switchable_norm as switchable_norm
 from jaxnorm._methods.virtual_batch_norm import VirtualBatchNorm as VirtualBatchNorm
 from jaxnorm._methods.virtual_batch_norm import virtual_batch_norm as virtual_batch_norm
 from jaxnorm._moments import Moments as Moments
-from jaxnorm._moments import moments as moments
 from jaxnorm._moments import pool as pool
 from jaxnorm._normalize import normalize as normalize
+from jaxnorm._reduce import moments as moments
 from jaxnorm._running import init_stats as init_stats
 from jaxnorm._running import update_stats as update_stats
 from jaxnorm._standardize import standardize as standardize
 from jaxnorm._standardizer import Standardizer as Standardizer
+from jaxnorm._stateful import RunningNorm as RunningNorm
+from jaxnorm._stateful import StatefulNorm as StatefulNorm
+from jaxnorm._stateless import StatelessNorm as StatelessNorm
 from jaxnorm._weights.spectral_norm import spectral_norm as spectral_norm
 from jaxnorm._weights.weight_norm import weight_norm as weight_norm
 from jaxnorm._weights.weight_standardize import weight_standardize as weight_standardize
@@ -161,7 +160,6 @@ __all__ = [
     "l1_batch_norm",
     "layer_norm",
     "local_response_norm",
-    "method",
     "moments",
     "moving_average_batch_norm",
     "normalize",

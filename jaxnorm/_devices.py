@@ -1,8 +1,6 @@
 """Where devices meet: moments pooled over named axes, with one collective each way."""
 
-import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -13,18 +11,11 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 from jax.errors import InconclusiveDimensionOperation
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    NamedSharding,
-    PartitionSpec,
-    reshard,
-    use_abstract_mesh,
-)
 
 from jaxnorm._arguments import as_integer, check_instance, shown
-from jaxnorm._axes import Axes, is_known
-from jaxnorm._moments import Moments, join_size, pool, split_size
+from jaxnorm._axes import is_known
+from jaxnorm._exact import join_size, split_size
+from jaxnorm._moments import Moments, pool
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,37 +155,46 @@ def sync(
     return pooled(m, peers(axis_name, axis_index_groups))
 
 
-def pooled(m: Moments, shared: Peers | None) -> Moments:
+def pooled(m: Moments, peers: Peers | None) -> Moments:
     """`sync` over devices that are known."""
-    if shared is None:
+    if peers is None:
         return m
-    union = _pooled(m, shared)
-    known = isinstance(m.size, int) and shared.groups is None
-    return union._replace(size=m.size * shared.size) if known else union
+    union = _pooled(m, peers)
+    known = isinstance(m.size, int) and peers.groups is None
+    return union._replace(size=m.size * peers.size) if known else union
 
 
 @jax.custom_jvp
-def _pooled(m: Moments, shared: Peers) -> Moments:
+def _pooled(m: Moments, peers: Peers) -> Moments:
     own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
     m = Moments(m.mean, m.var, own, residue)
-    slots = shared.size * len(m) * m.mean.size * m.mean.dtype.itemsize
+    slots = peers.size * len(m) * m.mean.size * m.mean.dtype.itemsize
     large = is_known(slots) and slots > MAX_SLOT_BYTES
-    if shared.groups is None and large:
-        return pool(m, lambda v: lax.psum(v, shared.name))
-    return _pool_slots(m, shared)
+    if peers.groups is None and large:
+        return pool(m, lambda v: lax.psum(v, peers.name))
+    return _pool_slots(m, peers)
 
 
 @_pooled.defjvp
-def _pooled_jvp(primals, tangents):
-    (own, shared), (dm, _) = primals, tangents
-    m = _pooled(own, shared)
+def _pooled_jvp(
+    primals: tuple[Moments, Peers], tangents: tuple[Moments, Any]
+) -> tuple[Moments, Moments]:
+    (own, peers), (dm, _) = primals, tangents
+    m = _pooled(own, peers)
     offset = own.mean - m.mean
-    dmean, dvar = pooled_tangent(shared, offset, own.size, m.size, dm.mean, dm.var)
+    dmean, dvar = pooled_tangent(peers, offset, own.size, m.size, dm.mean, dm.var)
     return m, Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
 
 
-def pooled_tangent(shared, offset, size, whole, dmean, dvar):
+# With  w = size / whole  as the device's weight:
+#
+#   dmean_pooled = sum(w dmean),   dvar_pooled = sum(w (dvar + 2 offset dmean))
+
+
+def pooled_tangent(
+    peers: Peers, offset: Array, size: Any, whole: Any, dmean: Array, dvar: Array
+) -> tuple[Array, Array]:
     """The tangents of the pooled moments, from those of each device's own, by one psum.
 
     `offset` is the device's mean less the pooled one, whose tangent drops out of the
@@ -204,50 +204,50 @@ def pooled_tangent(shared, offset, size, whole, dmean, dvar):
     weight = size / jnp.maximum(whole, 1)
     dvar = dvar + 2 * (offset.conj() * dmean).real
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
-    dmean, dvar = group_sum(jnp.stack(shares), shared)
+    dmean, dvar = group_sum(jnp.stack(shares), peers)
     return dmean, dvar.real
 
 
-def _pool_slots(m: Moments, shared: Peers) -> Moments:
+def _pool_slots(m: Moments, peers: Peers) -> Moments:
     """Pools what every device of the group wrote into a slot of its own."""
     parts = (m.mean, m.residue, m.var, *split_size(m.size))
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
-    slots = gather(own, shared)
+    slots = gather(own, peers)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
     each = Moments(mean, var.real, join_size(high, low), residue)
     pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 
 
-def gather(v: Array, shared: Peers | None) -> Array:
+def gather(v: Array, peers: Peers | None) -> Array:
     """`v` of every device of the group, along a new leading axis, by one psum.
 
     Where groups differ in size, the smaller ones end with zeros.
     """
-    if shared is None:
+    if peers is None:
         return v[None]
-    members, place = shared.size, shared.place
-    if shared.groups is not None:
-        members = max(map(len, shared.groups))
-        place = jnp.asarray(_places(shared.groups))[place]
+    members, place = peers.size, peers.place
+    if peers.groups is not None:
+        members = max(map(len, peers.groups))
+        place = jnp.asarray(_places(peers.groups))[place]
     slots = jnp.zeros((members, *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, place, 0)
-    return group_sum(slots, shared)
+    return group_sum(slots, peers)
 
 
-def group_sum(v: Array, shared: Peers | None) -> Array:
+def group_sum(v: Array, peers: Peers | None) -> Array:
     """The sum of `v` over the devices of this device's group, by one psum.
 
     psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
     """
-    if shared is None:
+    if peers is None:
         return v
-    if shared.groups is None:
-        return lax.psum(v, shared.name)
-    group = jnp.asarray(_group_of(shared.groups))[shared.place]
-    slots = jnp.zeros((len(shared.groups), *v.shape), v.dtype)
+    if peers.groups is None:
+        return lax.psum(v, peers.name)
+    group = jnp.asarray(_group_of(peers.groups))[peers.place]
+    slots = jnp.zeros((len(peers.groups), *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
-    slots = lax.psum(slots, shared.name)
+    slots = lax.psum(slots, peers.name)
     return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
 
 
@@ -261,125 +261,3 @@ def _places(groups: Sequence[Sequence[int]]) -> np.ndarray:
     """The place of each index along the axis within its group."""
     table = {i: place for group in groups for place, i in enumerate(group)}
     return np.array([table[i] for i in range(len(table))])
-
-
-def vary_together(like: Array, *arrays: Array | None) -> list[Any]:
-    """`arrays`, marked as varying over the mesh axes that `like` varies over.
-
-    JAX marks them by itself where they meet `like` (in shard_map with check_vma), and
-    each mark is a psum when transposed. Marked together, as one array, they cost one.
-    """
-    marked: list[Any] = list(arrays)
-    alike = collections.defaultdict(list)
-    for i, v in enumerate(arrays):
-        missing = () if v is None else axes_gained(v, like)
-        if v is not None and missing:
-            alike[v.dtype, missing].append((i, v))
-    for (_, missing), group in alike.items():
-        flat = jnp.concatenate([v.ravel() for _, v in group])
-        flat = lax.pcast(flat, missing, to="varying")
-        ends = np.cumsum([v.size for _, v in group])[:-1]
-        for (i, v), part in zip(group, jnp.split(flat, ends), strict=True):
-            marked[i] = part.reshape(v.shape)
-    return marked
-
-
-def axes_gained(v: Array, like: Array) -> tuple[str, ...]:
-    """The mesh axes that `like` varies over and `v` does not."""
-    return tuple(sorted(_varying(like) - _varying(v)))
-
-
-def _varying(x: Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """`f(*args)`, whose results are sharded as the arrays of `like`, a tree alike.
-
-    On a mesh of explicit axes JAX takes many operations only where their operands are
-    sharded alike, and some not at all, such as a scan along a sharded axis. So these
-    axes are automatic within `f`: what is sharded there, and how, is for the compiler
-    to choose, and only both ends are given, for gradients, too. Elsewhere this is
-    `f(*args)`.
-
-    `like` may hold the PartitionSpec of a result. A function among `args` is called
-    with the axes as they were; what it is given is sharded as the first array of the
-    same shape among `args`.
-    """
-    leaves, tree = jax.tree.flatten(args)
-    mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
-    if mesh is None:
-        return f(*args)
-    others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
-    free = NamedSharding(others, PartitionSpec())
-    arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, Array)}
-    specs = collections.defaultdict(PartitionSpec)
-    specs |= {v.shape: spec_of(v) for v in reversed(arrays.values())}
-
-    def inside(v):
-        if _mesh(v).explicit_axes:
-            return reshard(v, free)
-        return outside(v) if callable(v) and not isinstance(v, type) else v
-
-    def outside(function):
-        def call(*given):
-            with use_abstract_mesh(mesh):
-                as_before = (NamedSharding(mesh, specs[v.shape]) for v in given)
-                out = function(*map(reshard, given, as_before))
-            return reshard(out, free)
-
-        return call
-
-    def placed(like, v):
-        if not isinstance(v, Array):
-            return v  # what is known while tracing stays so
-        spec = spec_of(like) if v.ndim else PartitionSpec()
-        return reshard(v, NamedSharding(mesh, spec))
-
-    def run(arrays):
-        with use_abstract_mesh(others):
-            given = [inside(arrays.get(i, v)) for i, v in enumerate(leaves)]
-            out = f(*jax.tree.unflatten(tree, given))
-        return jax.tree.map(placed, like, out)
-
-    # What a shard_map over some of the axes keeps for its backward pass, such as these
-    # arrays, must have the axes that it has itself.
-    return jax.checkpoint(run)(arrays) if mesh.manual_axes else run(arrays)
-
-
-def sharded_as(first: str) -> Callable[[F], F]:
-    """A decorator of functions whose results are sharded as their first argument, which
-    has this name; see `automatically`."""
-
-    def decorated(f: Any) -> Any:
-        @functools.wraps(f)
-        def call(*args, **kwargs):
-            def given(args, kwargs):
-                return f(*args, **kwargs)
-
-            like = args[0] if args else kwargs.get(first)
-            return automatically(given, args, kwargs, like=like)
-
-        return call
-
-    return decorated
-
-
-def _mesh(v: Any) -> AbstractMesh:
-    """The mesh that `v` is an array on; one of no axes, if it is on none."""
-    return jax.typeof(v).sharding.mesh if isinstance(v, Array) else AbstractMesh((), ())
-
-
-def spec_of(v: Any) -> PartitionSpec:
-    """Which explicit axes of a mesh each axis of `v` is sharded over."""
-    return v if isinstance(v, PartitionSpec) else jax.typeof(v).sharding.spec
-
-
-def like_moments(x: Array, axes: Axes) -> Any:
-    """The shardings of moments of `x` that leave each where its elements are."""
-    names = (*spec_of(x), *[None] * x.ndim)
-    spec = (
-        names[o] if a not in axes.reduce and n == axes.shape[o] else None
-        for a, (n, o) in enumerate(zip(axes.working_shape, axes.origin, strict=True))
-    )
-    return Moments._make([PartitionSpec(*spec)] * len(Moments._fields))

@@ -61,7 +61,7 @@ def one_rounding(formula: Callable[..., Any]) -> Callable[..., Any]:
         wide = at_least_float32(x.dtype)
         dtype = x.dtype if dtype is None else dtype
 
-        def widened_first(x):
+        def widened_first(x: Array) -> Any:
             return formula(self, x.astype(wide), *args, dtype=dtype, **options)
 
         if x.dtype == wide:

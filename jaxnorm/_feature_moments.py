@@ -15,7 +15,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._dtypes import promote, widened
-from jaxnorm._moments import Moments, moments, moved, overflow_as_nan, union
+from jaxnorm._exact import overflow_as_nan
+from jaxnorm._moments import Moments, like_moments, moved, union
+from jaxnorm._reduce import moments
+from jaxnorm._sharding import automatically
 from jaxnorm._standardize import standardize
 from jaxnorm._wide_data import Data
 
@@ -91,8 +94,8 @@ def moments_of(
         pivot = lax.stop_gradient(m.mean)
         return moved(whole((data.high - pivot) + data.low, mask), pivot)
 
-    like = devices.like_moments(data.high, axes)
-    m = devices.automatically(fitted, data, mask, like=like)
+    like = like_moments(data.high, axes)
+    m = automatically(fitted, data, mask, like=like)
     eps = jnp.finfo(m.mean.dtype).eps ** (1 if data.low is None else 2)
     size = jnp.asarray(m.size, jnp.int32)
     mean, var, residue, size = (

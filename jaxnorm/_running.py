@@ -22,22 +22,15 @@ from jaxnorm._arguments import (
     shown,
 )
 from jaxnorm._axes import Axes
-from jaxnorm._devices import sharded_as
 from jaxnorm._dtypes import at_least_float32, promote
+from jaxnorm._marks import BATCH
 from jaxnorm._moments import Moments, pool
+from jaxnorm._sharding import sharded_as
 
 Stats = dict[str, Array]
 
 # Of small arrays, and so most of the cost where each operation is traced or called.
 _compiled_once = functools.partial(jax.jit, inline=True)
-
-# What the statistics of a layer may hold beside those that its method keeps; they say
-# how these are used and updated. Of the first two the presence counts, not the value.
-RUNNING = "running"  # the layer normalizes by the running statistics, in training too
-HELD = "held"  # the layer does not update its statistics
-SWITCHES = (RUNNING, HELD)
-BATCH = ("batch_mean", "batch_var", "batch_size", "batch_residue")  # see pooled
-MARKS = (*SWITCHES, *BATCH)
 
 
 def init_stats(
@@ -134,25 +127,6 @@ def update_stats(
         some = counted.any(tuple(range(step.ndim, counted.ndim)))
         new["step"] = step + some.astype(step.dtype)
     return new
-
-
-def marks(stats: Mapping[str, ArrayLike], *names: str) -> Stats:
-    """The marks of these names for a layer.
-
-    As large as its statistics, so that they can be split wherever these are, as over
-    the steps of a scan over layers.
-    """
-    return {name: jnp.ones(shape_of(stats), bool) for name in names}
-
-
-def without(stats: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """`stats` less what they hold under `names`."""
-    return {k: v for k, v in stats.items() if k not in names}
-
-
-def shape_of(stats: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the statistics of a layer."""
-    return jnp.shape(stats["var" if "var" in stats else "mean"])
 
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,24 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._arguments import as_array
 from jaxnorm._axes import Axes
-from jaxnorm._devices import sharded_as, vary_together
 from jaxnorm._dtypes import as_floating, out_dtype, promote
-from jaxnorm._moments import aligned, as_mask, check_axes, to_working
+from jaxnorm._sharding import sharded_as, vary_together
+from jaxnorm._working import aligned, as_mask, check_axes, from_working, to_working
+
+
+class Line(NamedTuple):
+    """What standardizing does: `y = (x - mean - residue) * rstd * scale + bias`.
+
+    The arrays broadcast against `x` in its working shape. `residue`, `scale` and `bias`
+    may be None, which is 0, 1 and 0. The tangent of a line is a line of tangents, where
+    None is no change.
+    """
+
+    mean: Array
+    residue: Array | None
+    rstd: Array
+    scale: Array | None
+    bias: Array | None
 
 
 @sharded_as("x")
@@ -54,7 +69,7 @@ def standardize(
     # A plain 0 is known while tracing, and costs nothing.
     none = isinstance(residue, float) and residue == 0
     rest = None if none else jnp.asarray(residue, mean.dtype)
-    return standardized(axes, dtype, x, mask, mean, rest, rstd, scale, bias)
+    return standardized(axes, dtype, x, mask, Line(mean, rest, rstd, scale, bias))
 
 
 def _as_statistic(name: str, value: Any, axes: Axes) -> Any:
@@ -89,10 +104,9 @@ def pointwise(
     mask = as_mask(mask, x.shape)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
 
-    def f(x, mask, *arrays):
-        return from_working(
-            formula(to_working(x, mask, axes), *arrays), mask, axes, dtype
-        )
+    def f(x: Array, mask: Array | None, *arrays: Array | None) -> Array:
+        y = formula(to_working(x, mask, axes), *arrays)
+        return from_working(y, mask, axes, dtype)
 
     arrays = tuple(vary_together(x, *arrays))
     return jax.checkpoint(f, prevent_cse=False)(x, mask, *arrays)
@@ -138,14 +152,16 @@ def as_number(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def standardized(axes, dtype, x, mask, mean, residue, rstd, scale, bias):
+def standardized(
+    axes: Axes, dtype: DTypeLike, x: Array, mask: Array | None, line: Line
+) -> Array:
     """`standardize`, of arrays that are known to fit."""
-    y = apply_line(axes, x, mask, mean, residue, rstd, scale, bias)
-    return from_working(y, mask, axes, dtype)
+    return from_working(apply_line(x, mask, line, axes), mask, axes, dtype)
 
 
-def apply_line(axes, x, mask, mean, residue, rstd, scale, bias):
+def apply_line(x: Array, mask: Array | None, line: Line, axes: Axes) -> Array:
     """`standardize` in the working shape and in the precision of the statistics."""
+    mean, residue, rstd, scale, bias = line
     if axes.of_rows:
         y = to_working(x, mask, axes) - mean
         y = y if residue is None else y - residue
@@ -159,102 +175,126 @@ def apply_line(axes, x, mask, mean, residue, rstd, scale, bias):
 
 
 @standardized.defjvp
-def _standardized_jvp(axes, dtype, primals, tangents):
-    x, mask, mean, residue, rstd, scale, bias = primals
-    dx, _, dmean, dresidue, drstd, dscale, dbias = tangents
-    dmean = dmean if residue is None else dmean + dresidue
+def _standardized_jvp(
+    axes: Axes,
+    dtype: DTypeLike,
+    primals: tuple[Array, Array | None, Line],
+    tangents: tuple[Array, Any, Line],
+) -> tuple[Array, Array]:
+    x, mask, line = primals
+    dx, _, dline = tangents
+    if line.residue is not None and dline.residue is not None:
+        dline = dline._replace(mean=dline.mean + dline.residue, residue=None)
 
-    def tangent(x, mask, mean, residue, rstd, scale, dx, *changes):
+    def tangent(
+        x: Array, mask: Array | None, line: Line, dx: Array, dline: Line
+    ) -> Array:
         dx = to_working(dx, mask, axes)
-        return standardize_tangent(
-            axes, dtype, x, mask, mean, residue, rstd, scale, dx, *changes
-        )
+        return standardize_tangent(axes, dtype, x, mask, line, dx, dline)
 
     # Recomputed, not kept: x in its own dtype is all of its size the backward needs.
-    dy = jax.checkpoint(tangent, prevent_cse=False)(
-        x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
-    )
+    dy = jax.checkpoint(tangent, prevent_cse=False)(x, mask, line, dx, dline)
     return standardized(axes, dtype, *primals), dy
 
 
+# With  y = slope * (x - mean) + shift,  slope = rstd * scale,
+#       shift = bias - residue * slope:
+#
+#   dy     = slope * dx + (x - mean) * dslope + dshift
+#   dslope = drstd * scale + rstd * dscale
+#   dshift = dbias - slope * dmean - residue * dslope
+#
+# The transpose sums x's cotangent twice, once weighted by x - mean, whatever the
+# statistics depend on.
+
+
 def standardize_tangent(
-    axes, dtype, x, mask, mean, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
-):
-    """The tangent of `standardize`, whose transpose sums x's cotangent twice, once
-    weighted by `x - mean`, whatever the statistics depend on. `dx` is in the working
-    shape."""
-    centered = to_working(x, mask, axes) - mean
-    dx, rstd, drstd = (v.astype(mean.dtype) for v in (dx, rstd, drstd))
+    axes: Axes,
+    dtype: DTypeLike,
+    x: Array,
+    mask: Array | None,
+    line: Line,
+    dx: Array,
+    dline: Line,
+) -> Array:
+    """The tangent of `standardize`. `dx` is in the working shape, and what the residue
+    changes is part of `dline.mean`."""
+    centered = to_working(x, mask, axes) - line.mean
+    dtype_within = line.mean.dtype
+    line = line._replace(rstd=line.rstd.astype(dtype_within))
+    dline = dline._replace(rstd=dline.rstd.astype(dtype_within))
     form = _row_tangent if axes.of_rows else _column_tangent
-    dy = form(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias)
+    dy = form(x, centered, line, dx.astype(dtype_within), dline)
     return from_working(dy, mask, axes, dtype)
 
 
-def _column_tangent(x, centered, residue, rstd, scale, dx, *changes):
-    slope = affine(rstd, scale, None)
-    dslope, dshift = line_tangent(x, residue, rstd, scale, *changes)
-    return slope * dx + centered * dslope + dshift
+def _column_tangent(
+    x: Array, centered: Array, line: Line, dx: Array, dline: Line
+) -> Array:
+    dslope, dshift = line_tangent(x, line, dline)
+    return affine(line.rstd, line.scale, None) * dx + centered * dslope + dshift
 
 
-def line_tangent(x, residue, rstd, scale, dmean, drstd, dscale, dbias):
-    """The tangents of slope and shift, where y is slope * (x - mean) + shift.
+def line_tangent(x: Array, line: Line, dline: Line) -> tuple[Array, Array]:
+    """The tangents of slope and shift.
 
     Where parameters vary along the axes that statistics do, these are small, and their
     transposes the only two sums of x's size.
     """
-    slope, dslope = (affine(v, scale, None) for v in (rstd, drstd))
-    if dscale is not None:
-        dslope = dslope + rstd * dscale
-    dshift = affine(-slope * dmean, None, dbias)
-    if residue is not None:
-        dshift = dshift - residue * dslope
-    return vary_together(x, dslope, dshift)
+    slope, dslope = (affine(v.rstd, line.scale, None) for v in (line, dline))
+    if dline.scale is not None:
+        dslope = dslope + line.rstd * dline.scale
+    dshift = affine(-slope * dline.mean, None, dline.bias)
+    if line.residue is not None:
+        dshift = dshift - line.residue * dslope
+    dslope, dshift = vary_together(x, dslope, dshift)
+    return dslope, dshift
 
 
-def _row_tangent(x, centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
-    """As `line_tangent`, where parameters vary along the rows that share statistics."""
-    dmean, drstd, dscale, dbias = vary_together(x, dmean, drstd, dscale, dbias)
-    given = centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias
-    one_row = all(v is None or v.size == v.shape[-1] for v in (scale, dscale, dbias))
+def _row_tangent(
+    x: Array, centered: Array, line: Line, dx: Array, dline: Line
+) -> Array:
+    """As `_column_tangent`, where parameters vary along the rows that share statistics,
+    so that slope and shift would be of x's size."""
+    dline = Line(*vary_together(x, *dline))
+    params = line.scale, dline.scale, dline.bias
+    one_row = all(v is None or v.size == v.shape[-1] for v in params)
     cpu = _by_products if one_row else _by_sums
     return lax.platform_dependent(
-        cpu=functools.partial(cpu, *given), default=functools.partial(_by_sums, *given)
+        cpu=functools.partial(cpu, centered, line, dx, dline),
+        default=functools.partial(_by_sums, centered, line, dx, dline),
     )
 
 
-def _by_sums(centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
+def _by_sums(centered: Array, line: Line, dx: Array, dline: Line) -> Array:
     """Nothing in the sums along rows waits for another of them."""
-    dshift = -rstd * dmean if residue is None else -rstd * dmean - residue * drstd
-    dy = affine(rstd * dx + centered * drstd + dshift, scale, None)
-    if dscale is not None:
+    _, residue, rstd, scale, _ = line
+    dshift = -rstd * dline.mean
+    dshift = dshift if residue is None else dshift - residue * dline.rstd
+    dy = affine(rstd * dx + centered * dline.rstd + dshift, scale, None)
+    if dline.scale is not None:
         centered = centered if residue is None else centered - residue
-        dy = dy + centered * rstd * dscale
-    return affine(dy, None, dbias)
+        dy = dy + centered * rstd * dline.scale
+    return affine(dy, None, dline.bias)
 
 
-def _by_products(centered, residue, rstd, scale, dx, dmean, drstd, dscale, dbias):
+def _by_products(centered: Array, line: Line, dx: Array, dline: Line) -> Array:
     """The sums as matrix products, which XLA:CPU takes at the speed of memory."""
-    rstd, dmean, drstd = (v.astype(centered.dtype) for v in (rstd, dmean, drstd))
-    y = (centered if residue is None else centered - residue) * rstd
-    scale = (
-        jnp.ones((1,) * (y.ndim - 1) + y.shape[-1:], y.dtype)
-        if scale is None
-        else scale
+    _, residue, rstd, scale, _ = line
+    rstd, dmean, drstd = (
+        v.astype(centered.dtype) for v in (rstd, dline.mean, dline.rstd)
     )
+    y = (centered if residue is None else centered - residue) * rstd
+    if scale is None:
+        scale = jnp.ones((1,) * (y.ndim - 1) + y.shape[-1:], y.dtype)
     dslope, dshift = _outer(drstd / rstd, scale), _outer(-rstd * dmean, scale)
     ones = jnp.ones_like(rstd)
-    dslope = dslope if dscale is None else dslope + _outer(ones, dscale)
-    dshift = dshift if dbias is None else dshift + _outer(ones, dbias)
+    if dline.scale is not None:
+        dslope = dslope + _outer(ones, dline.scale)
+    if dline.bias is not None:
+        dshift = dshift + _outer(ones, dline.bias)
     return rstd * scale * dx + y * dslope + dshift
 
 
-def _outer(column, row):
+def _outer(column: Array, row: Array) -> Array:
     return jnp.matmul(column, row.reshape(1, -1), precision=lax.Precision.HIGHEST)
-
-
-def from_working(
-    y: Array, mask: Array | None, axes: Axes, dtype: DTypeLike | None
-) -> Array:
-    """The array's own shape again, in `dtype`, and 0 where `mask` is false."""
-    y = y.reshape(axes.shape).astype(dtype)
-    return y if mask is None else jnp.where(mask, y, jnp.zeros((), dtype))

@@ -20,8 +20,9 @@ from jaxnorm._feature_moments import (
     standardized,
     union_of,
 )
-from jaxnorm._moments import as_mask
+from jaxnorm._sharding import automatically, sharded_as
 from jaxnorm._wide_data import Data, as_data, as_real_dtype, halves_of
+from jaxnorm._working import as_mask
 
 MAX_SIZE = 2**31 - 1  # moments are taken of at most so many elements at once
 
@@ -195,7 +196,7 @@ class Standardizer(FeatureMoments):
         self.axes(data.high.shape)
         return self.merge(self._fit(data, self.axis, mask, axis_name))
 
-    @devices.sharded_as("self")
+    @sharded_as("self")
     def merge(self, other: "Standardizer") -> Self:
         """The moments of the union of two disjoint parts of the data.
 
@@ -257,7 +258,7 @@ class Standardizer(FeatureMoments):
         data = as_data(x)
         dtype = data.high.dtype if dtype is None else as_real_dtype(dtype)
         given = self, data, mask, dtype
-        return devices.automatically(standardized, *given, like=data.high)
+        return automatically(standardized, *given, like=data.high)
 
     def invert(self, y: ArrayLike, *, dtype: DTypeLike | None = None) -> Array:
         """The `x` that `apply` maps to `y`; of constant features, the constant.
@@ -286,4 +287,4 @@ class Standardizer(FeatureMoments):
         if dtype is None:
             dtype = promote(y.dtype, self.mean.dtype)
         given = self, y, as_real_dtype(dtype)
-        return devices.automatically(restored, *given, like=y)
+        return automatically(restored, *given, like=y)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating
-from jaxnorm._moments import aligned
+from jaxnorm._working import aligned
 
 
 class Data(NamedTuple):

@@ -13,7 +13,7 @@ from flax import nnx
 from norms import NORMS
 
 import jaxnorm
-from jaxnorm import _running as running
+from jaxnorm import _marks as marks
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 
@@ -331,9 +331,7 @@ def test_every_norm_is_converted_into_buffers_of_its_own(name):
     assert len({*own}) == len(own) and not {*own} & {*buffers(variables)}
     expected = {"params": norm.init_params((8,)), "batch_stats": norm.init_stats((8,))}
     if expected["batch_stats"]:
-        expected["batch_stats"] |= running.marks(
-            expected["batch_stats"], *running.SWITCHES
-        )
+        expected["batch_stats"] |= marks.marks(expected["batch_stats"], *marks.SWITCHES)
     for tree, node in expected.items():
         held = new[tree].get("n", {})
         assert {k: v.shape for k, v in held.items()} == {

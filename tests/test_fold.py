@@ -1297,7 +1297,6 @@ class Set(nnx.BatchNorm):
         super().__init__(features, epsilon=1e-3, rngs=rngs)
 
 
-@jaxnorm.method
 class Doubled(jaxnorm.BatchNorm):
     def evaluate(self, x, params, stats, **kwargs):
         return 2 * super().evaluate(x, params, stats, **kwargs)

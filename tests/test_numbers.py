@@ -25,7 +25,7 @@ from norms import (
 
 import jaxnorm
 from jaxnorm._axes import Axes
-from jaxnorm._moments import _about_a_pivot
+from jaxnorm._reduce import _about_a_pivot
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_norm = pytest.mark.parametrize("name", NORMS)

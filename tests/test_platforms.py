@@ -63,7 +63,7 @@ def test_values_and_gradients_do_not_depend_on_the_platform(name, platform):
 def expected_in_jax(row, x, params):
     """The definition of a norm over its axes, without anything of the package's."""
     axes = row.norm.axes(x.shape)
-    folded = x.reshape(axes.folded)
+    folded = x.reshape(axes.working_shape)
     if row.norm.center:
         folded = folded - folded.mean(axes.reduce, keepdims=True)
     square = (folded**2).mean(axes.reduce, keepdims=True)

@@ -16,8 +16,8 @@ from jaxnorm._axes import Axes
 from jaxnorm._kernels import columns, rows, support
 
 
-class Plan(NamedTuple):
-    """What is known before any array is."""
+class KernelCall(NamedTuple):
+    """Which kernel, and its settings: what is known before any array is."""
 
     backend: str
     epsilon: float
@@ -57,22 +57,22 @@ def why_unfit(
 
 
 def normalized(
-    plan: Plan, axes: Axes, x: Array, scale: Array | None, bias: Array | None
+    call: KernelCall, axes: Axes, x: Array, scale: Array | None, bias: Array | None
 ) -> Array:
     """`x` normalized over `axes` by kernels that `why_unfit` has nothing against."""
     pattern = _pattern(axes)
     scale = None if scale is None else scale.reshape(-1)
     bias = None if bias is None else bias.reshape(-1)
-    folded = x.reshape(_canonical(pattern, axes.shape))
+    canonical = x.reshape(_canonical(pattern, axes.shape))
     if pattern == "rows":
-        return jnp.reshape(_rows(plan, folded, scale, bias), x.shape)
+        return jnp.reshape(_rows(call, canonical, scale, bias), x.shape)
     groups = (
         axes.working_shape[-2]
         if len(axes.working_shape) > len(axes.shape)
         else x.shape[-1]
     )
-    plan = plan._replace(num_groups=groups)
-    return jnp.reshape(_columns(plan, folded, scale, bias), x.shape)
+    call = call._replace(num_groups=groups)
+    return jnp.reshape(_columns(call, canonical, scale, bias), x.shape)
 
 
 def _pattern(axes: Axes) -> str | None:
@@ -106,33 +106,33 @@ def _too_old(backend: str) -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(plan, x, scale, bias):
+def _rows(call, x, scale, bias):
     """Not differentiated, XLA's own kernel reads x once, too."""
     wide = x.astype(jnp.float32)
-    offset = wide - wide.mean(-1, keepdims=True) if plan.center else wide
-    offset = offset - offset.mean(-1, keepdims=True) if plan.center else offset
+    offset = wide - wide.mean(-1, keepdims=True) if call.center else wide
+    offset = offset - offset.mean(-1, keepdims=True) if call.center else offset
     var = jnp.square(offset).mean(-1, keepdims=True)
-    y = offset * lax.rsqrt(var + plan.epsilon)
+    y = offset * lax.rsqrt(var + call.epsilon)
     y = y if scale is None else y * scale[None]
     y = y if bias is None else y + bias[None]
-    return y.astype(plan.dtype)
+    return y.astype(call.dtype)
 
 
-def _rows_forward(plan, x, scale, bias):
+def _rows_forward(call, x, scale, bias):
     y, mean, rstd = rows.forward(
         x,
         scale,
         bias,
-        epsilon=plan.epsilon,
-        center=plan.center,
-        dtype=plan.dtype,
-        backend=plan.backend,
-        interpret=plan.interpret,
+        epsilon=call.epsilon,
+        center=call.center,
+        dtype=call.dtype,
+        backend=call.backend,
+        interpret=call.interpret,
     )
     return y, (x, scale, bias, mean, rstd)
 
 
-def _rows_backward(plan, kept, dy):
+def _rows_backward(call, kept, dy):
     x, scale, bias, mean, rstd = kept
     dx, dscale, dbias = rows.backward(
         x,
@@ -140,10 +140,10 @@ def _rows_backward(plan, kept, dy):
         scale,
         mean,
         rstd,
-        center=plan.center,
+        center=call.center,
         with_bias=bias is not None,
-        backend=plan.backend,
-        interpret=plan.interpret,
+        backend=call.backend,
+        interpret=call.interpret,
     )
     return dx, _like(dscale, scale), _like(dbias, bias)
 
@@ -152,23 +152,23 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _columns(plan, x, scale, bias):
-    return _columns_forward(plan, x, scale, bias)[0]
+def _columns(call, x, scale, bias):
+    return _columns_forward(call, x, scale, bias)[0]
 
 
-def _columns_forward(plan, x, scale, bias):
-    mean, var = columns.moments(x, backend=plan.backend, interpret=plan.interpret)
-    whole = _of_group(plan, mean)
-    spread = _of_group(plan, var + jnp.square(mean - whole))
-    rstd = lax.rsqrt(spread + plan.epsilon)
+def _columns_forward(call, x, scale, bias):
+    mean, var = columns.moments(x, backend=call.backend, interpret=call.interpret)
+    whole = _of_group(call, mean)
+    spread = _of_group(call, var + jnp.square(mean - whole))
+    rstd = lax.rsqrt(spread + call.epsilon)
     line = _line(rstd, scale, bias)
     z = _z(x, whole, *line)
-    y = z * (1 / (1 + jnp.exp(-z))) if plan.activation == "silu" else z
-    y = jnp.maximum(z, 0) if plan.activation == "relu" else y
-    return y.astype(plan.dtype), (x, scale, bias, whole, rstd)
+    y = z * (1 / (1 + jnp.exp(-z))) if call.activation == "silu" else z
+    y = jnp.maximum(z, 0) if call.activation == "relu" else y
+    return y.astype(call.dtype), (x, scale, bias, whole, rstd)
 
 
-def _columns_backward(plan, kept, dy):
+def _columns_backward(call, kept, dy):
     x, scale, bias, mean, rstd = kept
     slope, shift = _line(rstd, scale, bias)
     sums = columns.gradient_sums(
@@ -177,18 +177,18 @@ def _columns_backward(plan, kept, dy):
         mean,
         slope,
         shift - mean * slope,
-        activation=plan.activation,
-        backend=plan.backend,
-        interpret=plan.interpret,
+        activation=call.activation,
+        backend=call.backend,
+        interpret=call.interpret,
     )
     dbias, along = sums[0].sum(0), (sums[1] * rstd).sum(0)
     gain = jnp.ones_like(mean) if scale is None else jnp.broadcast_to(scale, mean.shape)
     space = x.shape[1]
-    level, tilt = (_of_group(plan, s * gain) / space for s in sums)
+    level, tilt = (_of_group(call, s * gain) / space for s in sums)
     # Or XLA would take them for parts of one program, and write d to memory.
     x, dy, level, tilt = lax.optimization_barrier((x, dy, level, tilt))
     d = columns.activation_cotangent(
-        plan.activation, _z(x, mean, slope, shift), dy.astype(jnp.float32)
+        call.activation, _z(x, mean, slope, shift), dy.astype(jnp.float32)
     )
     offset = x.astype(jnp.float32) - mean[:, None]
     inner = d * gain[:, None] - level[:, None]
@@ -199,9 +199,9 @@ def _columns_backward(plan, kept, dy):
 _columns.defvjp(_columns_forward, _columns_backward)
 
 
-def _of_group(plan: Plan, v: Array) -> Array:
+def _of_group(call: KernelCall, v: Array) -> Array:
     """The mean over the features of each group, for each of them."""
-    parts = v.reshape(v.shape[0], plan.num_groups, -1)
+    parts = v.reshape(v.shape[0], call.num_groups, -1)
     mean = parts.mean(-1, keepdims=True)
     return jnp.broadcast_to(mean, parts.shape).reshape(v.shape)
 

@@ -29,9 +29,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes
-from jaxnorm._devices import Peers, axes_gained, vary_together
-from jaxnorm._moments import as_mask, to_working
-from jaxnorm._standardize import affine, as_param, from_working
+from jaxnorm._devices import Peers
+from jaxnorm._sharding import axes_gained, vary_together
+from jaxnorm._standardize import affine, as_param
+from jaxnorm._working import as_mask, from_working, to_working
 
 NAMES = ("control", "control_product", "control_mean")
 
@@ -48,7 +49,7 @@ def control_labels(params: Any) -> Any:
     {'conv': {'kernel': 'parameter'}, 'norm': {'control': 'control'}}
     """
 
-    def label(path, _):
+    def label(path: Any, _: Any) -> str:
         names = [getattr(k, "key", getattr(k, "name", None)) for k in path]
         # NNX keeps the array of a variable below its name.
         names = [k for k in names if k not in ("value", "raw_value")]
@@ -106,13 +107,13 @@ def controlled(
     gain = jnp.ones_like(rstd) if gain is None else gain
     rstd, gain, extra = lax.stop_gradient((rstd, gain, extra))
     size = jnp.maximum(jnp.asarray(size), 1).astype(rstd.dtype)
-    plan = Plan(renew, axes, dtype, copies(control, x))
+    plan = Renewal(renew, axes, dtype, copies(control, x))
     arrays = vary_together(x, rstd, gain, size, scale, bias, control, *extra)
     return _controlled(plan, x, mask, peers, *arrays[:6], tuple(arrays[6:]))
 
 
-class Plan(NamedTuple):
-    """What is known before any array is."""
+class Renewal(NamedTuple):
+    """How controls are renewed: what is known before any array is."""
 
     renew: Callable[..., tuple[Array, Array]]
     axes: Axes
@@ -121,16 +122,28 @@ class Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _controlled(plan, x, mask, peers, rstd, gain, size, scale, bias, control, extra):
+def _controlled(
+    plan: Renewal,
+    x: Array,
+    mask: Array | None,
+    peers: Peers | None,
+    rstd: Array,
+    gain: Array,
+    size: Any,
+    scale: Array | None,
+    bias: Array | None,
+    control: Array,
+    extra: tuple[Array, ...],
+) -> Array:
     y = affine(to_working(x, mask, plan.axes) * (rstd * gain), scale, bias)
     return from_working(y, mask, plan.axes, plan.dtype)
 
 
-def _forward(plan, *args):
+def _forward(plan: Renewal, *args: Any) -> tuple[Array, tuple[Any, ...]]:
     return _controlled(plan, *args), args
 
 
-def _backward(plan, args, dy):
+def _backward(plan: Renewal, args: Any, dy: Array) -> tuple[Any, ...]:
     x, mask, peers, rstd, gain, size, scale, bias, control, extra = args
     z = to_working(x, mask, plan.axes) * rstd
     dy = to_working(dy, mask, plan.axes).astype(z.dtype)

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._activation import add_and_activate
-from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
-from jaxnorm._moments import as_mask
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import ActivatedNorm, Params, Stats
+from jaxnorm._moments import Moments
+from jaxnorm._stateful import RunningNorm
+from jaxnorm._working import as_mask
 
 
-@method
-class BatchNorm(RunningNorm):
+class BatchNorm(ActivatedNorm, RunningNorm):
     """Normalizes each feature by its statistics over the batch and over space.
 
     Attributes:
@@ -21,29 +22,40 @@ class BatchNorm(RunningNorm):
         axis_index_groups: groups of indices along `axis_name` that share statistics.
         momentum: weight of the old statistics; None for the average of all batches.
         unbiased: keep the unbiased variance, as PyTorch does.
-        axis: the feature axis or axes.
         activation: applied to the result, such as "relu".
-        implementation: None is "xla"; there are no kernels for these sums.
+        axis: the feature axis or axes.
     """
 
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
-    activation: str | None = None
-    implementation: str | None = None
-    optional_inputs = ("residual",)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype, residual=None):
-        options = {
-            "activation": self.activation,
-            "residual": residual,
-            "implementation": self.implementation,
-        }
-        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype, **options)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> tuple[Array, Moments]:
+        what_follows = {"activation": self.activation, "residual": residual}
+        how = {"mask": mask, "dtype": dtype, **what_follows}
+        return self.normalize_by_batch(x, params, **how)
 
-    def evaluate(self, x, params, stats, *, mask, dtype, residual=None):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         y = super().evaluate(x, params, stats, mask=mask, dtype=dtype)
         return add_and_activate(y, self.activation, residual, as_mask(mask, x.shape))
 
@@ -63,7 +75,6 @@ def batch_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
-    implementation: str | None = None,
     unbiased: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
     """Normalizes each feature of `x` by its mean and variance over all other axes.
@@ -92,7 +103,6 @@ def batch_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None is "xla"; there are no kernels for these sums.
         unbiased: keep `var * n / (n - 1)` in stats, as PyTorch does.
 
     Returns:
@@ -120,7 +130,6 @@ def batch_norm(
         activation=activation,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        implementation=implementation,
         unbiased=unbiased,
     )
     params = {"scale": scale, "bias": bias}

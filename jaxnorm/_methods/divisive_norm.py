@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._dtypes import at_least_float32, one_rounding
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
-from jaxnorm._moments import as_mask, overflow_as_nan
 from jaxnorm._standardize import affine, as_number, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
+from jaxnorm._working import as_mask
 
 
-@method
 class DivisiveNorm(StatelessNorm):
     """Subtracts from each element the mean of its neighbours and divides by the root
     of their mean square, with a learned deviation to smooth it.
@@ -40,18 +41,27 @@ class DivisiveNorm(StatelessNorm):
     axis: int | Sequence[int] = -1
     initial_sigma: float = 1.0
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         along = canonicalize(self.window_axes, len(shape), "window_axes")
         return Axes.over(shape, along, canonicalize(self.axis, len(shape)))
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias, and one sigma."""
         return super().init_params(feature_shape, dtype) | {
             "sigma": jnp.full((), self.initial_sigma, dtype)
         }
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         along = where.reduce
         widths = windows.as_widths(self.window, len(along), "window")
@@ -66,7 +76,9 @@ class DivisiveNorm(StatelessNorm):
             as_number("sigma", params.get("sigma"), self.initial_sigma, wide)
         )
 
-        def divide(x, smooth, scale, bias):
+        def divide(
+            x: Array, smooth: Array, scale: Array | None, bias: Array | None
+        ) -> Array:
             valid = jnp.ones(flat, bool) if mask is None else mask
             valid = jnp.broadcast_to(valid, flat if mask is None else x.shape)
             near = jnp.maximum(windows.total(valid.astype(wide), along, widths), 1)

@@ -4,17 +4,19 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share
-from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, abs_square, moments
+from jaxnorm._exact import abs_square
+from jaxnorm._moments import Moments
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
 
 
-@method
 class EvalNorm(RunningNorm):
     """Batch norm whose evaluation blends each example's own statistics with the running
     ones, as in training each example is part of its batch.
@@ -35,18 +37,34 @@ class EvalNorm(RunningNorm):
     axis: int | Sequence[int] = -1
     weight: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         as_share("weight", self.weight)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
     @one_rounding
-    def evaluate(self, x, params, stats, *, mask, dtype):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         kept = running.read(stats, where, x.dtype)
         own = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)

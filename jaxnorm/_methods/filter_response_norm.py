@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import affine, as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class FilterResponseNorm(StatelessNorm):
     """Divides each feature of each example by its root mean square over space, then
     takes the larger of the result and a learned threshold.
@@ -37,10 +37,12 @@ class FilterResponseNorm(StatelessNorm):
     use_threshold: bool = True
     learn_epsilon: bool = False
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """As usual; a threshold of 0, and 1e-4 to add to epsilon."""
         fill = {"scale": 1.0, "bias": 0.0}
         fill |= {"threshold": 0.0} if self.use_threshold else {}
@@ -48,7 +50,14 @@ class FilterResponseNorm(StatelessNorm):
         return {k: jnp.full(feature_shape, v, dtype) for k, v in fill.items()}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         scale, bias, threshold, extra = (
@@ -56,7 +65,13 @@ class FilterResponseNorm(StatelessNorm):
         )
         epsilon = self.epsilon if extra is None else self.epsilon + jnp.abs(extra)
 
-        def respond(x, rstd, scale, bias, threshold):
+        def respond(
+            x: Array,
+            rstd: Array,
+            scale: Array | None,
+            bias: Array | None,
+            threshold: Array | None,
+        ) -> Array:
             y = affine(x * rstd, scale, bias)
             return y if threshold is None else jnp.maximum(y, threshold)
 

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import overflow_as_nan
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._standardize import as_param, pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class GlobalResponseNorm(StatelessNorm):
     """Multiplies each feature of each example by its length over space, relative to
     the mean length of its features; adds the input.
@@ -28,15 +28,24 @@ class GlobalResponseNorm(StatelessNorm):
     center = False
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Zeros: at first the input passes unchanged."""
         return {k: jnp.zeros(feature_shape, dtype) for k in self.param_names}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
@@ -49,7 +58,9 @@ class GlobalResponseNorm(StatelessNorm):
             as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
         )
 
-        def respond(x, relative, scale, bias):
+        def respond(
+            x: Array, relative: Array, scale: Array | None, bias: Array | None
+        ) -> Array:
             y = x * (1 + (relative if scale is None else scale * relative))
             return y if bias is None else y + bias
 

@@ -6,36 +6,32 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import check_no_count
-from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._stateless import ActivatedKernelNorm
 
 
-@method
-class GroupNorm(StatelessNorm):
+class GroupNorm(ActivatedKernelNorm):
     """Normalizes each example over space and within each group of features.
 
     Attributes:
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+        activation: applied to the result, such as "relu".
         num_groups: number of groups of consecutive features, or None.
         group_size: number of features in each, or None; one of the two is given.
         axis: the feature axis.
         reduction_axes: the axes to reduce, `axis` among them; all but the first by
             default.
-        activation: applied to the result, such as "relu".
-        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
     """
 
     num_groups: int | None = 32
     group_size: int | None = None
     axis: int = -1
     reduction_axes: int | Sequence[int] | None = None
-    activation: str | None = None
-    implementation: str | None = None
-    optional_inputs = ("residual",)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.groups(
             shape,
             self.axis,
@@ -43,14 +39,6 @@ class GroupNorm(StatelessNorm):
             group_size=self.group_size,
             reduction_axes=self.reduction_axes,
         )
-
-    def transform(self, x, params, *, mask, dtype, residual=None):
-        options = {
-            "activation": self.activation,
-            "residual": residual,
-            "implementation": self.implementation,
-        }
-        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype, **options)[0]
 
 
 def group_norm(

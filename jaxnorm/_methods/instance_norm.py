@@ -5,38 +5,26 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm._axes import Axes
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._stateless import ActivatedKernelNorm
 
 
-@method
-class InstanceNorm(StatelessNorm):
+class InstanceNorm(ActivatedKernelNorm):
     """Normalizes each feature of each example by its statistics over space.
 
     Attributes:
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        axis: the feature axis or axes.
-        activation: applied to the result, such as "relu".
         implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+        activation: applied to the result, such as "relu".
+        axis: the feature axis or axes.
     """
 
     axis: int | Sequence[int] = -1
-    activation: str | None = None
-    implementation: str | None = None
-    optional_inputs = ("residual",)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
-
-    def transform(self, x, params, *, mask, dtype, residual=None):
-        options = {
-            "activation": self.activation,
-            "residual": residual,
-            "implementation": self.implementation,
-        }
-        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype, **options)[0]
 
 
 def instance_norm(

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm._base import ReductionNorm, method
+from jaxnorm._stateless import ReductionNorm
 
 
-@method
 class LayerNorm(ReductionNorm):
     """Normalizes each example by its statistics over `reduction_axes`.
 
@@ -16,10 +15,10 @@ class LayerNorm(ReductionNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
         reduction_axes: the axes that share a mean and a variance.
         feature_axes: the axes that parameters vary along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
-        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
     """
 
 

@@ -2,16 +2,16 @@
 al., 2016, https://arxiv.org/abs/1611.04520."""
 
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
+from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
-from jaxnorm._moments import overflow_as_nan
 from jaxnorm._standardize import pointwise
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class LocalResponseNorm(StatelessNorm):
     """Divides each element by a power of the sum of squares of its `size` neighbours
     along the features; has no parameters.
@@ -37,18 +37,25 @@ class LocalResponseNorm(StatelessNorm):
     k: float = 1.0
     axis: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         windows.as_widths(self.size, 1, "size")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         axis = canonicalize(self.axis, len(shape))
         return Axes.over(shape, axis, axis)
 
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
 
-        def respond(x):
+        def respond(x: Array) -> Array:
             squares = windows.total(x * x, where.feature, (self.size,))
             power = self.k + self.alpha / self.size * overflow_as_nan(squares)
             return x * power**-self.beta

@@ -2,26 +2,29 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share, check_known
-from jaxnorm._axes import Axes
-from jaxnorm._base import StatefulNorm, Stats, method
-from jaxnorm._devices import vary_together
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
+from jaxnorm._exact import two_sum
 from jaxnorm._methods import _control as control
-from jaxnorm._moments import Moments, as_mask, moments, two_sum
+from jaxnorm._moments import Moments
 from jaxnorm._normalize import normalize
-from jaxnorm._standardize import from_working, standardize
+from jaxnorm._reduce import moments
+from jaxnorm._sharding import vary_together
+from jaxnorm._standardize import standardize
+from jaxnorm._stateful import StatefulNorm
+from jaxnorm._working import as_mask, from_working
 
 
-@method
 class OnlineNorm(StatefulNorm):
     """Normalizes a stream of examples one by one, each by the examples before it, and
     keeps their gradients in check by two running statistics.
@@ -42,6 +45,7 @@ class OnlineNorm(StatefulNorm):
 
     real_only = True
     param_names = ("scale", "bias", "control_product", "control_mean")
+    controls = ("control_product", "control_mean")
     center = False
     epsilon: float = 1e-5
     momentum: float = 0.999
@@ -49,27 +53,39 @@ class OnlineNorm(StatefulNorm):
     layer_scaling: bool = True
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         # Settings of the backward pass, which is a rule of its own.
         check_known("epsilon", self.epsilon)
         check_known("control_momentum", self.control_momentum)
         as_share("control_momentum", self.control_momentum)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias and for the controls."""
         names = ("control_product", "control_mean")
         controls = {k: jnp.zeros(feature_shape, jnp.float32) for k in names}
         return super().init_params(feature_shape, dtype) | controls
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Mean 0 and variance 1."""
         return running.init_stats(feature_shape, dtype=dtype)
 
-    def train(self, x, params, stats, *, mask, dtype):
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
         where = self.axes(x.shape)
         running.check(stats, where, ("mean", "var"))
         each = moments(x, where, mask=mask)
@@ -81,22 +97,31 @@ class OnlineNorm(StatefulNorm):
         new = {"mean": new[0], "var": new[1]}
         return y, running.replaced(stats, new, running.all_finite(*new.values()))
 
-    def evaluate(self, x, params, stats, *, mask, dtype):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         kept = running.read(stats, where, x.dtype)
         mask = as_mask(mask, x.shape)
         rstd = kept.rstd(self.epsilon)
         y = standardize(x, kept.mean, rstd, where, mask=mask, dtype=rstd.dtype)
-        z = _scaled(
-            self._plan(x, dtype), mask, y, params.get("scale"), params.get("bias")
-        )
+        scale, bias = self._affine(params)
+        z = _scaled(self._plan(x, dtype), mask, y, scale, bias)
         return z.astype(x.dtype if dtype is None else dtype)
 
-    def _stream(self, each: Moments, start: Moments):
+    def _stream(
+        self, each: Moments, start: Moments
+    ) -> tuple[Moments, tuple[Array, Array]]:
         """Statistics before each example, and after the last."""
         each = each.broadcast_to(each.var.shape)
 
-        def step(state, example):
+        def step(state: tuple[Array, ...], example: Array) -> tuple[Any, Any]:
             mean, var, residue = state
             m, v, n, r = (e[None] for e in example)
             keep = lax.stop_gradient(jnp.asarray(self.momentum, var.dtype))
@@ -109,24 +134,41 @@ class OnlineNorm(StatefulNorm):
 
         zero = jnp.zeros_like(start.mean)
         first = tuple(vary_together(each.var, start.mean, start.var, zero))
-        last, (mean, var, residue) = lax.scan(step, first, lax.stop_gradient(each))
+        last, (mean, var, residue) = lax.scan(
+            step, first, cast(Any, lax.stop_gradient(each))
+        )
         return Moments(mean, var, 1, residue), last[:2]
 
-    def _normalized(self, x, params, m, mask, dtype):
+    def _normalized(
+        self,
+        x: Array,
+        params: Params,
+        m: Moments,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where, wide = self.axes(x.shape), m.var.dtype
-        affine = [params.get(k) for k in self.param_names[:2]]
-        affine = [None if v is None else jnp.asarray(v) for v in affine]
         controls = [
             control.as_control(k, params.get(k), where, wide)
             for k in self.param_names[2:]
         ]
         plan = self._plan(x, dtype, *controls)
-        arrays = m.mean, m.rstd(self.epsilon), m.residue, *affine, *controls
+        arrays = (
+            m.mean,
+            m.rstd(self.epsilon),
+            m.residue,
+            *self._affine(params),
+            *controls,
+        )
         arrays = vary_together(x, *arrays)
         return cast(Array, _online(plan, x, as_mask(mask, x.shape), *arrays))
 
-    def _plan(self, x, dtype, *controls):
-        return Plan(
+    def _affine(self, params: Params) -> list[Array | None]:
+        values = (params.get(k) for k in ("scale", "bias"))
+        return [None if v is None else jnp.asarray(v) for v in values]
+
+    def _plan(self, x: Array, dtype: DTypeLike | None, *controls: Array) -> "Stream":
+        return Stream(
             self.axes(x.shape),
             jnp.dtype(x.dtype if dtype is None else dtype),
             self.epsilon,
@@ -136,8 +178,8 @@ class OnlineNorm(StatefulNorm):
         )
 
 
-class Plan(NamedTuple):
-    """What is known before any array is."""
+class Stream(NamedTuple):
+    """How a stream of examples is read: what is known before any array is."""
 
     axes: Axes
     dtype: jnp.dtype
@@ -147,7 +189,13 @@ class Plan(NamedTuple):
     copies: tuple[int, ...]
 
 
-def _scaled(plan, mask, y, scale, bias):
+def _scaled(
+    plan: Stream,
+    mask: ArrayLike | None,
+    y: Array,
+    scale: Array | None,
+    bias: Array | None,
+) -> Array:
     """Each example divided by its root mean square, then scaled and shifted."""
     where = plan.axes
     if not plan.layer_scaling:
@@ -159,21 +207,39 @@ def _scaled(plan, mask, y, scale, bias):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _online(plan, x, mask, mean, rstd, residue, scale, bias, product, shift):
+def _online(
+    plan: Stream,
+    x: Array,
+    mask: ArrayLike | None,
+    mean: Array,
+    rstd: Array,
+    residue: Array,
+    scale: Array | None,
+    bias: Array | None,
+    product: Array,
+    shift: Array,
+) -> Array:
     y = _standardized(plan, x, mask, mean, rstd, residue)
     return _scaled(plan, mask, y, scale, bias).astype(plan.dtype)
 
 
-def _standardized(plan, x, mask, mean, rstd, residue):
+def _standardized(
+    plan: Stream,
+    x: Array,
+    mask: ArrayLike | None,
+    mean: Array,
+    rstd: Array,
+    residue: Array,
+) -> Array:
     given = {"residue": residue, "mask": mask, "dtype": mean.dtype}
     return standardize(x, mean, rstd, plan.axes, **given)
 
 
-def _forward(plan, *args):
+def _forward(plan: Stream, *args: Any) -> tuple[Array, tuple[Any, ...]]:
     return _online(plan, *args), args
 
 
-def _backward(plan, args, dz):
+def _backward(plan: Stream, args: Any, dz: Array) -> tuple[Any, ...]:
     x, mask, mean, rstd, residue, scale, bias, product, shift = args
     where, rate = plan.axes, 1 - plan.momentum
     y = _standardized(plan, x, mask, mean, rstd, residue)
@@ -186,7 +252,7 @@ def _backward(plan, args, dz):
         for v in (g * y, y * y, g, y)
     ]
 
-    def step(state, example):
+    def step(state: tuple[Array, ...], example: Array) -> tuple[Any, Any]:
         product, shift = state
         gy, yy, g, y, rstd, valid = (e[None] for e in example)
         gone = (g - rate * product * y) * rstd - rate * shift
@@ -195,7 +261,7 @@ def _backward(plan, args, dz):
 
     valid = (count > 0).astype(y.dtype)
     rstds = jnp.broadcast_to(rstd, valid.shape)
-    new, before = lax.scan(step, (product, shift), (*means, rstds, valid))
+    new, before = lax.scan(step, (product, shift), cast(Any, (*means, rstds, valid)))
     dx = (g - rate * before[0] * y) * rstd - rate * before[1]
     controls = (
         control.renewal(old, v, copies, x)

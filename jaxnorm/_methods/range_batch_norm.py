@@ -1,20 +1,23 @@
 """Range batch normalization (Banner et al., 2018, https://arxiv.org/abs/1805.11046)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
-from jaxnorm._axes import Axes
-from jaxnorm._base import RunningNorm, Stats, method
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import as_mask, mask_to_working, moments, to_working
+from jaxnorm._moments import Moments
+from jaxnorm._reduce import moments
+from jaxnorm._stateful import RunningNorm
+from jaxnorm._working import as_mask, mask_to_working, to_working
 
 
-@method
 class RangeBatchNorm(RunningNorm):
     """Batch norm by the range of the values in the place of their deviation.
 
@@ -32,11 +35,19 @@ class RangeBatchNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         where = self.axes(x.shape)
         own = moments(x, where, mask=mask)
         m = self.sync(own)
@@ -48,7 +59,9 @@ class RangeBatchNorm(RunningNorm):
         m = m._replace(var=var)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
 
-    def _extremes(self, x, mask, size, where):
+    def _extremes(
+        self, x: Array, mask: ArrayLike | None, size: Any, where: Axes
+    ) -> tuple[Array, Array]:
         """The least and the largest valid value, on all devices; 0 of nothing."""
         both = _negated_least_and_largest(x, as_mask(mask, x.shape), where)
         some = jnp.broadcast_to(jnp.asarray(size) > 0, both.shape[1:])
@@ -60,10 +73,10 @@ class RangeBatchNorm(RunningNorm):
         return -most[0], most[1]
 
 
-def _negated_least_and_largest(x, mask, where):
+def _negated_least_and_largest(x: Array, mask: Array | None, where: Axes) -> Array:
     """Stacked; of x's size only `x` itself is kept for the backward pass."""
 
-    def extremes(x):
+    def extremes(x: Array) -> Array:
         x = to_working(x, mask, where)
         valid = mask_to_working(jnp.asarray(True) if mask is None else mask, where)
         options = {"axis": where.reduce, "keepdims": True, "where": valid}

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm._base import ReductionNorm, method
+from jaxnorm._stateless import ReductionNorm
 
 
-@method
 class RMSNorm(ReductionNorm):
     """Divides each example by its root mean square over `reduction_axes`.
 
@@ -16,10 +15,10 @@ class RMSNorm(ReductionNorm):
         epsilon: added to the mean square.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
+        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
         reduction_axes: the axes that share a mean square.
         feature_axes: the axes that the scale varies along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
-        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
     """
 
     param_names = ("scale",)

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
-from jaxnorm._base import StatelessNorm, method
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import standardize
+from jaxnorm._stateless import StatelessNorm
 
 
-@method
 class ScaleNorm(StatelessNorm):
     """Divides each vector of features by its length; has one learned length for all.
 
@@ -28,16 +28,25 @@ class ScaleNorm(StatelessNorm):
     center = False
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         axis = canonicalize(self.axis, len(shape))
         return Axes.over(shape, axis, axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """One scale, the square root of the number of features."""
         return {"scale": jnp.full((), math.prod(feature_shape) ** 0.5, dtype)}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         where = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.asarray(m.size).astype(m.var.dtype)
@@ -56,7 +65,7 @@ class ScaleNorm(StatelessNorm):
         )
 
 
-def _on_features(scale, where):
+def _on_features(scale: ArrayLike, where: Axes) -> Array:
     """One number, or one per example, for all features."""
     scale = jnp.asarray(scale)
     batch = where.shape[:1]

@@ -6,9 +6,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, as_integer
-from jaxnorm._devices import automatically
 from jaxnorm._dtypes import as_floating, at_least_float32, promote
-from jaxnorm._moments import overflow_as_nan
+from jaxnorm._exact import overflow_as_nan
+from jaxnorm._sharding import automatically
 
 
 def spectral_norm(

@@ -12,8 +12,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxnorm
-from jaxnorm._arguments import as_array
-from jaxnorm._base import as_flag
+from jaxnorm._arguments import as_array, as_flag
+from jaxnorm._marks import MARKS
 from jaxnorm._modules import (
     refuse,
     run,
@@ -21,7 +21,6 @@ from jaxnorm._modules import (
     stats_dtype,
     warn,
 )
-from jaxnorm._running import HELD, MARKS
 from jaxnorm.linen._checked import Checked
 
 
@@ -80,10 +79,16 @@ class BatchNorm(Checked, nn.BatchNorm):
     momentum: float | None = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     activation: str | None = dataclasses.field(default=None, kw_only=True)
-    implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
         norm = settings(jaxnorm.BatchNorm, self)
@@ -100,7 +105,7 @@ class LayerNorm(Checked, nn.LayerNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         return _apply(self, settings(jaxnorm.LayerNorm, self), x, False, mask)
 
@@ -115,7 +120,7 @@ class RMSNorm(Checked, nn.RMSNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         return _apply(self, settings(jaxnorm.RMSNorm, self), x, False, mask)
 
@@ -132,7 +137,13 @@ class GroupNorm(Checked, nn.GroupNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         norm = settings(jaxnorm.GroupNorm, self)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
@@ -150,7 +161,13 @@ class InstanceNorm(Checked, nn.InstanceNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
@@ -186,7 +203,7 @@ def _apply(
         if getattr(module, f"use_{k}", True)
     }
     initializing = module.is_initializing()
-    y, stats = run(
+    y, new = run(
         norm.without_devices() if initializing else norm,
         x,
         params,
@@ -197,9 +214,9 @@ def _apply(
         on_single_values=_ignore if initializing else on_single_values,
         inputs=inputs,
     )
-    if flag is not True and not initializing and HELD not in variables:
-        for k, v in variables.items():
-            v.value = stats[k]
+    if not initializing:
+        for k, v in new.items():
+            variables[k].value = v
     return y
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_bool, as_momentum
 from jaxnorm._axes import Axes
-from jaxnorm._running import BATCH
+from jaxnorm._marks import BATCH
 from jaxnorm.models._paths import Tree, Where, everywhere, layers, map_layers
 
 
@@ -99,7 +100,7 @@ def commit(
         axes = Axes.keep(m.var.shape, tuple(range(m.var.ndim)))
         names = tuple(k for k in ("mean", "var") if k in stats)
         return running.update_stats(
-            running.without(stats, BATCH),
+            marks.without(stats, BATCH),
             m,
             axes,
             momentum=momentum,
@@ -120,7 +121,7 @@ def discard(batch_stats: Tree) -> Tree:
     >>> sorted(jaxnorm.models.discard(jaxnorm.models.accumulate(jaxnorm.init_stats(1))))
     ['mean', 'var']
     """
-    return _map_gathered(lambda _, stats: running.without(stats, BATCH), batch_stats)
+    return _map_gathered(lambda _, stats: marks.without(stats, BATCH), batch_stats)
 
 
 def _map_gathered(

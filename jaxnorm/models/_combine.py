@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, as_share, shown
 from jaxnorm._dtypes import at_least_float32
+from jaxnorm._marks import BATCH, SWITCHES
 from jaxnorm._moments import Moments, mix
-from jaxnorm._running import BATCH, SWITCHES, moving_average
+from jaxnorm._running import moving_average
 from jaxnorm.models._paths import (
     Tree,
     Where,

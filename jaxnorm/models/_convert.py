@@ -9,7 +9,7 @@ from jax import Array
 from jaxnorm._arguments import as_bool, shown
 from jaxnorm._axes import Shape
 from jaxnorm._base import Norm
-from jaxnorm._running import BATCH, SWITCHES, marks
+from jaxnorm._marks import BATCH, SWITCHES, marks
 from jaxnorm.models._leaves import array_of, boxed_like
 from jaxnorm.models._paths import (
     Tree,

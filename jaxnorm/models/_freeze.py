@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from jaxnorm._arguments import as_bool
-from jaxnorm._running import HELD, RUNNING, SWITCHES, marks, without
+from jaxnorm._marks import HELD, RUNNING, SWITCHES, marks, without
 from jaxnorm.models._paths import (
     Tree,
     Where,

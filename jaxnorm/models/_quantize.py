@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import (
     as_array,
@@ -107,8 +108,8 @@ def quantization_aware_layer(
         unbiased=unbiased,
     )
     kernel, frozen = as_floating(as_array("kernel", kernel)), as_flag(freeze, "freeze")
-    by_running = True if running.RUNNING in stats else frozen
-    held = True if running.HELD in stats else frozen
+    by_running = True if marks.RUNNING in stats else frozen
+    held = True if marks.HELD in stats else frozen
     past = running.read(stats, norm.axes(kernel.shape), kernel.dtype)
     used, new = past, as_arrays(stats)
     if not (by_running is True and held is True):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_bool, check_function, shown
+from jaxnorm._marks import BATCH, MARKS, RUNNING
 from jaxnorm._moments import Moments, mix
-from jaxnorm._running import BATCH, MARKS, RUNNING
 from jaxnorm.models._paths import (
     Tree,
     Where,
@@ -119,7 +120,7 @@ def recalibrate(
         found = _one_pass(gather, now, progress(batches) if progress else batches)
         return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
 
-    own = {p: running.without(layer, MARKS) for p, layer in meant.items()}
+    own = {p: marks.without(layer, MARKS) for p, layer in meant.items()}
     own = _settled(once, own) if layer_by_layer else once(own)
     return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
 
@@ -132,8 +133,8 @@ def _union(a: Moments, b: Moments) -> Moments:
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
-    marks = running.marks(stats, RUNNING) if by_running else {}
-    return running.init_batch(stats) | marks
+    switch = marks.marks(stats, RUNNING) if by_running else {}
+    return running.init_batch(stats) | switch
 
 
 def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:
@@ -215,12 +216,12 @@ def _moved(stats: Mapping[str, Any], found: Moments, unbiased: bool) -> dict[str
 
 def _by_running(batch_stats: Tree) -> Tree:
     """All layers normalize by running statistics, those that keep theirs, too."""
-    return map_layers(lambda _, v: v | running.marks(v, RUNNING), batch_stats)
+    return map_layers(lambda _, v: v | marks.marks(v, RUNNING), batch_stats)
 
 
 def _depth(own: Mapping[str, Any]) -> int:
     """How many layers there are at most, stacked ones, as of a scan, one by one."""
-    return sum(math.prod(running.shape_of(v)[:-1]) for v in own.values())
+    return sum(math.prod(marks.shape_of(v)[:-1]) for v in own.values())
 
 
 def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:

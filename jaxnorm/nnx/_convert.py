@@ -18,14 +18,9 @@ from jaxnorm.nnx._graph import (
     copy_of,
     path_of,
 )
-from jaxnorm.nnx._norms import (
-    BatchNorm,
-    GroupNorm,
-    InstanceNorm,
-    LayerNorm,
-    Norm,
-    RMSNorm,
-)
+from jaxnorm.nnx._layer_norms import LayerNorm, RMSNorm
+from jaxnorm.nnx._norm import Norm
+from jaxnorm.nnx._norms import BatchNorm, GroupNorm, InstanceNorm
 
 
 def convert(

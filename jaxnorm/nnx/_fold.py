@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 import jaxnorm.models
 from jaxnorm._activation import add_and_activate, without_masked
 from jaxnorm._dtypes import promote
-from jaxnorm._moments import as_mask
+from jaxnorm._working import as_mask
 from jaxnorm.models._folding.pair import Pair, as_pairs
 from jaxnorm.nnx._graph import (
     KINDS,
@@ -24,7 +24,8 @@ from jaxnorm.nnx._graph import (
     flattened,
     path_of,
 )
-from jaxnorm.nnx._norms import BatchNorm, Norm
+from jaxnorm.nnx._norm import Norm
+from jaxnorm.nnx._norms import BatchNorm
 from jaxnorm.nnx._variables import update, variables
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxnorm._arguments import shown
 from jaxnorm.models._paths import copied
-from jaxnorm.nnx._norms import Norm
+from jaxnorm.nnx._norm import Norm
 
 
 def activation_of(module: Any) -> str | None:

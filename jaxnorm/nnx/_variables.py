@@ -9,10 +9,11 @@ from jax import Array
 
 import jaxnorm.models
 from jaxnorm._arguments import as_array, check_function
-from jaxnorm._running import MARKS
+from jaxnorm._marks import MARKS
 from jaxnorm.models._paths import Where, check_tree, copied, everywhere
 from jaxnorm.nnx._graph import KINDS, check_model, class_of, path_of
-from jaxnorm.nnx._norms import BatchNorm, Norm
+from jaxnorm.nnx._norm import Norm
+from jaxnorm.nnx._norms import BatchNorm
 
 
 def variables(model: nnx.Module) -> dict[str, Any]:

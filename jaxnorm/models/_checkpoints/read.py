@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm._arguments import check_function
-from jaxnorm._running import MARKS
+from jaxnorm._marks import MARKS
 from jaxnorm.models._checkpoints.arrays import as_numpy
 from jaxnorm.models._checkpoints.conventions import Convention, convention
 from jaxnorm.models._checkpoints.fit import Misfit, fail, key_in, layouts, of_rank

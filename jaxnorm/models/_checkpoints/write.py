@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from jaxnorm._running import MARKS
+from jaxnorm._marks import MARKS
 from jaxnorm.models._checkpoints.arrays import as_numpy, as_torch_takes
 from jaxnorm.models._checkpoints.conventions import FLAX, SAME, Convention, convention
 from jaxnorm.models._checkpoints.fit import Misfit, fail, key_in, layouts, of_rank

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxnorm._running import BATCH, MARKS, shape_of
+from jaxnorm._marks import BATCH, MARKS, shape_of
 from jaxnorm.models._paths import Tree, check_layers, layers, path_name
 
 

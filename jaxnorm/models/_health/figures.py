@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm._running import shape_of
+from jaxnorm._marks import shape_of
 from jaxnorm.models._health.records import LayerHealth, Limits
 
 

@@ -1,0 +1,132 @@
+"""Norms by the statistics of the array at hand, in training and evaluation alike."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import ActivatedNorm, Norm, Params, Stats, on_any_mesh
+from jaxnorm._dtypes import at_least_float32, promote
+from jaxnorm._marks import MARKS, without
+from jaxnorm._running import as_arrays
+
+
+class StatelessNorm(Norm):
+    """A norm by the moments of the array at hand, at training and evaluation alike."""
+
+    has_stats = False
+
+    @final
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
+        """Nothing: the method keeps no statistics."""
+        return {}
+
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        """Normalizes by the moments over `axes`, unless a method says otherwise."""
+        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)[0]
+
+    @final
+    @on_any_mesh
+    def apply(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        use_running_average: bool | Array,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> tuple[Array, dict[str, Array]]:
+        self.check_bound()
+        unknown = sorted(without(stats, MARKS))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} keeps no statistics, but stats holds "
+                f"{unknown}: pass {{}}"
+            )
+        y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
+        return y, as_arrays(stats)
+
+
+class KernelNorm(StatelessNorm):
+    """A norm that there are kernels for GPUs for, with the `implementation` to take."""
+
+    implementation: str | None = None
+
+    @final
+    def by_implementation(self, x: Array, params: Params, **options: Any) -> Array:
+        """Normalizes by the moments over `axes`; see `normalize` for the `options`."""
+        options["implementation"] = self.implementation
+        return self.normalize_by_batch(x, params, **options)[0]
+
+
+class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
+    """A norm that kernels and activations may be asked of."""
+
+    @final
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
+        what_follows = {"activation": self.activation, "residual": residual}
+        how = {"mask": mask, "dtype": dtype, **what_follows}
+        return self.by_implementation(x, params, **how)
+
+
+class ReductionNorm(KernelNorm):
+    """A norm over `reduction_axes`, with parameters along `feature_axes`.
+
+    With `zero_centered_scale` the scale is kept less 1, so that weight decay draws it
+    to 1.
+    """
+
+    reduction_axes: int | Sequence[int] = -1
+    feature_axes: int | Sequence[int] = -1
+    zero_centered_scale: bool = False
+
+    @final
+    def axes(self, shape: Shape) -> Axes:
+        return Axes.over(shape, self.reduction_axes, self.feature_axes)
+
+    @final
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
+        params = super().init_params(feature_shape, dtype)
+        if self.zero_centered_scale:
+            params["scale"] = jnp.zeros(feature_shape, dtype)
+        return params
+
+    @final
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        scale = params.get("scale")
+        if self.zero_centered_scale and scale is not None:
+            scale = jnp.asarray(scale)
+            wide = promote(at_least_float32(x.dtype), scale.dtype)
+            params = {**params, "scale": scale.astype(wide) + 1}
+        return self.by_implementation(x, params, mask=mask, dtype=dtype)
