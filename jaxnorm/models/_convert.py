@@ -76,8 +76,10 @@ def convert(
                 f"the norm at {path!r} is within a list or tuple, where a new variable "
                 "has no place: convert trees of dicts"
             )
-        used = {"use_scale": use_scale, "use_bias": use_bias}
-        nodes = converted(path, norm, *old, features(path, *old), **used)
+        shape = feature_shape(path, *old)
+        nodes = converted(
+            path, norm, *old, shape, use_scale=use_scale, use_bias=use_bias
+        )
         for name, node in zip(trees, nodes, strict=True):
             new[name] = set_at(new[name], keys, node)
     return copied(new)
@@ -114,8 +116,8 @@ def converted(
     use_scale: bool,
     use_bias: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and statistics of `norm`, for features of `shape`, in the place of
-    these, at `path`."""
+    """Parameters and statistics of `norm` for features of `shape`, with the values of
+    those of the norm at `path`."""
     gathering = [k for k in BATCH if k in stats]
     if gathering:
         raise ValueError(
@@ -138,8 +140,10 @@ def converted(
     return new_params, new_stats | switched
 
 
-def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Shape:
-    """Shape of the features of the norm at `path`."""
+def feature_shape(
+    path: str, params: Mapping[str, Any], stats: Mapping[str, Any]
+) -> Shape:
+    """The shape of the features of the norm at `path`, as its variables tell it."""
     arrays = _arrays(path, params, stats)
     for name in (k for k in ("scale", "bias", "mean", "var") if k in arrays):
         return arrays[name].shape
@@ -150,11 +154,11 @@ def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> 
 
 
 def _arrays(path: str, *variables: Mapping[str, Any]) -> dict[str, Array]:
-    """The values of all `variables` of the norm at `path`."""
+    """The arrays of all variables of the norm at `path`, by their names."""
     return {
         k: array_of(f"{k} of the norm at {path!r}", v)
-        for held in variables
-        for k, v in held.items()
+        for tree in variables
+        for k, v in tree.items()
     }
 
 

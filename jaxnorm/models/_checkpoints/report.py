@@ -1,4 +1,4 @@
-"""What became of each array?"""
+"""What became of each array of a checkpoint?"""
 
 import dataclasses
 from typing import NamedTuple
