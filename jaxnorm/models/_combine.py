@@ -29,7 +29,7 @@ def merge(
     *,
     where: Where = everywhere,
 ) -> Tree:
-    """Statistics of the union of the data that each tree has statistics of.
+    """Statistics of several sets of data together, from the statistics of each.
 
         share = weights / sum(weights)
         mean = sum(share * means)
@@ -100,7 +100,7 @@ def _mixed(
 
 
 def _moments(stats: Mapping[str, Any], share: Array) -> Moments:
-    """The statistics of one model as moments; 0 if it has no share, and may be NaN."""
+    """The statistics of one model as moments; 0, whatever they are, with no share."""
     var = jnp.asarray(stats["var"])
     mean = jnp.asarray(stats.get("mean", jnp.zeros_like(var)))
     mean, var = (jnp.where(share == 0, 0, v) for v in (mean, var))

@@ -9,11 +9,11 @@ from jaxnorm.models._paths import Tree
 
 
 def control_labels(params: Tree) -> Tree:
-    """The tree `params`, with "control" for each leaf that gradients renew by being
-    subtracted as they are, and "parameter" for each other; for `optax.multi_transform`.
+    """A tree like `params`, of "control" for each control and "parameter" for all else.
 
-    Nothing else may change the gradients of controls: clip, unscale or accumulate those
-    of the parameters within their own optimizer.
+    For `optax.multi_transform`: gradients renew controls by being subtracted as they
+    are. Nothing else may change these: clip, unscale or accumulate the gradients of the
+    parameters within their own optimizer.
 
     >>> from jaxnorm import models
     >>> models.control_labels({"conv": {"kernel": 1.0}, "norm": {"control": 0.0}})

@@ -86,7 +86,7 @@ def convert(
 
 
 def check_norm(norm: Any, use_scale: Any, use_bias: Any) -> None:
-    """Raises unless norms can be converted to `norm`, with these parameters or not."""
+    """Raises ValueError or TypeError unless norms can be converted to `norm`."""
     if isinstance(norm, type) and issubclass(norm, Norm):
         raise TypeError(
             f"norm must be a settings value, got the class {norm.__name__}: call it, "

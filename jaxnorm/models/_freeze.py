@@ -87,7 +87,7 @@ def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
 
 
 def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
-    """What training does in each layer: its path, and the two switches of `freeze`.
+    """The two switches of `freeze` for each layer, by its path.
 
     Raises TypeError for what is no tree of arrays.
 

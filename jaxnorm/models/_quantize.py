@@ -42,7 +42,7 @@ def quantization_aware_layer(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """A layer and its batch norm, with the kernel quantized that inference will use.
+    """A layer and its batch norm, with the kernel quantized as inference will use it.
 
         running_std = sqrt(stats["var"] + epsilon)
         y = layer(quantize(kernel * scale / running_std))

@@ -31,7 +31,7 @@ def convert(
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Any:
-    """A copy of `model` with `Norm(norm)` for norms, and their variables (`convert`).
+    """A copy of `model` with `Norm(norm)` in place of norms, and their variables.
 
     Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
     model of Flax's with jaxnorm's batch norm. What a norm does beyond its settings

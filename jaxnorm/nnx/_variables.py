@@ -144,7 +144,7 @@ def recalibrate(
 
 
 def _by_names(items: Iterable[tuple[Path, Any]]) -> dict[tuple[str, ...], Any]:
-    """`items` by their paths in strings, as those of checkpoints are."""
+    """`items` by their paths, whose parts are strings as in checkpoints."""
     return {tuple(map(str, path)): value for path, value in items}
 
 

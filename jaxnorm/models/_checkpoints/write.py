@@ -31,7 +31,7 @@ def to_checkpoint(
     kinds: Kinds = None,
     template: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The checkpoint of another framework, of the variables of a Flax model.
+    """The variables of a Flax model as a checkpoint of another framework.
 
     The inverse of `from_checkpoint`, bit for bit, where dtypes are the same. A norm of
     torch gets the `num_batches_tracked` of its "count", or 0: torch has no use for it

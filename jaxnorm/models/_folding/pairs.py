@@ -1,4 +1,4 @@
-"""Which norm does nothing but scale and shift what one layer gives or takes?"""
+"""Which norm only scales and shifts the output, or the input, of one layer?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
