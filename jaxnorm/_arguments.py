@@ -1,4 +1,4 @@
-"""What arguments must be: one check for each kind, whatever takes them.
+"""Checks of arguments: one for each kind, whichever function takes them.
 
 Each gives the argument back in the form that the rest relies on, or raises TypeError or
 ValueError that names it. What is traced is checked as far as it is known.
@@ -70,7 +70,7 @@ def as_real(name: str, value: Any) -> Any:
 
 
 def as_epsilon(name: str, value: Any) -> Any:
-    """As `as_real`, for what is added to a variance."""
+    """`value` as a finite number from 0 on, such as is added to a variance."""
     value = as_real(name, value)
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         rule = "must not be negative" if value < 0 else "must be finite"
@@ -79,7 +79,7 @@ def as_epsilon(name: str, value: Any) -> Any:
 
 
 def as_share(name: str, value: Any) -> Any:
-    """As `as_real`, for a weight beside another that adds up to 1 with it."""
+    """`value` as a number from 0 to 1."""
     value = as_real(name, value)
     if isinstance(value, int | float) and not 0 <= value <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {value}")
@@ -186,12 +186,12 @@ def as_name(name: str, value: Any) -> str | None:
 
 
 def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """`check`, but None stays None."""
+    """A check that leaves None as it is, and passes all else to `check`."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> None:
-    """Raises TypeError unless `value` is a dict or the like, such as `like` makes."""
+    """Raises TypeError unless `value` is a mapping, of which `like` makes an example."""
     if not isinstance(value, Mapping):
         raise TypeError(
             f"{name} must be a dict, as {like} makes it, got {shown(value)}: {fix}"
@@ -199,7 +199,7 @@ def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> N
 
 
 def check_instance(name: str, value: Any, kind: type, like: str) -> None:
-    """Raises TypeError unless `value` is a `kind`, such as `like` makes."""
+    """Raises TypeError unless `value` is a `kind`; `like` makes an example."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} must be a jaxnorm.{kind.__name__}, as {like} makes it, got "

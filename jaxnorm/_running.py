@@ -130,12 +130,12 @@ def update_stats(
 
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
-    """`stats` in arrays of their own, which may be donated while `stats` are in use."""
+    """Copies of `stats` as arrays: they may be donated while `stats` are in use."""
     return {k: own(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
 
 
 def own(value: Any) -> Any:
-    """A copy of an array, where it is not traced."""
+    """A copy of a concrete array; a traced one as it is."""
     return value if isinstance(value, Tracer) else value.copy()
 
 
@@ -166,7 +166,7 @@ def pooled(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
 
 
 def all_finite(*arrays: Array) -> Array:
-    """Whether a batch with these statistics may leave a trace."""
+    """Whether all elements of all arrays are finite."""
     return functools.reduce(jnp.logical_and, [jnp.isfinite(v).all() for v in arrays])
 
 

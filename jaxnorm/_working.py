@@ -1,4 +1,4 @@
-"""The shape that an array is reduced in: there, back, and what a mask leaves out."""
+"""Arrays to and from the shape that they are reduced in, without masked elements."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
 
 
 def _of_zeros_and_ones(mask: Any) -> Array | np.ndarray:
-    """`mask` as an array; raises if it is none, or is known to hold weights."""
+    """`mask` as an array; raises if it is not one, or is known to hold weights."""
     array = array_or_none(mask)
     if array is None or not (
         array.dtype == jnp.bool_

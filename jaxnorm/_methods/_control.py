@@ -146,7 +146,7 @@ def _summed(v: Array, like: Array) -> Array:
 
 
 def copies(control: Array, like: Array) -> int:
-    """How many devices' gradients JAX adds up for `control`, which they share.
+    """The number of devices that share `control`, whose gradients JAX adds up.
 
     Known in shard_map with check_vma. Elsewhere gradients are averaged by whoever
     replicates the parameters, as usual.
@@ -156,7 +156,7 @@ def copies(control: Array, like: Array) -> int:
 
 
 def renewal(old: Array, new: Array, copies: int, like: Array) -> Array:
-    """What to return as the gradient of `old` on each of `copies` devices.
+    """The gradient that renews a control: `old` less `new`, over the number of devices.
 
     Nothing, where the new value is not finite: a bad batch leaves no trace.
     """

@@ -236,4 +236,4 @@ def _param(module: Any, name: str, default: Array) -> Array:
 
 
 def _ignore(problem: str) -> None:
-    """While initializing, a single example is as good as many."""
+    """Takes a batch of single values, as models may be initialized with one example."""
