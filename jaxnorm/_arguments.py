@@ -191,7 +191,7 @@ def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 
 def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> None:
-    """Raises TypeError unless `value` is a mapping, of which `like` makes an example."""
+    """Raises TypeError unless `value` is a mapping; `like` makes an example of one."""
     if not isinstance(value, Mapping):
         raise TypeError(
             f"{name} must be a dict, as {like} makes it, got {shown(value)}: {fix}"

@@ -63,7 +63,7 @@ class Axes(NamedTuple):
 
     @property
     def per_feature(self) -> "Axes":
-        """These axes without the reduction over features, if others are reduced, too."""
+        """These axes without the reduction over features, if there is another, too."""
         plain, features = self.reduce_in_order
         if not (plain and features):
             return self

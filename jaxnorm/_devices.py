@@ -1,4 +1,4 @@
-"""Statistics shared by devices: pooled over named axes, with one collective each way."""
+"""Statistics shared by devices, with one collective forward and one backward."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

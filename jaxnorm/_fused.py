@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Reduction(NamedTuple):
-    """The static part of a normalization: axes, whether to center, dtype of the result."""
+    """The static part of a normalization: axes, centering, and dtype of the result."""
 
     axes: Axes
     center: bool
