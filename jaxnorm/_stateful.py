@@ -67,7 +67,7 @@ class StatefulNorm(Norm):
         self._check_entries(as_arrays(stats), shape)
 
     def _check_entries(self, stats: Mapping[str, Array], shape: Shape) -> None:
-        """Raises for statistics of other names, shapes or kinds than `init_stats` has."""
+        """Raises for statistics of names, shapes or kinds that `init_stats` has not."""
         expected = self._expected(shape)
         # Methods that keep but one of mean and var leave the other as it is.
         known = {"mean", "var", *expected, *MARKS}
