@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-import jaxnorm
+from jaxnorm import _base as base
 from jaxnorm.models._convert import check_norm, converted, feature_shape
 from jaxnorm.models._paths import Where, copied, everywhere, select
 from jaxnorm.nnx._graph import (
@@ -25,7 +25,7 @@ from jaxnorm.nnx._norms import BatchNorm, GroupNorm, InstanceNorm
 
 def convert(
     model: nnx.Module,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     where: Where = everywhere,
     *,
     use_scale: bool = True,
@@ -75,7 +75,7 @@ def convert(
 
 
 def _converted(
-    path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
+    path: str, module: Any, norm: base.Norm, use_scale: bool, use_bias: bool
 ) -> Norm:
     """A module of `norm` with the variables of `module`, which is at `path`."""
     path = path or "."  # the model itself
@@ -101,7 +101,7 @@ def _converted(
     return made
 
 
-def _with_activation(path: str, module: Any, norm: jaxnorm.Norm) -> jaxnorm.Norm:
+def _with_activation(path: str, module: Any, norm: base.Norm) -> base.Norm:
     """`norm` with the activation of `module`, unless it has one of its own."""
     if type(module).__call__ not in {kind.__call__ for kind in _KNOWN}:
         raise ValueError(

@@ -9,7 +9,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-import jaxnorm.models
+from jaxnorm import models
 from jaxnorm._activation import add_and_activate, without_masked
 from jaxnorm._dtypes import promote
 from jaxnorm._working import as_mask
@@ -135,12 +135,10 @@ def fold(
     copy.eval()
 
     def found() -> list[Pair]:
-        return jaxnorm.models.find_pairs(
-            _functional(copy), variables(copy), *args, **kwargs
-        )
+        return models.find_pairs(_functional(copy), variables(copy), *args, **kwargs)
 
     folding = found() if pairs is None else as_pairs(pairs)
-    folded = jaxnorm.models.fold(variables(copy), folding, epsilon=epsilon)
+    folded = models.fold(variables(copy), folding, epsilon=epsilon)
     modules = {path_of(path): module for path, module in nnx.iter_modules(copy)}
     for path in (path for pair in folding for path in pair[:2] if path not in modules):
         raise ValueError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-import jaxnorm.models
+from jaxnorm import models
 from jaxnorm._arguments import as_array, check_function
 from jaxnorm._marks import MARKS
 from jaxnorm.models._paths import Where, check_tree, copied, everywhere
@@ -139,7 +139,7 @@ def recalibrate(
         return variables(twin)["batch_stats"]
 
     arrays = variables(model) | {"state": state}
-    stats = jaxnorm.models.recalibrate(apply, arrays, batches, where=where, **options)
+    stats = models.recalibrate(apply, arrays, batches, where=where, **options)
     update(model, {"batch_stats": stats})
 
 
