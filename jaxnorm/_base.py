@@ -26,15 +26,12 @@ from jaxnorm._marks import use
 from jaxnorm._moments import Moments
 from jaxnorm._normalize import normalize
 from jaxnorm._reduce import moments
-from jaxnorm._running import as_arrays
 from jaxnorm._settings import Settings
-from jaxnorm._sharding import automatically, on_explicit_mesh
 from jaxnorm._standardize import standardize
 
 Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
 Stats = Mapping[str, ArrayLike]  # {"mean", "var"} for methods with running statistics
 
-Applied = tuple[Array, dict[str, Array]]  # what normalizing gives
 Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
 
 
@@ -208,18 +205,18 @@ class Norm(Settings, abc.ABC):
 
         `options` are the activation, residual and implementation of `normalize`.
         """
-        return normalize(
-            x,
-            params,
-            self.axes(x.shape),
-            epsilon=self.epsilon,
-            center=self.center,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=dtype,
-            **options,
-        )
+        how = {"mask": mask, "dtype": dtype, **self.reduction, **options}
+        return normalize(x, params, self.axes(x.shape), **how)
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """Arguments of `normalize` that are settings of every norm."""
+        return {
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
 
     @final
     def batch_moments(self, x: Array, mask: ArrayLike | None) -> Moments:
@@ -280,34 +277,3 @@ class ActivatedNorm(Norm):
 
     activation: str | None = None
     optional_inputs = ("residual",)
-
-
-def on_any_mesh(apply: Callable[..., Applied]) -> Callable[..., Applied]:
-    """The `apply` of a norm, also on a mesh of explicit axes.
-
-    The result is sharded as `x`, and the new statistics are as the old ones.
-    """
-
-    @functools.wraps(apply)
-    def call(norm: Norm, x: Array, params: Params, stats: Stats, **how: Any) -> Applied:
-        # Kernels are parted along explicit axes, so that they can be exported.
-        parted = getattr(norm, "implementation", None) not in (None, "xla")
-        if parted or not on_explicit_mesh(x, params, stats, how):
-            return apply(norm, x, params, stats, **how)
-        stats = as_arrays(stats)
-        settings = {k: v for k, v in vars(norm).items() if isinstance(v, Array)}
-
-        def applied(
-            settings: dict[str, Array],
-            how: dict[str, Any],
-            x: Array,
-            params: Params,
-            stats: Stats,
-        ) -> Applied:
-            own = dataclasses.replace(cast(Any, norm), **settings) if settings else norm
-            return apply(own, x, params, stats, **how)
-
-        arrays = settings, how, x, params, stats
-        return automatically(applied, *arrays, like=(x, stats))
-
-    return call

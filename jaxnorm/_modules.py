@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,22 +112,27 @@ def warn(problem: str) -> None:
     warnings.warn(problem, stacklevel=2)
 
 
-def run(
+class Call(NamedTuple):
+    """What a module passes to the norm, and whether it writes the statistics back."""
+
+    x: Array
+    stats: dict[str, Array]
+    dtype: jnp.dtype
+    updates: bool
+
+
+def prepared(
     norm: Norm,
     x: ArrayLike,
     params: Mapping[str, Array],
     stats: Mapping[str, Array],
+    inputs: Mapping[str, Any],
     *,
     flag: bool | Array,
-    mask: ArrayLike | None,
     dtype: DTypeLike | None,
     on_single_values: Callable[[str], None],
-    inputs: Mapping[str, Any],
-) -> tuple[Array, dict[str, Array]]:
-    """Applies `norm` with Flax's output dtype: `dtype`, or that of all inputs.
-
-    Returns the result, and the statistics to write to the layer.
-    """
+) -> Call:
+    """A call of `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
     given = jnp.asarray(x).dtype
     x = as_floating(x)
     means = (v for v in stats.values() if jnp.iscomplexobj(v))
@@ -141,12 +146,8 @@ def run(
     if problem:
         on_single_values(problem)
     x = widened(x, dtype)
-    if flag is not True:
-        stats = _with_room(norm, stats, x)
-    y, new = norm.apply(
-        x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
-    )
-    return y, new if updates else {}
+    stats = dict(stats) if flag is True else _with_room(norm, stats, x)
+    return Call(x, stats, dtype, updates)
 
 
 def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:

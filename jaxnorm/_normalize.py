@@ -19,7 +19,7 @@ from jaxnorm._fused import Operands, Reduction, standardize_by_own
 from jaxnorm._moments import Moments, like_moments
 from jaxnorm._rectify import rectify
 from jaxnorm._reduce import moments
-from jaxnorm._sharding import automatically
+from jaxnorm._sharding import automatically, on_explicit_mesh
 from jaxnorm._standardize import as_param
 from jaxnorm._working import as_mask, check_axes
 
@@ -85,6 +85,8 @@ def normalize(
         )
     epsilon = jnp.asarray(epsilon, wide).real
     operands = Operands(x, mask, peers, epsilon, scale, bias, residual)
+    if not on_explicit_mesh(operands):
+        return _normalize_and_activate(reduction, activation, operands)
     formula = functools.partial(_normalize_and_activate, reduction, activation)
     return automatically(formula, operands, like=(x, like_moments(x, axes)))
 

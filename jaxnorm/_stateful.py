@@ -12,8 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._marks import BATCH, MARKS, SWITCHES, use, without
+from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
 from jaxnorm._moments import Moments
 from jaxnorm._running import as_arrays
 
@@ -97,7 +98,6 @@ class StatefulNorm(Norm):
         return _initial(self, features)
 
     @final
-    @on_any_mesh
     def apply(
         self,
         x: Array,
@@ -109,12 +109,15 @@ class StatefulNorm(Norm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
+        how = {"mask": mask, "dtype": dtype, **inputs}
+        if is_for_automatic_axes(self, x, params, stats, how, use_running_average):
+            how["use_running_average"] = use_running_average
+            return apply_automatically(self, x, params, stats, how)
         by_batch, updates = use(stats, use_running_average)
         same = as_arrays(stats)
         own = without(same, SWITCHES)
         self._check_accumulation(stats)
         self._check_given(own, x.shape)
-        how = {"mask": mask, "dtype": dtype, **inputs}
         if not (by_batch or updates):
             return self.evaluate(x, params, own, **how), same
         self.check_bound()

@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import ActivatedNorm, Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import ActivatedNorm, Norm, Params, Stats
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS, without
+from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
 from jaxnorm._running import as_arrays
 
 
@@ -38,7 +39,6 @@ class StatelessNorm(Norm):
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)[0]
 
     @final
-    @on_any_mesh
     def apply(
         self,
         x: Array,
@@ -50,6 +50,10 @@ class StatelessNorm(Norm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
+        how = {"mask": mask, "dtype": dtype, **inputs}
+        if is_for_automatic_axes(self, x, params, stats, how):
+            how["use_running_average"] = use_running_average
+            return apply_automatically(self, x, params, stats, how)
         self.check_bound()
         unknown = sorted(without(stats, MARKS))
         if unknown:
@@ -57,7 +61,7 @@ class StatelessNorm(Norm):
                 f"{type(self).__name__} keeps no statistics, but stats holds "
                 f"{unknown}: pass {{}}"
             )
-        y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
+        y = self.transform(x, params, **how)
         return y, as_arrays(stats)
 
 

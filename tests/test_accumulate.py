@@ -18,8 +18,6 @@ from jaxnorm import RunningNorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 POOLABLE: dict[str, Any] = {
     name: row
     for name, row in STATEFUL.items()

@@ -170,7 +170,7 @@ def named_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_a_resnet_maps_and_evaluates_alike(in_float64, quick_compilation, name):
+def test_a_resnet_maps_and_evaluates_alike(in_float64, name):
     model, checkpoint = RESNETS[name], named_checkpoint(name)
     images = filled("images", (2, 32, 32, 3)).astype(np.float64)
     variables, report = jaxnorm.models.from_checkpoint(
@@ -313,9 +313,7 @@ def converted(framework, transpose_kernel=False):
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("framework", LAYERS)
-def test_every_layer_evaluates_alike(
-    in_float64, quick_compilation, framework, transpose_kernel
-):
+def test_every_layer_evaluates_alike(in_float64, framework, transpose_kernel):
     model, x, _, variables, _, _ = converted(framework, transpose_kernel)
     y = jax.jit(model.apply)(variables, x)
     # Keras's batch norm computes in float32, whatever it is given.

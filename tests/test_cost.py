@@ -68,6 +68,7 @@ def test_evaluation_and_parts_keep_no_more(name):
     assert size <= 1.05 * p.x.nbytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", WIDE)
 def test_no_transpose_or_copy_of_the_input(name):
     norm, p = arguments(name, jnp.float32)

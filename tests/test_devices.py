@@ -131,7 +131,6 @@ def ragged(shape, axis, kind):
     [(name, "shard_map") for name in SYNCED]
     + [(name, mode) for name in ("batch", "group") for mode in MODES[1:]],
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_any_partition_equals_one_device(name, mode):
     row = SYNCED[name]
     p = problem(row, offset=3.0)
@@ -149,6 +148,7 @@ def test_any_partition_equals_one_device(name, mode):
         )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_synchronized_variance_is_exact_far_from_zero(offset, masked):
@@ -247,7 +247,6 @@ def shardings(tree):
 
 
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.usefixtures("quick_compilation")
 def test_sharded_arrays_need_nothing(name):
     """On every kind of mesh, in training and evaluation, with masks and gradients; what
     is explicitly sharded, stays so."""
@@ -279,7 +278,6 @@ def test_explicit_axes_without_jit():
     assert shardings(many) == shardings((x, stats))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_shard_map_over_some_explicit_axes():
     """Devices along one axis are named, those along the other hold the features."""
     row, layout = NORMS["batch"], LAYOUTS["explicit"]
@@ -387,7 +385,6 @@ def directly(x, mask):
 
 
 @pytest.mark.parametrize("f", [standardized, accumulated, of_kernels, directly])
-@pytest.mark.usefixtures("quick_compilation")
 def test_functions_on_explicit_axes(f):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 6, 8)).astype(np.float32)
@@ -412,7 +409,6 @@ LINEN = {
 
 
 @pytest.mark.parametrize("name", LINEN)
-@pytest.mark.usefixtures("quick_compilation")
 def test_linen_on_explicit_axes(name):
     layer = LINEN[name]
     x = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
@@ -447,7 +443,6 @@ NNX = {
 
 
 @pytest.mark.parametrize("name", NNX)
-@pytest.mark.usefixtures("quick_compilation")
 def test_nnx_on_explicit_axes(name):
     x = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
     graph, params, rest = nnx.split(NNX[name](nnx.Rngs(0)), nnx.Param, ...)
@@ -482,7 +477,6 @@ GROUPS = ([[0, 1], [2, 3]], [[0, 3], [1, 2]], [[0], [1, 2, 3]])
     "mode, groups",
     [("shard_map", g) for g in GROUPS] + [(m, GROUPS[-1]) for m in MODES[1:]],
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_groups_of_devices(mode, groups):
     """Each group is a batch of its own; gradients too, masks with unequal counts."""
     rng = np.random.default_rng(0)
@@ -534,7 +528,6 @@ def test_groups_of_devices(mode, groups):
                 assert_close(v[i], new_alone[k], summed=16)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_nested_axes():
     """vmap for an ensemble around shard_map for its data, and names within names."""
     rng = np.random.default_rng(0)
@@ -579,7 +572,6 @@ LOCAL = [
 
 
 @pytest.mark.parametrize("name", LOCAL)
-@pytest.mark.usefixtures("quick_compilation")
 def test_local_statistics_in_shard_map(name):
     """No name, no communication: masks and gradients in shard_map with check_vma."""
     row = NORMS[name]
@@ -600,7 +592,6 @@ def test_local_statistics_in_shard_map(name):
     jax.tree.map(close, actual, desired)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_features_split_over_devices():
     """Layer norm of rows whose features are sharded, parameters with them."""
     row = NORMS["layer"]
@@ -623,7 +614,6 @@ def test_features_split_over_devices():
     jax.tree.map(functools.partial(assert_close, summed=96, size=10), many, one)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_virtual_batches_are_groups_of_devices():
     """Ghost batches of n rows on one device, as many devices of n rows each."""
     rng = np.random.default_rng(0)
@@ -652,6 +642,7 @@ def collectives(text):
     return re.findall(rf"= .*? ({names})(?:-start)?\(", text)
 
 
+@pytest.mark.optimized
 def test_aligned_virtual_batches_communicate_nothing():
     """Under jit, with examples sharded: no word between devices for the output."""
     ghost = jaxnorm.GhostBatchNorm(size=4)
@@ -671,6 +662,7 @@ def test_aligned_virtual_batches_communicate_nothing():
         assert f(x).sharding.is_equivalent_to(sharding, 3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name, check_vma, masked",
     [("batch", v, m) for v in (True, False) for m in (True, False)]
@@ -711,6 +703,7 @@ def test_one_collective_forward_and_one_backward(name, check_vma, masked):
     assert len(collectives(text)) <= 2 * row.collectives
 
 
+@pytest.mark.optimized
 def test_gradients_of_the_parameters_ride_along():
     """With check_vma the collective of the backward pass carries them too."""
     row = SYNCED["batch"]
@@ -734,6 +727,7 @@ def test_gradients_of_the_parameters_ride_along():
     assert str(program.as_text()).count("stablehlo.all_reduce") == 2
 
 
+@pytest.mark.optimized
 def test_very_many_statistics_take_two_small_collectives(monkeypatch):
     monkeypatch.setattr(devices, "MAX_SLOT_BYTES", 0)
     row = SYNCED["batch"]
@@ -767,7 +761,6 @@ def test_sizes_add_up_past_the_integers_of_float32():
 
 
 @pytest.mark.parametrize("name", SYNCED)
-@pytest.mark.usefixtures("quick_compilation")
 def test_an_unbound_name_raises(name):
     row = SYNCED[name]
     norm = changed(row.norm, axis_name="data")
@@ -795,7 +788,6 @@ def test_groups_that_are_no_partition_raise(groups):
         jax.vmap(lambda x: norm(x, {}, stats), axis_name="d")(jnp.ones((4, 2, 3)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_one_value_per_variance_counts_all_devices():
     norm = jaxnorm.BatchNorm(axis_name="d")
     stats = norm.init_stats((3,))
@@ -807,6 +799,7 @@ def test_one_value_per_variance_counts_all_devices():
             jax.vmap(lambda x, n=bad: n(x, {}, stats), axis_name="d")(inputs)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", RUNNING)
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
 def test_no_copy_of_the_input_between_devices(name, kind):
@@ -822,7 +815,6 @@ def test_no_copy_of_the_input_between_devices(name, kind):
 
 @pytest.mark.parametrize("groups", [None, ((0, 3), (1, 2))])
 @pytest.mark.parametrize("name", SYNCED)
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_reach_across_a_mapped_axis_that_is_gone(name, groups):
     """A derivative of what was traced before knows the axes of a vmap no more."""
     if groups and name not in ("batch", "group", "renorm", "moving_average"):

@@ -10,8 +10,6 @@ from norms import NORMS, problem
 
 import jaxnorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.partial(jax.jit, donate_argnums=0)
 def changed(state):

@@ -21,8 +21,6 @@ from jaxnorm._axes import Axes
 
 __all__ = ["unfiltered"]  # a fixture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     "name, shape, message",

@@ -16,8 +16,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

@@ -20,8 +20,6 @@ from jaxnorm.models import Pair, affine_form, find_pairs, fold, fold_input, fold
 from jaxnorm.models._paths import path_name
 from jaxnorm.nnx._fold import Identity
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IN, OUT = 4, 6
 BF16 = 2.0**-8  # the largest relative error of rounding to bfloat16
 

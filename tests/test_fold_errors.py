@@ -30,7 +30,7 @@ import jaxnorm
 import jaxnorm.nnx as jx
 
 __all__ = ["unfiltered"]  # a fixture
-pytestmark = pytest.mark.usefixtures("quick_compilation", "unfiltered")
+pytestmark = pytest.mark.usefixtures("unfiltered")
 
 ONES, ZEROS = jnp.ones(3), jnp.zeros(3)
 LAYER, STATS = {"kernel": jnp.ones((3, 3))}, jaxnorm.init_stats(3)

@@ -17,8 +17,6 @@ from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 from jaxnorm.models._paths import norm_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WAYS: dict[str, Any] = {
     "frozen": {"use_running_average": True, "update": False},
     "held": {"use_running_average": False, "update": False},

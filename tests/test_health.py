@@ -21,8 +21,6 @@ from jaxnorm import _running as running
 from jaxnorm.models import health
 from jaxnorm.models._health.rules import RULES
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def stats(features=20, **changes):
     """Those of a layer in good health, but for the `changes` of its first features."""

@@ -16,8 +16,6 @@ from norms import assert_close
 
 from jaxnorm import Standardizer, _standardizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EPS = float(np.finfo(np.float32).eps)
 
 

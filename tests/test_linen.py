@@ -22,8 +22,6 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm
 import jaxnorm.linen
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = (4, 3, 4, 6)
 NAMES = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 

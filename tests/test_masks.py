@@ -12,7 +12,7 @@ from norms import RUNNING, assert_close, expected, problem
 
 import jaxnorm
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_norm = pytest.mark.parametrize("name", NORMS)
 
 

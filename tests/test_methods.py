@@ -25,7 +25,7 @@ from norms import (
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_norm = pytest.mark.parametrize("name", NORMS)
 OTHERS = [n for n in NORMS if n not in MOMENTS]
 wide = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float64))

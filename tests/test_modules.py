@@ -16,8 +16,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SHAPE = (4, 3, 6)
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 WRAPPERS = ("WeightNorm", "WeightStandardization", "SpectralNorm")

@@ -23,8 +23,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FEATURES = 6
 SHAPE = (4, 3, 4, FEATURES)
 NAMES = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")

@@ -35,6 +35,7 @@ def output(norm, x, params, stats, mask=None):
     return norm(x, params, stats, mask=mask)[0]
 
 
+@pytest.mark.optimized
 @every_norm
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_match_the_reference(name, masked):
@@ -52,6 +53,7 @@ def test_values_match_the_reference(name, masked):
         assert_close(np.asarray(actual)[valid], desired[valid], summed=ref.size.max())
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name, dtype",
     [(n, jnp.bfloat16) for n in NORMS] + [(n, jnp.float16) for n in ("batch", "layer")],
@@ -75,6 +77,7 @@ def test_half_precision_rounds_only_the_result(name, dtype):
     assert_close(wide, exact, summed=p.x.size)
 
 
+@pytest.mark.optimized
 @every_norm
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 @pytest.mark.parametrize("masked", [False, True])
@@ -89,6 +92,7 @@ def test_variance_is_exact_far_from_zero(name, offset, masked):
     np.testing.assert_allclose(var[defined], ref.var[defined], rtol=1e-5)
 
 
+@pytest.mark.optimized
 def test_variance_is_exact_whatever_the_order_of_the_batch():
     """The first rows are far from the others: a pivot on them alone would not do."""
     rng = np.random.default_rng(0)
@@ -102,7 +106,6 @@ def test_variance_is_exact_whatever_the_order_of_the_batch():
 
 
 @every_norm
-@pytest.mark.usefixtures("quick_compilation")
 def test_float16_of_large_spread(name):
     row = NORMS[name]
     p = problem(row)
@@ -113,7 +116,6 @@ def test_float16_of_large_spread(name):
 
 
 @every_norm
-@pytest.mark.usefixtures("quick_compilation")
 def test_constant_input_gives_zeros_and_finite_gradients(name):
     row = NORMS[name]
     if not row.norm.center:
@@ -163,7 +165,6 @@ def assert_derivatives(f, x, v, tol):
     [(n, False) for n in ("batch", "layer", "rms", "group", "ghost")]
     + [("batch", True)],
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_derivatives_of_every_mode_and_order(name, masked):
     row = NORMS[name]
     with jax.enable_x64(True):
@@ -183,7 +184,6 @@ def test_derivatives_of_every_mode_and_order(name, masked):
 @pytest.mark.parametrize(
     "name, masked", [("batch", True), ("rms", False), ("ghost", False)]
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_derivatives_of_the_moments_alone(name, masked):
     row = NORMS[name]
     with jax.enable_x64(True):
@@ -199,7 +199,6 @@ def test_derivatives_of_the_moments_alone(name, masked):
 @pytest.mark.parametrize(
     "name", ["batch", "layer", "rms", "group", "instance_first", "ghost"]
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_transformations_change_nothing(name):
     row = NORMS[name]
     p = problem(row)
@@ -220,7 +219,6 @@ def test_transformations_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["batch", "layer", "group"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_eager_equals_jit(name):
     row = NORMS[name]
     p = problem(row)
@@ -236,7 +234,6 @@ def test_eager_equals_jit(name):
 
 
 @every_norm
-@pytest.mark.usefixtures("quick_compilation")
 def test_one_trace_per_shape(name):
     row = NORMS[name]
     p = problem(row)
@@ -257,7 +254,6 @@ def test_one_trace_per_shape(name):
 
 
 @every_norm
-@pytest.mark.usefixtures("quick_compilation")
 def test_scale_and_bias_per_example(name):
     row = NORMS[name]
     p = problem(row)
@@ -273,7 +269,6 @@ def test_scale_and_bias_per_example(name):
 
 
 @every_norm
-@pytest.mark.usefixtures("quick_compilation")
 def test_integers_are_read_as_float32(name):
     row = NORMS[name]
     p = problem(row)
@@ -285,7 +280,6 @@ def test_integers_are_read_as_float32(name):
 
 
 @pytest.mark.parametrize("name", ["batch", "layer", "rms", "group", "ghost"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_complex_inputs(name):
     row = NORMS[name]
     p = problem(row)
@@ -302,6 +296,7 @@ def test_complex_inputs(name):
             row.norm(x, {}, p.stats)
 
 
+@pytest.mark.optimized
 def test_counts_are_exact_past_the_integers_of_float32():
     valid = 2**24 + 3
     mask = jnp.arange(2**25).reshape(-1, 1) < valid
@@ -316,7 +311,6 @@ def test_counts_are_exact_past_the_integers_of_float32():
     assert both.size == 2 * valid
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_published_worked_examples():
     path = pathlib.Path(__file__).with_name("worked_examples.json")
     examples = json.loads(path.read_text())["examples"]
@@ -335,7 +329,6 @@ def test_published_worked_examples():
         np.testing.assert_allclose(y, example["y"], atol=2e-4)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_pooling_sets_is_the_moments_of_their_union():
     rng = np.random.default_rng(0)
     sets = [rng.normal(size=n) + 1e4 for n in (5, 1, 0, 40)]
@@ -361,6 +354,7 @@ def test_moments_about_a_pivot_of_nothing_are_zero():
         np.testing.assert_array_equal(value, np.zeros((1, 1, 3)))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", [n for n in STATEFUL if n not in RUNNING])
 def test_the_state_is_exact_far_from_zero(name):
     """Whatever the method keeps, in float32, of numbers around 1e4."""

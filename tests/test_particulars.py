@@ -15,7 +15,7 @@ from norms import assert_close, cross_iteration
 import jaxnorm
 from jaxnorm import nnx as jx
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def numbers(*shape, seed=0):

@@ -98,6 +98,7 @@ def test_relu_and_residual_do_not_depend_on_the_platform(name, platform):
         assert_close(a, np.asarray(b), summed=p.x.size, size=8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("jit", [False, True])
 def test_constants_become_zero_whatever_their_number(platform, jit):
     norms = {
@@ -115,6 +116,7 @@ def test_constants_become_zero_whatever_their_number(platform, jit):
         np.testing.assert_array_equal(y, 0)
 
 
+@pytest.mark.optimized
 def test_outputs_are_exact_far_from_zero(platform):
     x = np.random.default_rng(0).normal(size=(16, 7, 7, 8)).astype(np.float32)
     x = x + np.float32(1e4)

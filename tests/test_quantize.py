@@ -15,7 +15,7 @@ from norms import assert_close
 import jaxnorm
 from jaxnorm.models import quantization_aware_layer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "strict_dtypes")
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(8, 6, 6, 3)) + 1, jnp.float32)

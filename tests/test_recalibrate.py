@@ -16,8 +16,6 @@ import jaxnorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SAMPLES, FEATURES = 48, 3
 # Where the square of the mean is 1e9 times the variance, and two normal features.
 DATA = np.random.default_rng(0).normal(size=(SAMPLES, 4, FEATURES))

@@ -15,7 +15,7 @@ from jaxnorm import _running as running
 from jaxnorm._axes import Axes
 from jaxnorm._moments import Moments
 
-pytestmark = pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_running = pytest.mark.parametrize("name", RUNNING)
 
 

@@ -23,8 +23,6 @@ from wrong_values import (
 
 import jaxnorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Part(nnx.Module):
     """A model of NNX, which is no tree of arrays."""

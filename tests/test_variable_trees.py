@@ -20,8 +20,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FILE = pathlib.Path(__file__).with_name("variable_trees.json")
 
 # Divisible by 32, the number of groups that group norm has by default.

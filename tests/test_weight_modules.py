@@ -20,8 +20,6 @@ import jaxnorm
 import jaxnorm.linen
 import jaxnorm.nnx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WRAPPERS = ("WeightNorm", "WeightStandardization", "SpectralNorm")
 
 

@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FUNCTIONS = ("weight_standardize", "weight_norm", "spectral_norm")
 
 # One compilation for calls of the same shapes.

@@ -77,9 +77,9 @@ class BatchRenorm(RunningNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, Moments]:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        old = running.read(stats, where, x.dtype)
+        old = running.read(stats, axes, x.dtype)
         rmax, dmax = (
             self._limit(v, stats, m.var.dtype) for v in (self.rmax, self.dmax)
         )
@@ -93,7 +93,7 @@ class BatchRenorm(RunningNorm):
             x,
             m.mean,
             rstd,
-            where,
+            axes,
             scale=params.get("scale"),
             bias=params.get("bias"),
             residue=m.residue - d / rstd,

@@ -62,15 +62,15 @@ class DivisiveNorm(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
-        along = where.reduce
+        axes = self.axes(x.shape)
+        along = axes.reduce
         widths = windows.as_widths(self.window, len(along), "window")
         mask = as_mask(mask, x.shape)
         wide = at_least_float32(x.dtype)
         # Without a mask, the number of neighbours depends on the place along windows.
         flat = tuple(n if a in along else 1 for a, n in enumerate(x.shape))
         scale, bias = (
-            as_param(k, params.get(k), where, wide) for k in self.param_names[:2]
+            as_param(k, params.get(k), axes, wide) for k in self.param_names[:2]
         )
         smooth = jnp.square(
             as_number("sigma", params.get("sigma"), self.initial_sigma, wide)
@@ -93,7 +93,7 @@ class DivisiveNorm(StatelessNorm):
             y = centered * lax.rsqrt(square)
             return affine(y, scale, bias)
 
-        return pointwise(divide, x, where, smooth, scale, bias, mask=mask, dtype=dtype)
+        return pointwise(divide, x, axes, smooth, scale, bias, mask=mask, dtype=dtype)
 
 
 def divisive_norm(

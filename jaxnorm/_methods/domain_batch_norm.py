@@ -94,9 +94,9 @@ class DomainBatchNorm(RunningNorm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> tuple[Array, Moments]:
-        where = Axes.per_example(x.shape, self.axis)
+        axes = Axes.per_example(x.shape, self.axis)
         domain = self._checked(inputs["domain"], x.shape)
-        m = self.sync(self._by_domain(moments(x, where, mask=mask), domain))
+        m = self.sync(self._by_domain(moments(x, axes, mask=mask), domain))
         return self._standardized(x, params, m, domain, mask, dtype), m
 
     @one_rounding

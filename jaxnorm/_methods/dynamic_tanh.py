@@ -53,9 +53,9 @@ class DynamicTanh(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where, wide = self.axes(x.shape), at_least_float32(x.dtype)
+        axes, wide = self.axes(x.shape), at_least_float32(x.dtype)
         scale, bias = (
-            as_param(k, params.get(k), where, wide) for k in self.param_names[:2]
+            as_param(k, params.get(k), axes, wide) for k in self.param_names[:2]
         )
         alpha = as_number("alpha", params.get("alpha"), self.initial_alpha, wide)
 
@@ -64,7 +64,7 @@ class DynamicTanh(StatelessNorm):
         ) -> Array:
             return affine(jnp.tanh(alpha * x), scale, bias)
 
-        return pointwise(squash, x, where, alpha, scale, bias, mask=mask, dtype=dtype)
+        return pointwise(squash, x, axes, alpha, scale, bias, mask=mask, dtype=dtype)
 
 
 def dynamic_tanh(

@@ -11,8 +11,7 @@ from jaxnorm._arguments import as_share
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._exact import abs_square
-from jaxnorm._moments import Moments
+from jaxnorm._moments import Moments, mix
 from jaxnorm._reduce import moments
 from jaxnorm._stateful import RunningNorm
 
@@ -65,16 +64,12 @@ class EvalNorm(RunningNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
-        kept = running.read(stats, where, x.dtype)
+        axes = self.axes(x.shape)
+        kept = running.read(stats, axes, x.dtype)
         own = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)
         # An example of which nothing is valid has no statistics to blend in.
         weight = self.weight * (jnp.asarray(own.size) > 0).astype(own.var.dtype)
-        offset = (own.mean - kept.mean) + own.residue
-        between = weight * (1 - weight) * abs_square(offset)
-        var = (1 - weight) * kept.var + weight * own.var + between
-        # Not added to the mean kept, which would round it.
-        m = Moments(kept.mean, var, 1, weight * offset)
+        m = mix((kept, own), (1 - weight, weight))
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
 

@@ -81,10 +81,10 @@ class EvoNormB0(RunningNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         own = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)
         affines = [
-            as_param(k, params.get(k), where, var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, var.dtype) for k in self.param_names
         ]
 
         def divide(
@@ -101,9 +101,7 @@ class EvoNormB0(RunningNorm):
         deviations = [
             jnp.sqrt(overflow_as_nan(v + self.epsilon)) for v in (var, own.var)
         ]
-        return pointwise(
-            divide, x, where, *deviations, *affines, mask=mask, dtype=dtype
-        )
+        return pointwise(divide, x, axes, *deviations, *affines, mask=mask, dtype=dtype)
 
 
 def evo_norm_b0(

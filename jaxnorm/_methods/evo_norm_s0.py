@@ -60,10 +60,10 @@ class EvoNormS0(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         affines = [
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         ]
 
         def swish(
@@ -77,7 +77,7 @@ class EvoNormS0(StatelessNorm):
             return affine(x * gate * rstd, scale, bias)
 
         rstd = m.rstd(self.epsilon)
-        return pointwise(swish, x, where, rstd, *affines, mask=mask, dtype=dtype)
+        return pointwise(swish, x, axes, rstd, *affines, mask=mask, dtype=dtype)
 
 
 def evo_norm_s0(

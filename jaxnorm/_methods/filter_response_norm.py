@@ -58,10 +58,10 @@ class FilterResponseNorm(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         scale, bias, threshold, extra = (
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         )
         epsilon = self.epsilon if extra is None else self.epsilon + jnp.abs(extra)
 
@@ -76,7 +76,7 @@ class FilterResponseNorm(StatelessNorm):
             return y if threshold is None else jnp.maximum(y, threshold)
 
         arrays = (m.rstd(epsilon), scale, bias, threshold)
-        return pointwise(respond, x, where, *arrays, mask=mask, dtype=dtype)
+        return pointwise(respond, x, axes, *arrays, mask=mask, dtype=dtype)
 
 
 def filter_response_norm(

@@ -46,16 +46,16 @@ class GlobalResponseNorm(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
         length = _root(m.var * size)
         valid = (size > 0).astype(size.dtype)
-        count = jnp.maximum(valid.sum(where.feature, keepdims=True), 1)
-        mean = length.sum(where.feature, keepdims=True) / count
+        count = jnp.maximum(valid.sum(axes.feature, keepdims=True), 1)
+        mean = length.sum(axes.feature, keepdims=True) / count
         relative = length / (overflow_as_nan(mean) + self.epsilon)
         scale, bias = (
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         )
 
         def respond(
@@ -65,7 +65,7 @@ class GlobalResponseNorm(StatelessNorm):
             return y if bias is None else y + bias
 
         return pointwise(
-            respond, x, where, relative, scale, bias, mask=mask, dtype=dtype
+            respond, x, axes, relative, scale, bias, mask=mask, dtype=dtype
         )
 
 

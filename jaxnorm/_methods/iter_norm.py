@@ -75,7 +75,7 @@ class IterNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, dict[str, Array]]:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         valid = self._checked(x, stats, mask)
         m = self.batch_moments(x, valid)
         total = devices.group_sum(self._products(x, m, valid), self.peers())
@@ -83,7 +83,7 @@ class IterNorm(StatefulNorm):
         matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
         y = self._whitened(x, params, m, matrix, valid, dtype)
         when = running.all_finite(m.mean, matrix) & (size > 1)
-        new = {"mean": m.mean.reshape(where.feature_shape), "whitening": matrix}
+        new = {"mean": m.mean.reshape(axes.feature_shape), "whitening": matrix}
         new = {
             k: running.moving_average(jnp.asarray(stats[k]), v, self.momentum)
             for k, v in new.items()
@@ -99,13 +99,13 @@ class IterNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         valid = self._checked(x, stats, mask)
         wide = at_least_float32(x.dtype)
         mean, matrix = (
             jnp.asarray(stats[k]).astype(wide) for k in ("mean", "whitening")
         )
-        mean = mean.reshape(where.param_shape())
+        mean = mean.reshape(axes.param_shape())
         m = Moments(mean, jnp.ones_like(mean), 1)
         return self._whitened(x, params, m, matrix, valid, dtype)
 
@@ -114,10 +114,10 @@ class IterNorm(StatefulNorm):
         size = self.group_size
         if size is not None and self.num_groups is None and is_known(features):
             size = min(size, features)  # a group of 64 at most, of fewer features
-        where = Axes.groups(
+        axes = Axes.groups(
             (1, features), -1, num_groups=self.num_groups, group_size=size
         )
-        return where.working_shape[1:]
+        return axes.working_shape[1:]
 
     def _checked(self, x: Array, stats: Stats, mask: ArrayLike | None) -> Array | None:
         """The mask, of the rank of x; raises where anything does not fit."""
@@ -134,10 +134,10 @@ class IterNorm(StatefulNorm):
 
     def _rows(self, x: Array, mean: Array, residue: Array, mask: Array | None) -> Array:
         """Centred, as (..., groups, features of each); 0 where masked."""
-        where = self.axes(x.shape)
-        x = to_working(x, mask, where) - mean - residue
+        axes = self.axes(x.shape)
+        x = to_working(x, mask, axes) - mean - residue
         x = x if mask is None else jnp.where(mask, x, 0)
-        x = jnp.moveaxis(x, where.feature[0], -1)
+        x = jnp.moveaxis(x, axes.feature[0], -1)
         return x.reshape(*x.shape[:-1], *self._groups(x.shape[-1]))
 
     def _products(self, x: Array, m: Moments, mask: Array | None) -> Array:
@@ -172,9 +172,9 @@ class IterNorm(StatefulNorm):
         mask: Array | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         scale, bias = (
-            as_param(k, params.get(k), where, matrix.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, matrix.dtype) for k in self.param_names
         )
 
         def whiten(
@@ -185,15 +185,15 @@ class IterNorm(StatefulNorm):
             scale: Array | None,
             bias: Array | None,
         ) -> Array:
-            rows = self._rows(x.reshape(where.shape), mean, residue, None)
+            rows = self._rows(x.reshape(axes.shape), mean, residue, None)
             y = jnp.einsum("...gi,gij->...gj", rows, matrix, precision="highest")
-            at = where.feature[0]
-            others = where.shape[:at] + where.shape[at + 1 :]
-            y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)
+            at = axes.feature[0]
+            others = axes.shape[:at] + axes.shape[at + 1 :]
+            y = jnp.moveaxis(y.reshape(*others, axes.shape[at]), -1, at)
             return affine(y, scale, bias)
 
         arrays = (m.mean, jnp.asarray(m.residue), matrix, scale, bias)
-        return pointwise(whiten, x, where, *arrays, mask=mask, dtype=dtype)
+        return pointwise(whiten, x, axes, *arrays, mask=mask, dtype=dtype)
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -47,9 +47,9 @@ class L1BatchNorm(RunningNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, Moments]:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        total = devices.group_sum(_absolute(x, mask, m, where), self.peers())
+        total = devices.group_sum(_absolute(x, mask, m, axes), self.peers())
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)
@@ -57,15 +57,15 @@ class L1BatchNorm(RunningNorm):
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
 
 
-def _absolute(x: Array, mask: ArrayLike | None, m: Moments, where: Axes) -> Array:
+def _absolute(x: Array, mask: ArrayLike | None, m: Moments, axes: Axes) -> Array:
     """The sum of distances from the mean; of x's size only `x` is kept for later."""
     mask = as_mask(mask, x.shape)
 
     def total(x: Array, mean: Array, residue: Array) -> Array:
-        far = jnp.abs((to_working(x, mask, where) - mean) - residue)
+        far = jnp.abs((to_working(x, mask, axes) - mean) - residue)
         if mask is not None:
-            far = jnp.where(mask_to_working(mask, where), far, 0)
-        return far.sum(where.reduce, keepdims=True)
+            far = jnp.where(mask_to_working(mask, axes), far, 0)
+        return far.sum(axes.reduce, keepdims=True)
 
     return jax.checkpoint(total, prevent_cse=False)(x, m.mean, m.residue)
 

@@ -53,14 +53,14 @@ class LocalResponseNorm(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
 
         def respond(x: Array) -> Array:
-            squares = windows.total(x * x, where.feature, (self.size,))
+            squares = windows.total(x * x, axes.feature, (self.size,))
             power = self.k + self.alpha / self.size * overflow_as_nan(squares)
             return x * power**-self.beta
 
-        return pointwise(respond, x, where, mask=mask, dtype=dtype)
+        return pointwise(respond, x, axes, mask=mask, dtype=dtype)
 
 
 def local_response_norm(

@@ -80,12 +80,12 @@ class MovingAverageBatchNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, dict[str, Array]]:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         self.check_stats(stats, x.shape)
         m = self.batch_moments(x, mask)
         some = jnp.broadcast_to(jnp.asarray(m.size) > 0, m.var.shape)
         count, kept = (
-            jnp.asarray(stats[k]).reshape(where.param_shape()) for k in ("count", "var")
+            jnp.asarray(stats[k]).reshape(axes.param_shape()) for k in ("count", "var")
         )
         kept = kept.astype(m.var.dtype)
         # Each feature counts its own batches: a mask may leave some out.
@@ -95,7 +95,7 @@ class MovingAverageBatchNorm(StatefulNorm):
         seen = count + some.astype(count.dtype)
         filled = (rows < seen[None]).astype(m.var.dtype)
         buffer = jnp.asarray(stats["buffer"]).astype(m.var.dtype)
-        buffer = buffer.reshape(self.window, *where.param_shape())
+        buffer = buffer.reshape(self.window, *axes.param_shape())
         buffer = jnp.where(here, m.var[None], buffer)
         var = _average(buffer, filled)
         ratio = jnp.sqrt((var + self.epsilon) / (kept + self.epsilon))
@@ -103,10 +103,10 @@ class MovingAverageBatchNorm(StatefulNorm):
         y = controlled(
             _renewed,
             x,
-            where,
+            axes,
             Moments(m.mean, var, 1).rstd(self.epsilon),
             as_control(
-                "control", params.get("control"), where, m.var.dtype, self.window
+                "control", params.get("control"), axes, m.var.dtype, self.window
             ),
             (here, filled),
             gain=jnp.where(count < self.window, 1, ratio),

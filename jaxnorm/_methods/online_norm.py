@@ -1,10 +1,8 @@
 """Online normalization (Chiley et al., 2019, https://arxiv.org/abs/1905.05894)."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -16,13 +14,13 @@ from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._exact import two_sum
 from jaxnorm._methods import _control as control
+from jaxnorm._methods._online_rule import Stream, online, scaled
 from jaxnorm._moments import Moments
-from jaxnorm._normalize import normalize
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import vary_together
 from jaxnorm._standardize import standardize
 from jaxnorm._stateful import StatefulNorm
-from jaxnorm._working import as_mask, from_working
+from jaxnorm._working import as_mask
 
 
 class OnlineNorm(StatefulNorm):
@@ -86,10 +84,10 @@ class OnlineNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, dict[str, Array]]:
-        where = self.axes(x.shape)
-        running.check(stats, where, ("mean", "var"))
-        each = moments(x, where, mask=mask)
-        old, new = self._stream(each, running.read(stats, where, x.dtype))
+        axes = self.axes(x.shape)
+        running.check(stats, axes, ("mean", "var"))
+        each = moments(x, axes, mask=mask)
+        old, new = self._stream(each, running.read(stats, axes, x.dtype))
         y = self._normalized(x, params, old, mask, dtype)
         peers = self.peers()
         count = devices.group_sum(jnp.ones((), new[0].dtype), peers)
@@ -106,13 +104,13 @@ class OnlineNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
-        kept = running.read(stats, where, x.dtype)
+        axes = self.axes(x.shape)
+        kept = running.read(stats, axes, x.dtype)
         mask = as_mask(mask, x.shape)
         rstd = kept.rstd(self.epsilon)
-        y = standardize(x, kept.mean, rstd, where, mask=mask, dtype=rstd.dtype)
+        y = standardize(x, kept.mean, rstd, axes, mask=mask, dtype=rstd.dtype)
         scale, bias = self._affine(params)
-        z = _scaled(self._plan(x, dtype), mask, y, scale, bias)
+        z = scaled(self._plan(x, dtype), mask, y, scale, bias)
         return z.astype(x.dtype if dtype is None else dtype)
 
     def _stream(
@@ -147,9 +145,9 @@ class OnlineNorm(StatefulNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where, wide = self.axes(x.shape), m.var.dtype
+        axes, wide = self.axes(x.shape), m.var.dtype
         controls = [
-            control.as_control(k, params.get(k), where, wide)
+            control.as_control(k, params.get(k), axes, wide)
             for k in self.param_names[2:]
         ]
         plan = self._plan(x, dtype, *controls)
@@ -161,7 +159,7 @@ class OnlineNorm(StatefulNorm):
             *controls,
         )
         arrays = vary_together(x, *arrays)
-        return cast(Array, _online(plan, x, as_mask(mask, x.shape), *arrays))
+        return cast(Array, online(plan, x, as_mask(mask, x.shape), *arrays))
 
     def _affine(self, params: Params) -> list[Array | None]:
         values = (params.get(k) for k in ("scale", "bias"))
@@ -176,101 +174,6 @@ class OnlineNorm(StatefulNorm):
             self.layer_scaling,
             tuple(control.copies(c, x) for c in controls),
         )
-
-
-class Stream(NamedTuple):
-    """How a stream of examples is read: what is known before any array is."""
-
-    axes: Axes
-    dtype: jnp.dtype
-    epsilon: float
-    momentum: float
-    layer_scaling: bool
-    copies: tuple[int, ...]
-
-
-def _scaled(
-    plan: Stream,
-    mask: ArrayLike | None,
-    y: Array,
-    scale: Array | None,
-    bias: Array | None,
-) -> Array:
-    """Each example divided by its root mean square, then scaled and shifted."""
-    where = plan.axes
-    if not plan.layer_scaling:
-        zero, one = jnp.zeros((), y.dtype), jnp.ones((), y.dtype)
-        return standardize(y, zero, one, where, scale=scale, bias=bias, mask=mask)
-    whole = where._replace(reduce=tuple(range(1, len(where.shape))))
-    params = {"scale": scale, "bias": bias}
-    return normalize(y, params, whole, epsilon=plan.epsilon, center=False, mask=mask)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _online(
-    plan: Stream,
-    x: Array,
-    mask: ArrayLike | None,
-    mean: Array,
-    rstd: Array,
-    residue: Array,
-    scale: Array | None,
-    bias: Array | None,
-    product: Array,
-    shift: Array,
-) -> Array:
-    y = _standardized(plan, x, mask, mean, rstd, residue)
-    return _scaled(plan, mask, y, scale, bias).astype(plan.dtype)
-
-
-def _standardized(
-    plan: Stream,
-    x: Array,
-    mask: ArrayLike | None,
-    mean: Array,
-    rstd: Array,
-    residue: Array,
-) -> Array:
-    given = {"residue": residue, "mask": mask, "dtype": mean.dtype}
-    return standardize(x, mean, rstd, plan.axes, **given)
-
-
-def _forward(plan: Stream, *args: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _online(plan, *args), args
-
-
-def _backward(plan: Stream, args: Any, dz: Array) -> tuple[Any, ...]:
-    x, mask, mean, rstd, residue, scale, bias, product, shift = args
-    where, rate = plan.axes, 1 - plan.momentum
-    y = _standardized(plan, x, mask, mean, rstd, residue)
-    _, pull = jax.vjp(functools.partial(_scaled, plan, mask), y, scale, bias)
-    g, dscale, dbias = pull(dz.astype(y.dtype))
-    count = jnp.broadcast_to(True if mask is None else mask, x.shape)
-    count = count.sum(where.reduce, keepdims=True).astype(y.dtype)
-    means = [
-        v.sum(where.reduce, keepdims=True) / jnp.maximum(count, 1)
-        for v in (g * y, y * y, g, y)
-    ]
-
-    def step(state: tuple[Array, ...], example: Array) -> tuple[Any, Any]:
-        product, shift = state
-        gy, yy, g, y, rstd, valid = (e[None] for e in example)
-        gone = (g - rate * product * y) * rstd - rate * shift
-        after = product + gy - rate * product * yy, shift + valid * gone
-        return after, (product[0], shift[0])
-
-    valid = (count > 0).astype(y.dtype)
-    rstds = jnp.broadcast_to(rstd, valid.shape)
-    new, before = lax.scan(step, (product, shift), cast(Any, (*means, rstds, valid)))
-    dx = (g - rate * before[0] * y) * rstd - rate * before[1]
-    controls = (
-        control.renewal(old, v, copies, x)
-        for old, v, copies in zip((product, shift), new, plan.copies, strict=True)
-    )
-    return from_working(dx, mask, where, x.dtype), *[None] * 4, dscale, dbias, *controls
-
-
-_online.defvjp(_forward, _backward)
 
 
 def online_norm(

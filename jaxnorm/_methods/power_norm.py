@@ -59,18 +59,18 @@ class PowerNorm(RunningNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> tuple[Array, Moments]:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        rstd = running.read(stats, where, x.dtype, stat_names=self.stat_names).rstd(
+        rstd = running.read(stats, axes, x.dtype, stat_names=self.stat_names).rstd(
             self.epsilon
         )
         rate = jnp.asarray(1 - self.momentum, rstd.dtype)
         y = controlled(
             _renewed,
             x,
-            where,
+            axes,
             rstd,
-            as_control("control", params.get("control"), where, rstd.dtype),
+            as_control("control", params.get("control"), axes, rstd.dtype),
             (m.var * rstd * rstd, rate),
             size=m.size,
             params=params,

@@ -47,35 +47,35 @@ class ScaleNorm(StatelessNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        where = self.axes(x.shape)
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.asarray(m.size).astype(m.var.dtype)
         squares = m._replace(var=m.var * size)
         scale = params.get("scale")
         if scale is not None:
-            scale = _on_features(scale, where)
+            scale = _on_features(scale, axes)
         return standardize(
             x,
             m.mean,
             squares.rstd(self.epsilon),
-            where,
+            axes,
             scale=scale,
             mask=mask,
             dtype=dtype,
         )
 
 
-def _on_features(scale: ArrayLike, where: Axes) -> Array:
+def _on_features(scale: ArrayLike, axes: Axes) -> Array:
     """One number, or one per example, for all features."""
     scale = jnp.asarray(scale)
-    batch = where.shape[:1]
+    batch = axes.shape[:1]
     if scale.shape not in ((), batch):
         raise ValueError(
             f"scale has shape {scale.shape}, but a scale norm has one number for all "
             f"features: pass shape (), or {batch} for one per example"
         )
-    ones = (1,) * len(where.feature)
-    shape = (*scale.shape, *where.feature_shape)
+    ones = (1,) * len(axes.feature)
+    shape = (*scale.shape, *axes.feature_shape)
     return jnp.broadcast_to(scale.reshape(*scale.shape, *ones), shape)
 
 

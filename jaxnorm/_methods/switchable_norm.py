@@ -12,7 +12,7 @@ from jaxnorm import _running as running
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, pool
+from jaxnorm._moments import Moments, mix, pool
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import vary_together
 from jaxnorm._stateful import RunningNorm
@@ -81,9 +81,9 @@ class SwitchableNorm(RunningNorm):
 
     def _of_examples(self, x: Array, mask: ArrayLike | None) -> tuple[Moments, Moments]:
         """Instance and layer statistics, the latter from the former."""
-        where = Axes.per_example(x.shape, self.axis)
-        instance = moments(x, where, mask=mask)
-        return instance, pool(instance, lambda v: v.sum(where.feature, keepdims=True))
+        axes = Axes.per_example(x.shape, self.axis)
+        instance = moments(x, axes, mask=mask)
+        return instance, pool(instance, lambda v: v.sum(axes.feature, keepdims=True))
 
     def _mixed(
         self,
@@ -103,7 +103,7 @@ class SwitchableNorm(RunningNorm):
         )
         batch = Moments(mean, var, 1, residue)
         of_mean, of_var = weights
-        m = _mixture(of_mean, of_var, instance, layer, batch)
+        m = mix((instance, layer, batch), of_mean, of_var)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
 
@@ -115,20 +115,6 @@ def _shares(name: str, weight: Any, dtype: DTypeLike) -> Array:
             "instance, layer and batch statistics"
         )
     return jax.nn.softmax(weight)
-
-
-def _mixture(
-    of_mean: Array, of_var: Array, instance: Moments, layer: Moments, batch: Moments
-) -> Moments:
-    """The weighted averages. What the mean differs by from that of the instance stays
-    apart from it, so that it is not rounded: these shares add up to 1."""
-    of_mean = of_mean.astype(instance.mean.dtype)
-    residue = instance.residue
-    for share, m in zip(of_mean[1:], (layer, batch), strict=True):
-        offset = (m.mean - instance.mean) + (m.residue - instance.residue)
-        residue = residue + share * offset
-    var = of_var[0] * instance.var + of_var[1] * layer.var + of_var[2] * batch.var
-    return Moments(instance.mean, var, 1, residue)
 
 
 def switchable_norm(

@@ -15,8 +15,8 @@ import jaxnorm
 from jaxnorm._arguments import as_array, as_flag
 from jaxnorm._marks import MARKS
 from jaxnorm._modules import (
+    prepared,
     refuse,
-    run,
     settings,
     stats_dtype,
     warn,
@@ -203,18 +203,20 @@ def _apply(
         if getattr(module, f"use_{k}", True)
     }
     initializing = module.is_initializing()
-    y, new = run(
-        norm.without_devices() if initializing else norm,
+    norm = norm.without_devices() if initializing else norm
+    call = prepared(
+        norm,
         x,
         params,
         {k: v.value for k, v in variables.items()},
+        inputs,
         flag=flag,
-        mask=mask,
         dtype=module.dtype,
         on_single_values=_ignore if initializing else on_single_values,
-        inputs=inputs,
     )
-    if not initializing:
+    how = {"use_running_average": flag, "mask": mask, "dtype": call.dtype, **inputs}
+    y, new = norm.apply(call.x, params, call.stats, **how)
+    if call.updates and not initializing:
         for k, v in new.items():
             variables[k].value = v
     return y

@@ -17,16 +17,14 @@ import jaxnorm
 from jaxnorm._arguments import as_array, as_feature_shape, as_flag
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS
-from jaxnorm._modules import refuse, run, warn
+from jaxnorm._modules import prepared, refuse, warn
 from jaxnorm.nnx._constructor import ConstructorSignature, checked
 
-_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _NO_FLAG = (
     "{} needs use_running_average: pass it to the constructor or to the call, or set "
     "it on the whole model with model.train(), model.eval() or nnx.view"
 )
-
-NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class Norm(nnx.Module):
@@ -141,19 +139,21 @@ def apply(
     named = {k: getattr(module, k, None) for k in norm.param_names}
     params = {k: v[...] for k, v in named.items() if v is not None}
     stats = {k: v[...] for k, v in variables.items()}
-    y, new = run(
+    call = prepared(
         norm,
         x,
         params,
         stats,
+        inputs,
         flag=flag,
-        mask=mask,
         dtype=_dtype(module, norm, x, stats, params),
         on_single_values=on_single_values,
-        inputs=inputs,
     )
-    for k, v in new.items():
-        _write(variables[k], v)
+    how = {"use_running_average": flag, "mask": mask, "dtype": call.dtype, **inputs}
+    y, new = norm.apply(call.x, params, call.stats, **how)
+    if call.updates:
+        for k, v in new.items():
+            _write(variables[k], v)
     return y
 
 
