@@ -48,6 +48,15 @@ def _converted(name: str, value: Any) -> Array:
     raise TypeError(f"{name} must be an array of numbers, got {shown(value)}")
 
 
+def array_or_none(value: Any) -> Array | np.ndarray | None:
+    """`value` as an array, of NumPy if none of it is one of JAX; None if it is none."""
+    try:
+        of_jax = any(isinstance(v, Array) for v in jax.tree.leaves(value))
+        return jnp.asarray(value) if of_jax else np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def as_real(name: str, value: Any) -> Any:
     """`value` as a Python number where it is known, else as a traced scalar."""
     value = _scalar(value)
@@ -152,16 +161,21 @@ def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
 
 def as_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     """`value` as a dtype of real or complex floating point."""
-    try:
-        dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
-        dtype = None
+    dtype = dtype_or_none(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{name} must be a dtype of floating point, such as jnp.float32, got "
             f"{shown(value)}"
         )
     return dtype
+
+
+def dtype_or_none(value: Any) -> jnp.dtype | None:
+    """`value` as a dtype; None if it is none."""
+    try:
+        return None if value is None else jnp.dtype(value)
+    except TypeError:
+        return None
 
 
 def as_name(name: str, value: Any) -> str | None:
