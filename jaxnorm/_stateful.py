@@ -221,7 +221,7 @@ class RunningNorm(StatefulNorm):
         """The statistics, moved towards those of a batch of `shape`, or with its
         moments pooled into those of batches before."""
         if BATCH[0] in stats:
-            return running.pooled(stats, m, self.stats_axes(shape))
+            return running.accumulate(stats, m, self.stats_axes(shape))
         return running.update_stats(
             stats,
             m,

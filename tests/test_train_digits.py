@@ -33,7 +33,7 @@ def example():
         jobs[key] = jobs.get(key) or make_job(model, optimizer, devices)
         return jobs[key]
 
-    module.make_job = shared_job
+    vars(module).update(make_job=shared_job)
     models = module.resnet.MODELS | {
         "linen": functools.cache(module.resnet.linen_model)
     }

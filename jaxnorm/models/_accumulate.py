@@ -50,7 +50,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
     [ True] [ True]
     """
     return map_layers(
-        lambda _, stats: running.init_batch(stats), batch_stats, where=where
+        lambda _, stats: running.start_accumulation(stats), batch_stats, where=where
     )
 
 
@@ -96,7 +96,7 @@ def commit(
                 f"{momentum}: give None where batches are counted, else a number, as "
                 "in the norm's own settings"
             )
-        m = running.batch(stats)
+        m = running.accumulated(stats)
         axes = Axes.keep(m.var.shape, tuple(range(m.var.ndim)))
         names = tuple(k for k in ("mean", "var") if k in stats)
         return running.update_stats(

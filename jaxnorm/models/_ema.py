@@ -132,4 +132,4 @@ def _averaged(
 def _blended(a: ArrayLike, b: ArrayLike, decay: ArrayLike) -> Array:
     """The average of two arrays; a copy of `b` where they are no floating point."""
     floating = jnp.issubdtype(jnp.asarray(a).dtype, jnp.inexact)
-    return between(a, b, decay) if floating else running.own(jnp.asarray(b))
+    return between(a, b, decay) if floating else running.copy_of(jnp.asarray(b))

@@ -145,7 +145,9 @@ def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree
 
 def copied(tree: Tree) -> Tree:
     """A copy of `tree`, whose arrays may be donated while `tree` is in use."""
-    return jax.tree.map(lambda v: running.own(v) if isinstance(v, Array) else v, tree)
+    return jax.tree.map(
+        lambda v: running.copy_of(v) if isinstance(v, Array) else v, tree
+    )
 
 
 def map_layers(

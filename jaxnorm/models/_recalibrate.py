@@ -137,7 +137,7 @@ def _union(a: Any, b: Any) -> Moments:
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
     """The statistics of a layer that gathers moments, and may normalize by these."""
     switch = marks.marks(stats, RUNNING) if by_running else {}
-    return running.init_batch(stats) | switch
+    return running.start_accumulation(stats) | switch
 
 
 def _gathered(
