@@ -26,9 +26,7 @@ from jaxnorm._marks import use
 from jaxnorm._moments import Moments
 from jaxnorm._normalize import normalize
 from jaxnorm._reduce import moments
-from jaxnorm._running import as_arrays
 from jaxnorm._settings import Settings
-from jaxnorm._sharding import automatically
 from jaxnorm._standardize import standardize
 
 Params = Mapping[str, ArrayLike | None]  # {"scale", "bias"} for most methods
@@ -38,10 +36,12 @@ Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
 
 
 def _initializer(init: Init) -> Init:
-    """`init` of arguments that have been checked, whichever method it is of."""
+    """An initializer that checks its arguments before it calls `init`."""
 
     @functools.wraps(init)
-    def checked(self, feature_shape, dtype=jnp.float32):
+    def checked(
+        self: "Norm", feature_shape: Any, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         shape = as_feature_shape("feature_shape", feature_shape)
         return init(self, shape, as_dtype("dtype", dtype))
 
@@ -205,18 +205,18 @@ class Norm(Settings, abc.ABC):
 
         `options` are the activation, residual and implementation of `normalize`.
         """
-        return normalize(
-            x,
-            params,
-            self.axes(x.shape),
-            epsilon=self.epsilon,
-            center=self.center,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=dtype,
-            **options,
-        )
+        how = {"mask": mask, "dtype": dtype, **self.reduction, **options}
+        return normalize(x, params, self.axes(x.shape), **how)
+
+    @property
+    def reduction(self) -> dict[str, Any]:
+        """Arguments of `normalize` that are settings of every norm."""
+        return {
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
 
     @final
     def batch_moments(self, x: Array, mask: ArrayLike | None) -> Moments:
@@ -272,32 +272,7 @@ class Norm(Settings, abc.ABC):
 
 
 class ActivatedNorm(Norm):
-    """A norm whose result an activation is applied to, and before it a residual added,
-    where a call passes one."""
+    """A norm with an activation, before which it adds the residual of the call."""
 
     activation: str | None = None
     optional_inputs = ("residual",)
-
-
-def on_any_mesh(apply: Callable[..., tuple[Array, dict[str, Array]]]) -> Any:
-    """The `apply` of a norm, also on a mesh of explicit axes.
-
-    The result is sharded as `x`, and the new statistics are as the old ones.
-    """
-
-    @functools.wraps(apply)
-    def call(self, x, params, stats, **others):
-        if getattr(self, "implementation", None) not in (None, "xla"):
-            # Kernels are parted along explicit axes, so that they can be exported.
-            return apply(self, x, params, stats, **others)
-
-        def applied(settings, others, x, params, stats):
-            norm = dataclasses.replace(self, **settings) if settings else self
-            return apply(norm, x, params, stats, **others)
-
-        stats = as_arrays(stats)
-        settings = {k: v for k, v in vars(self).items() if isinstance(v, Array)}
-        given = settings, others, x, params, stats
-        return automatically(applied, *given, like=(x, stats))
-
-    return call

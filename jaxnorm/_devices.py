@@ -1,4 +1,4 @@
-"""Where devices meet: moments pooled over named axes, with one collective each way."""
+"""Statistics shared by devices, with one collective forward and one backward."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Groups = tuple[tuple[int, ...], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peers:
-    """The devices that share statistics with this one, the index of which is `place`.
+    """The devices that share statistics, and the index of this one, `place`.
 
     Known before any derivative is taken: its rule may run where the axes of a vmap are
     gone, and only a psum over them can still be asked for.
@@ -155,37 +155,46 @@ def sync(
     return pooled(m, peers(axis_name, axis_index_groups))
 
 
-def pooled(m: Moments, shared: Peers | None) -> Moments:
-    """`sync` over devices that are known."""
-    if shared is None:
+def pooled(m: Moments, peers: Peers | None) -> Moments:
+    """The moments of all `peers` together; `m` itself where there are none."""
+    if peers is None:
         return m
-    union = _pooled(m, shared)
-    known = isinstance(m.size, int) and shared.groups is None
-    return union._replace(size=m.size * shared.size) if known else union
+    union = _pooled(m, peers)
+    known = isinstance(m.size, int) and peers.groups is None
+    return union._replace(size=m.size * peers.size) if known else union
 
 
 @jax.custom_jvp
-def _pooled(m: Moments, shared: Peers) -> Moments:
+def _pooled(m: Moments, peers: Peers) -> Moments:
     own = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     residue = jnp.broadcast_to(jnp.asarray(m.residue, m.mean.dtype), m.mean.shape)
     m = Moments(m.mean, m.var, own, residue)
-    slots = shared.size * len(m) * m.mean.size * m.mean.dtype.itemsize
+    slots = peers.size * len(m) * m.mean.size * m.mean.dtype.itemsize
     large = is_known(slots) and slots > MAX_SLOT_BYTES
-    if shared.groups is None and large:
-        return pool(m, lambda v: lax.psum(v, shared.name))
-    return _pool_slots(m, shared)
+    if peers.groups is None and large:
+        return pool(m, lambda v: lax.psum(v, peers.name))
+    return _pool_slots(m, peers)
 
 
 @_pooled.defjvp
-def _pooled_jvp(primals, tangents):
-    (own, shared), (dm, _) = primals, tangents
-    m = _pooled(own, shared)
+def _pooled_jvp(
+    primals: tuple[Moments, Peers], tangents: tuple[Moments, Any]
+) -> tuple[Moments, Moments]:
+    (own, peers), (dm, _) = primals, tangents
+    m = _pooled(own, peers)
     offset = own.mean - m.mean
-    dmean, dvar = pooled_tangent(shared, offset, own.size, m.size, dm.mean, dm.var)
+    dmean, dvar = pooled_tangent(peers, offset, own.size, m.size, dm.mean, dm.var)
     return m, Moments(dmean, dvar, *(zero_from_primal(v) for v in m[2:]))
 
 
-def pooled_tangent(shared, offset, size, whole, dmean, dvar):
+# With  w = size / whole  as the device's weight:
+#
+#   dmean_pooled = sum(w dmean),   dvar_pooled = sum(w (dvar + 2 offset dmean))
+
+
+def pooled_tangent(
+    peers: Peers, offset: Array, size: Any, whole: Any, dmean: Array, dvar: Array
+) -> tuple[Array, Array]:
     """The tangents of the pooled moments, from those of each device's own, by one psum.
 
     `offset` is the device's mean less the pooled one, whose tangent drops out of the
@@ -195,50 +204,50 @@ def pooled_tangent(shared, offset, size, whole, dmean, dvar):
     weight = size / jnp.maximum(whole, 1)
     dvar = dvar + 2 * (offset.conj() * dmean).real
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
-    dmean, dvar = group_sum(jnp.stack(shares), shared)
+    dmean, dvar = group_sum(jnp.stack(shares), peers)
     return dmean, dvar.real
 
 
-def _pool_slots(m: Moments, shared: Peers) -> Moments:
+def _pool_slots(m: Moments, peers: Peers) -> Moments:
     """Pools what every device of the group wrote into a slot of its own."""
     parts = (m.mean, m.residue, m.var, *split_size(m.size))
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
-    slots = gather(own, shared)
+    slots = gather(own, peers)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
     each = Moments(mean, var.real, join_size(high, low), residue)
     pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 
 
-def gather(v: Array, shared: Peers | None) -> Array:
+def gather(v: Array, peers: Peers | None) -> Array:
     """`v` of every device of the group, along a new leading axis, by one psum.
 
     Where groups differ in size, the smaller ones end with zeros.
     """
-    if shared is None:
+    if peers is None:
         return v[None]
-    members, place = shared.size, shared.place
-    if shared.groups is not None:
-        members = max(map(len, shared.groups))
-        place = jnp.asarray(_places(shared.groups))[place]
+    members, place = peers.size, peers.place
+    if peers.groups is not None:
+        members = max(map(len, peers.groups))
+        place = jnp.asarray(_places(peers.groups))[place]
     slots = jnp.zeros((members, *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, place, 0)
-    return group_sum(slots, shared)
+    return group_sum(slots, peers)
 
 
-def group_sum(v: Array, shared: Peers | None) -> Array:
+def group_sum(v: Array, peers: Peers | None) -> Array:
     """The sum of `v` over the devices of this device's group, by one psum.
 
     psum has groups of its own, but not under vmap, nor in shard_map with check_vma.
     """
-    if shared is None:
+    if peers is None:
         return v
-    if shared.groups is None:
-        return lax.psum(v, shared.name)
-    group = jnp.asarray(_group_of(shared.groups))[shared.place]
-    slots = jnp.zeros((len(shared.groups), *v.shape), v.dtype)
+    if peers.groups is None:
+        return lax.psum(v, peers.name)
+    group = jnp.asarray(_group_of(peers.groups))[peers.place]
+    slots = jnp.zeros((len(peers.groups), *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
-    slots = lax.psum(slots, shared.name)
+    slots = lax.psum(slots, peers.name)
     return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
 
 

@@ -1,9 +1,8 @@
 """What the Linen and the NNX modules have in common: settings in, a call out."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,12 @@ from jaxnorm._arguments import (
 )
 from jaxnorm._base import Norm
 from jaxnorm._dtypes import as_floating, promote, widened
-from jaxnorm._marks import RUNNING
+from jaxnorm._marks import use
+from jaxnorm._methods.batch_norm import BatchNorm
+from jaxnorm._methods.group_norm import GroupNorm
+from jaxnorm._methods.instance_norm import InstanceNorm
+from jaxnorm._methods.layer_norm import LayerNorm
+from jaxnorm._methods.rms_norm import RMSNorm
 from jaxnorm._weights._arguments import features
 from jaxnorm._weights.spectral_norm import spectral_norm
 from jaxnorm._weights.weight_norm import weight_norm
@@ -78,10 +82,24 @@ def check(arguments: Mapping[str, Any], module: type) -> None:
         )
 
 
+# The settings that a class of Flax's name has as attributes of the same name.
+_ALL = ("epsilon", "axis_name", "axis_index_groups")
+_OF_ROWS = (*_ALL, "reduction_axes", "feature_axes", "implementation")
+_ATTRIBUTES: dict[type[Norm], tuple[str, ...]] = {
+    BatchNorm: (*_ALL, "momentum", "unbiased", "axis", "activation"),
+    LayerNorm: _OF_ROWS,
+    RMSNorm: _OF_ROWS,
+    GroupNorm: (
+        *(*_ALL, "num_groups", "group_size", "reduction_axes"),
+        *("activation", "implementation"),
+    ),
+    InstanceNorm: (*_ALL, "activation", "implementation"),
+}
+
+
 def settings(kind: type[Norm], module: Any, **others: Any) -> Norm:
-    """The settings value of `kind`, from the attributes that `module` names alike."""
-    names = [f.name for f in dataclasses.fields(kind) if hasattr(module, f.name)]
-    return kind(**({k: getattr(module, k) for k in names} | others))
+    """The settings value of `kind` that `module` stands for; `others` come first."""
+    return kind(**({k: getattr(module, k) for k in _ATTRIBUTES[kind]} | others))
 
 
 def refuse(problem: str) -> None:
@@ -94,19 +112,27 @@ def warn(problem: str) -> None:
     warnings.warn(problem, stacklevel=2)
 
 
-def run(
+class Call(NamedTuple):
+    """What a module passes to the norm, and whether it writes the statistics back."""
+
+    x: Array
+    stats: dict[str, Array]
+    dtype: jnp.dtype
+    updates: bool
+
+
+def prepared(
     norm: Norm,
     x: ArrayLike,
     params: Mapping[str, Array],
     stats: Mapping[str, Array],
+    inputs: Mapping[str, Any],
     *,
     flag: bool | Array,
-    mask: ArrayLike | None,
     dtype: DTypeLike | None,
     on_single_values: Callable[[str], None],
-    inputs: Mapping[str, Any],
-) -> tuple[Array, dict[str, Array]]:
-    """Applies `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
+) -> Call:
+    """A call of `norm` with Flax's output dtype: `dtype`, or that of all inputs."""
     given = jnp.asarray(x).dtype
     x = as_floating(x)
     means = (v for v in stats.values() if jnp.iscomplexobj(v))
@@ -115,15 +141,13 @@ def run(
     if not jnp.issubdtype(dtype, jnp.inexact):
         dtype = promote(dtype, jnp.float32)
     norm.check_call(x, params, inputs)
-    problem = norm.single_value_problem(x.shape, RUNNING in stats or flag)
+    by_batch, updates = use(stats, flag)
+    problem = norm.single_value_problem(x.shape, by_batch)
     if problem:
         on_single_values(problem)
     x = widened(x, dtype)
-    if flag is not True:
-        stats = _with_room(norm, stats, x)
-    return norm.apply(
-        x, params, stats, use_running_average=flag, mask=mask, dtype=dtype, **inputs
-    )
+    stats = dict(stats) if flag is True else _with_room(norm, stats, x)
+    return Call(x, stats, dtype, updates)
 
 
 def stats_dtype(*dtypes: DTypeLike | None) -> jnp.dtype:
@@ -167,9 +191,12 @@ def weight_normed(module: Any, kernel: Array, scale: Array | None) -> Array:
 def weight_standardized(module: Any, kernel: Array, scale: Array | None) -> Array:
     """`kernel` as the layer in a WeightStandardization computes with it."""
     kernel = _promoted(kernel, scale)
-    axes = features(kernel.shape, module.feature_axes).reduce
     kernel = weight_standardize(
-        kernel, axes, module.epsilon, scale, scaled=module.scaled
+        kernel,
+        scale,
+        feature_axes=module.feature_axes,
+        epsilon=module.epsilon,
+        scaled=module.scaled,
     )
     return kernel.astype(module.dtype or kernel.dtype)
 

@@ -1,8 +1,11 @@
 """Step 2: mean, variance and number of the elements that share statistics."""
 
-from collections.abc import Callable, Iterable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
@@ -87,13 +90,46 @@ def union(a: Moments, b: Moments) -> Moments:
     far = Moments(*(jnp.where(less, v, w) for v, w in zip(a, b, strict=True)))
     size = a.size + b.size
     weight = far.size / jnp.maximum(size, 1)
-    offset = (far.mean - near.mean) + (far.residue - near.residue)
-    offset = jnp.where(weight > 0, offset, jnp.zeros_like(offset))
-    mean, residue = two_sum(near.mean, near.residue + weight * offset)
-    spread = (1 - weight) * jnp.square(offset)
-    return Moments(
-        mean, near.var + weight * (far.var - near.var + spread), size, residue
-    )
+    # Relative to the larger set: the weights do not add up to 1 to the last bit, which
+    # would add up over many batches.
+    change = jax.tree.map(lambda v, u: jnp.where(weight > 0, v - u, 0), far, near)
+    none = jax.tree.map(jnp.zeros_like, near)
+    m = mix((none, change), (1 - weight, weight))
+    mean, residue = two_sum(near.mean, near.residue + m.residue)
+    return Moments(mean, near.var + m.var, size, residue)
+
+
+def mix(
+    parts: Sequence[Moments],
+    weights: Iterable[Any],
+    var_weights: Iterable[Any] | None = None,
+) -> Moments:
+    """Moments of a mixture in which each of `parts` has a weight; these add up to 1.
+
+        mean = sum(weights * means)
+        var = sum(weights * (vars + abs(means - mean)**2))
+
+    With `var_weights`, the variance is `sum(var_weights * vars)`, without the spread of
+    the means. The result has the mean of the first part, and how far the mean of the
+    mixture is from it as its residue, so that nothing is rounded; its size is 1. Arrays
+    are all of JAX or all of NumPy, of one precision.
+    """
+    weights, (first, *_) = [*weights], parts
+    offsets = [(m.mean - first.mean) + (m.residue - first.residue) for m in parts]
+    shift = _weighed(weights, offsets)
+    if var_weights is None:
+        around = [v - shift for v in offsets]
+        pairs = zip(parts, around, strict=True)
+        var = _weighed(weights, [m.var + (v * v.conj()).real for m, v in pairs])
+    else:
+        var = _weighed([*var_weights], [m.var for m in parts])
+    return Moments(first.mean, var, 1, first.residue + shift)
+
+
+def _weighed(weights: Sequence[Any], values: Sequence[Any]) -> Any:
+    """The sum of `values`, each times its weight."""
+    pairs = zip(weights, values, strict=True)
+    return functools.reduce(operator.add, (w.astype(v.dtype) * v for w, v in pairs))
 
 
 def moved(m: Moments, pivot: Array) -> Moments:

@@ -19,10 +19,8 @@ from jaxnorm._fused import Operands, Reduction, standardize_by_own
 from jaxnorm._moments import Moments, like_moments
 from jaxnorm._rectify import rectify
 from jaxnorm._reduce import moments
-from jaxnorm._sharding import automatically
-from jaxnorm._standardize import (
-    as_param,
-)
+from jaxnorm._sharding import automatically, on_explicit_mesh
+from jaxnorm._standardize import as_param
 from jaxnorm._working import as_mask, check_axes
 
 IMPLEMENTATIONS = ("xla", "triton", "mosaic")
@@ -79,12 +77,16 @@ def normalize(
     reduction = Reduction(axes, as_bool("center", center), out_dtype(x, dtype))
     peers = devices.peers(axis_name, axis_index_groups)
     mask = as_mask(mask, x.shape)
-    affines = tuple(as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
+    scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
     if implementation not in (None, "xla"):
         _check_unfit(implementation, mask, peers, residual, epsilon)
-        return _by_kernels(implementation, activation, reduction, x, epsilon, *affines)
+        return _by_kernels(
+            implementation, activation, reduction, x, epsilon, scale, bias
+        )
     epsilon = jnp.asarray(epsilon, wide).real
-    operands = Operands(x, mask, peers, epsilon, *affines, residual)
+    operands = Operands(x, mask, peers, epsilon, scale, bias, residual)
+    if not on_explicit_mesh(operands):
+        return _normalize_and_activate(reduction, activation, operands)
     formula = functools.partial(_normalize_and_activate, reduction, activation)
     return automatically(formula, operands, like=(x, like_moments(x, axes)))
 
@@ -103,7 +105,7 @@ def _by_kernels(
     activation: str | None,
     reduction: Reduction,
     x: Array,
-    epsilon: ArrayLike,
+    epsilon: Any,
     scale: Array | None,
     bias: Array | None,
 ) -> tuple[Array, Moments]:

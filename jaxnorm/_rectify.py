@@ -20,12 +20,7 @@ from jaxnorm._fused import (
     widened_tangent,
 )
 from jaxnorm._moments import Moments
-from jaxnorm._standardize import (
-    Line,
-    affine,
-    apply_line,
-    line_tangent,
-)
+from jaxnorm._standardize import Line, affine, apply_line, line_tangent
 from jaxnorm._working import from_working, to_working
 
 T = TypeVar("T")

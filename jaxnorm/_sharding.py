@@ -64,45 +64,60 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
     with the axes as they were; what it is given is sharded as the first array of the
     same shape among `args`.
     """
-    leaves, tree = jax.tree.flatten(args)
-    mesh = next((m for m in map(_mesh, leaves) if m.explicit_axes), None)
+    mesh = _explicit_mesh(args)
     if mesh is None:
         return f(*args)
-    others = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
-    free = NamedSharding(others, PartitionSpec())
+    leaves, tree = jax.tree.flatten(args)
     arrays = {i: v for i, v in enumerate(leaves) if isinstance(v, Array)}
-    specs = collections.defaultdict(PartitionSpec)
-    specs |= {v.shape: spec_of(v) for v in reversed(arrays.values())}
+    border = _Border(mesh, list(arrays.values()))
 
-    def inside(v):
-        if _mesh(v).explicit_axes:
-            return reshard(v, free)
-        return outside(v) if callable(v) and not isinstance(v, type) else v
-
-    def outside(function):
-        def call(*given):
-            with use_abstract_mesh(mesh):
-                as_before = (NamedSharding(mesh, specs[v.shape]) for v in given)
-                out = function(*map(reshard, given, as_before))
-            return reshard(out, free)
-
-        return call
-
-    def placed(like, v):
-        if not isinstance(v, Array):
-            return v  # what is known while tracing stays so
-        spec = spec_of(like) if v.ndim else PartitionSpec()
-        return reshard(v, NamedSharding(mesh, spec))
-
-    def run(arrays):
-        with use_abstract_mesh(others):
-            given = [inside(arrays.get(i, v)) for i, v in enumerate(leaves)]
-            out = f(*jax.tree.unflatten(tree, given))
-        return jax.tree.map(placed, like, out)
+    def run(arrays: dict[int, Array]) -> Any:
+        with use_abstract_mesh(border.automatic):
+            inside = [border.enter(arrays.get(i, v)) for i, v in enumerate(leaves)]
+            out = f(*jax.tree.unflatten(tree, inside))
+        return jax.tree.map(border.leave, like, out)
 
     # What a shard_map over some of the axes keeps for its backward pass, such as these
     # arrays, must have the axes that it has itself.
     return jax.checkpoint(run)(arrays) if mesh.manual_axes else run(arrays)
+
+
+class _Border:
+    """What passes between a mesh of explicit axes and one where these are automatic."""
+
+    def __init__(self, mesh: AbstractMesh, arrays: list[Array]):
+        self.mesh = mesh
+        types = dict.fromkeys(mesh.explicit_axes, AxisType.Auto)
+        self.automatic = mesh.update_axis_types(types)
+        self.free = NamedSharding(self.automatic, PartitionSpec())
+        self.specs = {v.shape: spec_of(v) for v in reversed(arrays)}
+
+    def enter(self, v: Any) -> Any:
+        """An array without the explicit axes; a function of such arrays for one of
+        arrays with them."""
+        if _mesh(v).explicit_axes:
+            return reshard(v, self.free)
+        is_function = callable(v) and not isinstance(v, type)
+        return self._called_outside(v) if is_function else v
+
+    def leave(self, like: Any, v: Any) -> Any:
+        """An array that is sharded as `like`; what is known while tracing stays so."""
+        if not isinstance(v, Array):
+            return v
+        spec = spec_of(like) if v.ndim else PartitionSpec()
+        return reshard(v, NamedSharding(self.mesh, spec))
+
+    def _called_outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arrays: Array) -> Any:
+            with use_abstract_mesh(self.mesh):
+                out = function(*map(self._as_before, arrays))
+            return reshard(out, self.free)
+
+        return call
+
+    def _as_before(self, v: Array) -> Array:
+        spec = self.specs.get(v.shape, PartitionSpec())
+        return reshard(v, NamedSharding(self.mesh, spec))
 
 
 def sharded_as(first: str) -> Callable[[F], F]:
@@ -111,16 +126,27 @@ def sharded_as(first: str) -> Callable[[F], F]:
 
     def decorated(f: Any) -> Any:
         @functools.wraps(f)
-        def call(*args, **kwargs):
-            def given(args, kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not on_explicit_mesh(args, kwargs):
                 return f(*args, **kwargs)
-
             like = args[0] if args else kwargs.get(first)
-            return automatically(given, args, kwargs, like=like)
+            return automatically(
+                lambda args, kwargs: f(*args, **kwargs), args, kwargs, like=like
+            )
 
         return call
 
     return decorated
+
+
+def on_explicit_mesh(*args: Any) -> bool:
+    """Whether one of the arrays in `args` is on a mesh with explicit axes."""
+    return _explicit_mesh(args) is not None
+
+
+def _explicit_mesh(args: Any) -> AbstractMesh | None:
+    meshes = map(_mesh, jax.tree.leaves(args))
+    return next((m for m in meshes if m.explicit_axes), None)
 
 
 def _mesh(v: Any) -> AbstractMesh:

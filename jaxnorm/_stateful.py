@@ -12,14 +12,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._marks import BATCH, MARKS, SWITCHES, use, without
+from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
 from jaxnorm._moments import Moments
 from jaxnorm._running import as_arrays
 
 
 class StatefulNorm(Norm):
-    """A norm that learns statistics at training and uses them at evaluation."""
+    """A norm that learns statistics in training and uses them in evaluation."""
 
     momentum: float | None = 0.99
     counts_batches: ClassVar[bool] = False  # whether momentum=None averages all batches
@@ -44,7 +45,6 @@ class StatefulNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         """The normalized batch, and the statistics after it."""
 
@@ -57,7 +57,6 @@ class StatefulNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         """`x` normalized by `stats`."""
 
@@ -65,10 +64,10 @@ class StatefulNorm(Norm):
     def check_stats(self, stats: Stats, shape: Shape) -> None:
         """Raises unless `stats` hold what `init_stats` makes for inputs of `shape`."""
         running.require(stats, self._expected(shape))
-        self._check_given(as_arrays(stats), shape)
+        self._check_entries(as_arrays(stats), shape)
 
-    def _check_given(self, stats: Mapping[str, Array], shape: Shape) -> None:
-        """Raises for statistics that `init_stats` makes in another way, or not."""
+    def _check_entries(self, stats: Mapping[str, Array], shape: Shape) -> None:
+        """Raises for statistics of names, shapes or kinds that `init_stats` has not."""
         expected = self._expected(shape)
         # Methods that keep but one of mean and var leave the other as it is.
         known = {"mean", "var", *expected, *MARKS}
@@ -99,7 +98,6 @@ class StatefulNorm(Norm):
         return _initial(self, features)
 
     @final
-    @on_any_mesh
     def apply(
         self,
         x: Array,
@@ -111,12 +109,15 @@ class StatefulNorm(Norm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
+        how = {"mask": mask, "dtype": dtype, **inputs}
+        if is_for_automatic_axes(self, x, params, stats, how, use_running_average):
+            how["use_running_average"] = use_running_average
+            return apply_automatically(self, x, params, stats, how)
         by_batch, updates = use(stats, use_running_average)
         same = as_arrays(stats)
         own = without(same, SWITCHES)
         self._check_accumulation(stats)
-        self._check_given(own, x.shape)
-        how = {"mask": mask, "dtype": dtype, **inputs}
+        self._check_entries(own, x.shape)
         if not (by_batch or updates):
             return self.evaluate(x, params, own, **how), same
         self.check_bound()
@@ -162,7 +163,7 @@ def _initial(norm: Norm, features: Shape) -> dict[str, tuple[Shape, bool]]:
 
 
 class RunningNorm(StatefulNorm):
-    """A norm by batch moments at training and by their moving average at evaluation.
+    """A norm by batch moments in training and by their moving average in evaluation.
 
     `momentum` is the weight of the old statistics at each step; None keeps the average
     over all batches instead. With `unbiased` the variance kept is the unbiased one, as
@@ -183,7 +184,6 @@ class RunningNorm(StatefulNorm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> tuple[Array, Moments]:
         """Normalizes by the batch; returns the moments that the running ones follow,
         one of each per feature."""
@@ -221,7 +221,7 @@ class RunningNorm(StatefulNorm):
         """The statistics, moved towards those of a batch of `shape`, or with its
         moments pooled into those of batches before."""
         if BATCH[0] in stats:
-            return running.pooled(stats, m, self.stats_axes(shape))
+            return running.accumulate(stats, m, self.stats_axes(shape))
         return running.update_stats(
             stats,
             m,
@@ -240,7 +240,6 @@ class RunningNorm(StatefulNorm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         m = running.read(stats, self.axes(x.shape), x.dtype, stat_names=self.stat_names)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)

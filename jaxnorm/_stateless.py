@@ -8,14 +8,15 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._axes import Axes, Shape
-from jaxnorm._base import ActivatedNorm, Norm, Params, Stats, on_any_mesh
+from jaxnorm._base import ActivatedNorm, Norm, Params, Stats
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS, without
+from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
 from jaxnorm._running import as_arrays
 
 
 class StatelessNorm(Norm):
-    """A norm by the moments of the array at hand, at training and evaluation alike."""
+    """A norm by the moments of its input, in training and evaluation alike."""
 
     has_stats = False
 
@@ -33,13 +34,11 @@ class StatelessNorm(Norm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-        **inputs: Any,
     ) -> Array:
         """Normalizes by the moments over `axes`, unless a method says otherwise."""
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)[0]
 
     @final
-    @on_any_mesh
     def apply(
         self,
         x: Array,
@@ -51,6 +50,10 @@ class StatelessNorm(Norm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
+        how = {"mask": mask, "dtype": dtype, **inputs}
+        if is_for_automatic_axes(self, x, params, stats, how):
+            how["use_running_average"] = use_running_average
+            return apply_automatically(self, x, params, stats, how)
         self.check_bound()
         unknown = sorted(without(stats, MARKS))
         if unknown:
@@ -58,31 +61,24 @@ class StatelessNorm(Norm):
                 f"{type(self).__name__} keeps no statistics, but stats holds "
                 f"{unknown}: pass {{}}"
             )
-        y = self.transform(x, params, mask=mask, dtype=dtype, **inputs)
+        y = self.transform(x, params, **how)
         return y, as_arrays(stats)
 
 
 class KernelNorm(StatelessNorm):
-    """A norm that there are kernels for GPUs for, with the `implementation` to take."""
+    """A norm with kernels for GPUs, which `implementation` chooses."""
 
     implementation: str | None = None
 
-    def transform(
-        self,
-        x: Array,
-        params: Params,
-        *,
-        mask: ArrayLike | None,
-        dtype: DTypeLike | None,
-        **options: Any,
-    ) -> Array:
+    @final
+    def by_implementation(self, x: Array, params: Params, **options: Any) -> Array:
         """Normalizes by the moments over `axes`; see `normalize` for the `options`."""
-        how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
-        return self.normalize_by_batch(x, params, **how, **options)[0]
+        options["implementation"] = self.implementation
+        return self.normalize_by_batch(x, params, **options)[0]
 
 
 class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
-    """A norm that kernels and activations may be asked of."""
+    """A norm with kernels for GPUs and an activation."""
 
     @final
     def transform(
@@ -95,7 +91,8 @@ class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
         residual: ArrayLike | None = None,
     ) -> Array:
         what_follows = {"activation": self.activation, "residual": residual}
-        return super().transform(x, params, mask=mask, dtype=dtype, **what_follows)
+        how = {"mask": mask, "dtype": dtype, **what_follows}
+        return self.by_implementation(x, params, **how)
 
 
 class ReductionNorm(KernelNorm):
@@ -136,4 +133,4 @@ class ReductionNorm(KernelNorm):
             scale = jnp.asarray(scale)
             wide = promote(at_least_float32(x.dtype), scale.dtype)
             params = {**params, "scale": scale.astype(wide) + 1}
-        return super().transform(x, params, mask=mask, dtype=dtype)
+        return self.by_implementation(x, params, mask=mask, dtype=dtype)

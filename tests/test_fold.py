@@ -18,7 +18,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm.models import Pair, affine_form, find_pairs, fold, fold_input, fold_output
 from jaxnorm.models._paths import path_name
-from jaxnorm.nnx._models import Identity
+from jaxnorm.nnx._fold import Identity
 
 IN, OUT = 4, 6
 BF16 = 2.0**-8  # the largest relative error of rounding to bfloat16
@@ -949,7 +949,7 @@ def test_partitioned_variables_are_folded_and_stay_so():
     assert_same(got, net.apply(variables, x))
 
 
-untyped: Any = jaxnorm  # as type checkers would refuse these calls
+untyped: Any = jaxnorm.models  # as type checkers would refuse these calls
 KERNEL = {"kernel": jnp.ones((IN, OUT))}
 STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
 

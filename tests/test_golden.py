@@ -190,9 +190,7 @@ def test_weight_standardization_of_timm():
     )
 
     def scaled(w, gain):
-        return jaxnorm.weight_standardize(
-            w, epsilon=EPSILON, gain=1.7 * gain, scaled=True
-        )
+        return jaxnorm.weight_standardize(w, 1.7 * gain, epsilon=EPSILON, scaled=True)
 
     check_kernel(scaled, case("timm_scaled_std_conv"), ("w", "gain"))
 

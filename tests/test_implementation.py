@@ -1,6 +1,7 @@
 """Kernels where they are asked for: as without them, or an error that says why not."""
 
 import functools
+import inspect
 import re
 
 import jax
@@ -134,9 +135,10 @@ def test_what_does_not_fit_says_why(message):
 
 def test_batch_norm_and_traced_epsilons_have_no_kernels():
     x = np.ones((4, 8, 128), np.float32)
-    stats = jaxnorm.init_stats(128)
+    assert "implementation" not in inspect.signature(jaxnorm.batch_norm).parameters
     with pytest.raises(ValueError, match="there are kernels for the last axis alone"):
-        jaxnorm.batch_norm(x, stats, use_running_average=False, implementation="mosaic")
+        axes = jaxnorm.Axes.keep(x.shape, -1)
+        jaxnorm.normalize(x, {}, axes, epsilon=1e-5, implementation="mosaic")
 
     def f(epsilon):
         return jaxnorm.layer_norm(x, epsilon=epsilon, implementation="triton")

@@ -233,7 +233,7 @@ def test_linen_weight_standardization(use_scale, scaled):
     assert set(params) == ({"layer_instance/kernel/scale"} if use_scale else set())
     gain = params.get("layer_instance/kernel/scale")
     kernel = jaxnorm.weight_standardize(
-        stored["kernel"], (0, 1, 2), 1e-2, gain, scaled=scaled
+        stored["kernel"], gain, epsilon=1e-2, scaled=scaled
     )
     want = layer.apply({"params": {**stored, "kernel": kernel}}, x)
     assert_close(jax.jit(module.apply)(variables, x), want)
@@ -247,7 +247,7 @@ def test_linen_weight_standardization_of_transposed_kernels():
     variables = jax.jit(module.init)(jax.random.key(0), x)
     assert variables["params"]["layer_instance/kernel/scale"].shape == (4,)
     stored = variables["params"]["layer_instance"]
-    kernel = jaxnorm.weight_standardize(stored["kernel"], (0, 1, 3))
+    kernel = jaxnorm.weight_standardize(stored["kernel"], feature_axes=-2)
     want = layer.apply({"params": {**stored, "kernel": kernel}}, x)
     assert_close(jax.jit(module.apply)(variables, x), want)
 

@@ -37,27 +37,6 @@ from jaxnorm._working import as_mask, from_working, to_working
 NAMES = ("control", "control_product", "control_mean")
 
 
-def control_labels(params: Any) -> Any:
-    """The tree `params`, with "control" for each leaf that gradients renew by being
-    subtracted as they are, and "parameter" for each other; for `optax.multi_transform`.
-
-    Nothing else may change the gradients of controls: clip, unscale or accumulate those
-    of the parameters within their own optimizer.
-
-    >>> from jaxnorm import models
-    >>> models.control_labels({"conv": {"kernel": 1.0}, "norm": {"control": 0.0}})
-    {'conv': {'kernel': 'parameter'}, 'norm': {'control': 'control'}}
-    """
-
-    def label(path, _):
-        names = [getattr(k, "key", getattr(k, "name", None)) for k in path]
-        # NNX keeps the array of a variable below its name.
-        names = [k for k in names if k not in ("value", "raw_value")]
-        return "control" if names[-1:] and names[-1] in NAMES else "parameter"
-
-    return jax.tree_util.tree_map_with_path(label, params)
-
-
 def as_control(
     name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike, *leading: int
 ) -> Array:
@@ -107,13 +86,13 @@ def controlled(
     gain = jnp.ones_like(rstd) if gain is None else gain
     rstd, gain, extra = lax.stop_gradient((rstd, gain, extra))
     size = jnp.maximum(jnp.asarray(size), 1).astype(rstd.dtype)
-    plan = Plan(renew, axes, dtype, copies(control, x))
+    plan = Renewal(renew, axes, dtype, copies(control, x))
     arrays = vary_together(x, rstd, gain, size, scale, bias, control, *extra)
     return _controlled(plan, x, mask, peers, *arrays[:6], tuple(arrays[6:]))
 
 
-class Plan(NamedTuple):
-    """What is known before any array is."""
+class Renewal(NamedTuple):
+    """How controls are renewed: what is known before any array is."""
 
     renew: Callable[..., tuple[Array, Array]]
     axes: Axes
@@ -122,16 +101,28 @@ class Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _controlled(plan, x, mask, peers, rstd, gain, size, scale, bias, control, extra):
+def _controlled(
+    plan: Renewal,
+    x: Array,
+    mask: Array | None,
+    peers: Peers | None,
+    rstd: Array,
+    gain: Array,
+    size: Any,
+    scale: Array | None,
+    bias: Array | None,
+    control: Array,
+    extra: tuple[Array, ...],
+) -> Array:
     y = affine(to_working(x, mask, plan.axes) * (rstd * gain), scale, bias)
     return from_working(y, mask, plan.axes, plan.dtype)
 
 
-def _forward(plan, *args):
+def _forward(plan: Renewal, *args: Any) -> tuple[Array, tuple[Any, ...]]:
     return _controlled(plan, *args), args
 
 
-def _backward(plan, args, dy):
+def _backward(plan: Renewal, args: Any, dy: Array) -> tuple[Any, ...]:
     x, mask, peers, rstd, gain, size, scale, bias, control, extra = args
     z = to_working(x, mask, plan.axes) * rstd
     dy = to_working(dy, mask, plan.axes).astype(z.dtype)
@@ -155,7 +146,7 @@ def _summed(v: Array, like: Array) -> Array:
 
 
 def copies(control: Array, like: Array) -> int:
-    """How many devices' gradients JAX adds up for `control`, which they share.
+    """The number of devices that share `control`, whose gradients JAX adds up.
 
     Known in shard_map with check_vma. Elsewhere gradients are averaged by whoever
     replicates the parameters, as usual.
@@ -165,7 +156,7 @@ def copies(control: Array, like: Array) -> int:
 
 
 def renewal(old: Array, new: Array, copies: int, like: Array) -> Array:
-    """What to return as the gradient of `old` on each of `copies` devices.
+    """The gradient that renews a control: `old` less `new`, over the number of devices.
 
     Nothing, where the new value is not finite: a bad batch leaves no trace.
     """

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._activation import add_and_activate
-from jaxnorm._axes import Axes
-from jaxnorm._base import ActivatedNorm, Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import ActivatedNorm, Params, Stats
+from jaxnorm._moments import Moments
+from jaxnorm._normalize import normalize
 from jaxnorm._stateful import RunningNorm
 from jaxnorm._working import as_mask
 
@@ -28,15 +30,33 @@ class BatchNorm(ActivatedNorm, RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype, residual=None):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> tuple[Array, Moments]:
         what_follows = {"activation": self.activation, "residual": residual}
-        how = {"mask": mask, "dtype": dtype, **what_follows}
-        return self.normalize_by_batch(x, params, **how)
+        how = {"mask": mask, "dtype": dtype, **self.reduction, **what_follows}
+        return normalize(x, params, self.axes(x.shape), **how)
 
-    def evaluate(self, x, params, stats, *, mask, dtype, residual=None):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         y = super().evaluate(x, params, stats, mask=mask, dtype=dtype)
         return add_and_activate(y, self.activation, residual, as_mask(mask, x.shape))
 

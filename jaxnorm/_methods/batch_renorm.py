@@ -1,16 +1,18 @@
 """Batch renormalization (Ioffe, 2017, https://arxiv.org/abs/1702.03275)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_real
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
+from jaxnorm._moments import Moments
 from jaxnorm._standardize import standardize
 from jaxnorm._stateful import RunningNorm
 
@@ -42,7 +44,7 @@ class BatchRenorm(RunningNorm):
     rmax: Limit = 3.0
     dmax: Limit = 5.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("rmax", 1), ("dmax", 0)):
             limit = getattr(self, name)
@@ -52,22 +54,32 @@ class BatchRenorm(RunningNorm):
                 raise ValueError(f"{name} must be at least {least}, got {limit}")
 
     @property
-    def _scheduled(self):
+    def _scheduled(self) -> bool:
         return callable(self.rmax) or callable(self.dmax)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Mean 0 and variance 1, and a step of 0 where a limit is a function of it."""
         stats = super().init_stats(feature_shape, dtype)
         return stats | ({"step": jnp.zeros((), jnp.int32)} if self._scheduled else {})
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        old = running.read(stats, where, x.dtype)
+        old = running.read(stats, axes, x.dtype)
         rmax, dmax = (
             self._limit(v, stats, m.var.dtype) for v in (self.rmax, self.dmax)
         )
@@ -81,7 +93,7 @@ class BatchRenorm(RunningNorm):
             x,
             m.mean,
             rstd,
-            where,
+            axes,
             scale=params.get("scale"),
             bias=params.get("bias"),
             residue=m.residue - d / rstd,
@@ -90,7 +102,7 @@ class BatchRenorm(RunningNorm):
         )
         return y, m
 
-    def _limit(self, limit, stats, dtype):
+    def _limit(self, limit: Any, stats: Stats, dtype: DTypeLike | None) -> Array:
         if callable(limit):
             running.require(stats, ("step",))
             limit = limit(jnp.asarray(stats["step"]))

@@ -1,15 +1,16 @@
 """Cross-iteration batch norm (Yao et al., 2020, https://arxiv.org/abs/2002.05712)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._arguments import as_array, check_function
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import at_least_float32, one_rounding
 from jaxnorm._moments import Moments, pool
 from jaxnorm._running import all_finite, replaced
@@ -44,15 +45,17 @@ class CrossIterationBatchNorm(RunningNorm):
     window: int = 4
     axis: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1 batch, got {self.window}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Those of batch norm, and the statistics, slopes and kernels of the past."""
         shapes = {"mean": feature_shape, "var": feature_shape}
         shapes |= dict.fromkeys(
@@ -67,14 +70,32 @@ class CrossIterationBatchNorm(RunningNorm):
         return super().init_stats(feature_shape, dtype) | past | batches
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> tuple[Array, Moments]:
         past = self._past(stats, x.shape)
         kernel = self._checked(inputs["kernel"], x.shape)
         own = self.batch_moments(x, mask)
         m = self._over_batches(own, past, kernel, x.shape)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
 
-    def train(self, x, params, stats, *, mask, dtype, **inputs):
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> tuple[Array, dict[str, Array]]:
         y, new = super().train(x, params, stats, mask=mask, dtype=dtype, **inputs)
         past, layer = self._past(stats, x.shape), inputs["layer"]
         check_function("layer", layer)
@@ -88,10 +109,19 @@ class CrossIterationBatchNorm(RunningNorm):
         rolled["batches"] = past["batches"] + 1
         return y, replaced(new, rolled, usable)
 
-    def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> Array:
         return super().evaluate(x, params, stats, mask=mask, dtype=dtype)
 
-    def _past(self, stats, shape):
+    def _past(self, stats: Stats, shape: Shape) -> dict[str, Array]:
         """The statistics of past batches, checked."""
         self.check_stats(stats, shape)
         past = {
@@ -101,7 +131,7 @@ class CrossIterationBatchNorm(RunningNorm):
         }
         return past | {"batches": jnp.asarray(stats["batches"])}
 
-    def _checked(self, kernel, shape):
+    def _checked(self, kernel: Array, shape: Shape) -> Array:
         features = self.axes(shape).feature_shape
         if jnp.shape(kernel) != self.kernel_shape or self.kernel_shape[-1:] != features:
             raise ValueError(
@@ -110,7 +140,9 @@ class CrossIterationBatchNorm(RunningNorm):
             )
         return as_array("kernel", kernel)
 
-    def _over_batches(self, own, past, kernel, shape):
+    def _over_batches(
+        self, own: Moments, past: dict[str, Array], kernel: Array, shape: Shape
+    ) -> Moments:
         """Moments of this batch and of past ones, as if by the present kernel."""
         wide = own.var.dtype
         moved = kernel.astype(wide)[None] - past["kernel"].astype(wide)
@@ -139,10 +171,12 @@ class CrossIterationBatchNorm(RunningNorm):
         size = jnp.broadcast_to(jnp.asarray(own.size), own.var.shape)
         return Moments(pooled.mean[0], pooled.var[0], size, pooled.residue[0])
 
-    def _with_slopes(self, kernel, measure):
+    def _with_slopes(
+        self, kernel: Array, measure: Callable[[Array], Moments]
+    ) -> tuple[dict[str, Array], Any]:
         """This batch's statistics, their slopes by the kernel, and their sizes."""
 
-        def measured(kernel):
+        def measured(kernel: Array) -> tuple[tuple[Array, Array], Any]:
             m = measure(kernel)
             return (m.mean, m.var), m.size
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._dtypes import at_least_float32, one_rounding
 from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
@@ -40,33 +41,44 @@ class DivisiveNorm(StatelessNorm):
     axis: int | Sequence[int] = -1
     initial_sigma: float = 1.0
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         along = canonicalize(self.window_axes, len(shape), "window_axes")
         return Axes.over(shape, along, canonicalize(self.axis, len(shape)))
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias, and one sigma."""
         return super().init_params(feature_shape, dtype) | {
             "sigma": jnp.full((), self.initial_sigma, dtype)
         }
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
-        along = where.reduce
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
+        along = axes.reduce
         widths = windows.as_widths(self.window, len(along), "window")
         mask = as_mask(mask, x.shape)
         wide = at_least_float32(x.dtype)
         # Without a mask, the number of neighbours depends on the place along windows.
         flat = tuple(n if a in along else 1 for a, n in enumerate(x.shape))
         scale, bias = (
-            as_param(k, params.get(k), where, wide) for k in self.param_names[:2]
+            as_param(k, params.get(k), axes, wide) for k in self.param_names[:2]
         )
         smooth = jnp.square(
             as_number("sigma", params.get("sigma"), self.initial_sigma, wide)
         )
 
-        def divide(x, smooth, scale, bias):
+        def divide(
+            x: Array, smooth: Array, scale: Array | None, bias: Array | None
+        ) -> Array:
             valid = jnp.ones(flat, bool) if mask is None else mask
             valid = jnp.broadcast_to(valid, flat if mask is None else x.shape)
             near = jnp.maximum(windows.total(valid.astype(wide), along, widths), 1)
@@ -81,7 +93,7 @@ class DivisiveNorm(StatelessNorm):
             y = centered * lax.rsqrt(square)
             return affine(y, scale, bias)
 
-        return pointwise(divide, x, where, smooth, scale, bias, mask=mask, dtype=dtype)
+        return pointwise(divide, x, axes, smooth, scale, bias, mask=mask, dtype=dtype)
 
 
 def divisive_norm(

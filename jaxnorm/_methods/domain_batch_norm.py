@@ -1,14 +1,15 @@
 """Domain-specific batch norm (Chang et al., 2019, https://arxiv.org/abs/1906.03950)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_array
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._moments import Moments, pool
@@ -41,28 +42,34 @@ class DomainBatchNorm(RunningNorm):
     share_affine: bool = True
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_domains < 1:
             raise ValueError(f"num_domains must be at least 1, got {self.num_domains}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias; for each domain, unless shared."""
         shape = () if self.share_affine else (self.num_domains,)
         return super().init_params((*shape, *feature_shape), dtype)
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Those of batch norm, along a leading axis of domains."""
         return super().init_stats((self.num_domains, *feature_shape), dtype)
 
-    def from_single(self, params: Params, stats: Stats) -> tuple[dict, dict]:
+    def from_single(
+        self, params: Params, stats: Stats
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Parameters and statistics of this norm from those of a trained batch norm:
         every domain starts with a copy."""
 
-        def copies(tree):
+        def copies(tree: Mapping[str, ArrayLike | None]) -> dict[str, Array]:
             return {
                 k: jnp.broadcast_to(jnp.asarray(v), (self.num_domains, *jnp.shape(v)))
                 for k, v in tree.items()
@@ -72,26 +79,44 @@ class DomainBatchNorm(RunningNorm):
         shared = {k: jnp.asarray(v) for k, v in params.items() if v is not None}
         return shared if self.share_affine else copies(params), copies(stats)
 
-    def stats_axes(self, shape):
+    def stats_axes(self, shape: Shape) -> Axes:
         table = (self.num_domains, *self.axes(shape).feature_shape)
         return Axes.keep(table, tuple(range(len(table))))
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype, **inputs):
-        where = Axes.per_example(x.shape, self.axis)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> tuple[Array, Moments]:
+        axes = Axes.per_example(x.shape, self.axis)
         domain = self._checked(inputs["domain"], x.shape)
-        m = self.sync(self._by_domain(moments(x, where, mask=mask), domain))
+        m = self.sync(self._by_domain(moments(x, axes, mask=mask), domain))
         return self._standardized(x, params, m, domain, mask, dtype), m
 
     @one_rounding
-    def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> Array:
         domain = self._checked(inputs["domain"], x.shape)
         m = running.read(stats, self.stats_axes(x.shape), x.dtype)
         shape = (self.num_domains, *self.axes(x.shape).stats_shape[1:])
         m = Moments(m.mean.reshape(shape), m.var.reshape(shape), 1)
         return self._standardized(x, params, m, domain, mask, dtype)
 
-    def _checked(self, domain, shape):
+    def _checked(self, domain: Array, shape: Shape) -> Array:
         domain = as_array("domain", domain)
         if domain.shape != shape[:1] or not jnp.issubdtype(domain.dtype, jnp.integer):
             raise ValueError(
@@ -100,7 +125,7 @@ class DomainBatchNorm(RunningNorm):
             )
         return domain.astype(jnp.int32)
 
-    def _by_domain(self, each, domain):
+    def _by_domain(self, each: Moments, domain: Array) -> Moments:
         """The moments of each domain, along the leading axis."""
         here = domain[None] == jnp.arange(self.num_domains, dtype=jnp.int32)[:, None]
         here = here.reshape(*here.shape, *[1] * (each.var.ndim - 1))
@@ -110,7 +135,15 @@ class DomainBatchNorm(RunningNorm):
         pooled = pool(sets, lambda v: v.sum(1, keepdims=True))
         return Moments(*(v[:, 0] for v in pooled))
 
-    def _standardized(self, x, params, m, domain, mask, dtype):
+    def _standardized(
+        self,
+        x: Array,
+        params: Params,
+        m: Moments,
+        domain: Array,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         params = dict(params)
         if not self.share_affine:
             self._check_affine(params, x.shape)
@@ -128,7 +161,7 @@ class DomainBatchNorm(RunningNorm):
         shown = missing if mask is None else missing & mask
         return jnp.where(shown, jnp.asarray(jnp.nan, y.dtype), y)
 
-    def _check_affine(self, params, shape):
+    def _check_affine(self, params: Params, shape: Shape) -> None:
         expected = self.stats_axes(shape).shape
         for k, v in params.items():
             if v is not None and jnp.shape(v) != expected:

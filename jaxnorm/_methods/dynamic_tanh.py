@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._standardize import affine, as_number, as_param, pointwise
 from jaxnorm._stateless import StatelessNorm
@@ -33,26 +34,37 @@ class DynamicTanh(StatelessNorm):
     axis: int | Sequence[int] = -1
     initial_alpha: float = 0.5
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.over(shape, (), canonicalize(self.axis, len(shape)))
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias, and one alpha."""
         return super().init_params(feature_shape, dtype) | {
             "alpha": jnp.full((), self.initial_alpha, dtype)
         }
 
-    def transform(self, x, params, *, mask, dtype):
-        where, wide = self.axes(x.shape), at_least_float32(x.dtype)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes, wide = self.axes(x.shape), at_least_float32(x.dtype)
         scale, bias = (
-            as_param(k, params.get(k), where, wide) for k in self.param_names[:2]
+            as_param(k, params.get(k), axes, wide) for k in self.param_names[:2]
         )
         alpha = as_number("alpha", params.get("alpha"), self.initial_alpha, wide)
 
-        def squash(x, alpha, scale, bias):
+        def squash(
+            x: Array, alpha: Array, scale: Array | None, bias: Array | None
+        ) -> Array:
             return affine(jnp.tanh(alpha * x), scale, bias)
 
-        return pointwise(squash, x, where, alpha, scale, bias, mask=mask, dtype=dtype)
+        return pointwise(squash, x, axes, alpha, scale, bias, mask=mask, dtype=dtype)
 
 
 def dynamic_tanh(

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._exact import abs_square
-from jaxnorm._moments import Moments
+from jaxnorm._moments import Moments, mix
 from jaxnorm._reduce import moments
 from jaxnorm._stateful import RunningNorm
 
@@ -37,28 +36,40 @@ class EvalNorm(RunningNorm):
     axis: int | Sequence[int] = -1
     weight: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         as_share("weight", self.weight)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
     @one_rounding
-    def evaluate(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        kept = running.read(stats, where, x.dtype)
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
+        kept = running.read(stats, axes, x.dtype)
         own = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)
         # An example of which nothing is valid has no statistics to blend in.
         weight = self.weight * (jnp.asarray(own.size) > 0).astype(own.var.dtype)
-        offset = (own.mean - kept.mean) + own.residue
-        between = weight * (1 - weight) * abs_square(offset)
-        var = (1 - weight) * kept.var + weight * own.var + between
-        # Not added to the mean kept, which would round it.
-        m = Moments(kept.mean, var, 1, weight * offset)
+        m = mix((kept, own), (1 - weight, weight))
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._exact import overflow_as_nan
+from jaxnorm._moments import Moments
 from jaxnorm._reduce import moments
 from jaxnorm._standardize import affine, as_param, pointwise
 from jaxnorm._stateful import RunningNorm
@@ -35,40 +36,72 @@ class EvoNormB0(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale and for the slope of the line, zeros for the bias."""
         return super().init_params(feature_shape, dtype) | {
             "slope": jnp.ones(feature_shape, dtype)
         }
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         m = self.batch_moments(x, mask)
         return self._divided(x, m.var, params, mask, dtype), m
 
     @one_rounding
-    def evaluate(self, x, params, stats, *, mask, dtype):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         m = running.read(stats, self.axes(x.shape), x.dtype, stat_names=self.stat_names)
         return self._divided(x, m.var, params, mask, dtype)
 
-    def _divided(self, x, var, params, mask, dtype):
-        where = self.axes(x.shape)
+    def _divided(
+        self,
+        x: Array,
+        var: Array,
+        params: Params,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         own = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)
-        params = [
-            as_param(k, params.get(k), where, var.dtype) for k in self.param_names
+        affines = [
+            as_param(k, params.get(k), axes, var.dtype) for k in self.param_names
         ]
 
-        def divide(x, batch, example, scale, bias, slope):
+        def divide(
+            x: Array,
+            batch: Array,
+            example: Array,
+            scale: Array | None,
+            bias: Array | None,
+            slope: Array | None,
+        ) -> Array:
             line = (x if slope is None else slope * x) + example
             return affine(x / jnp.maximum(batch, line), scale, bias)
 
         deviations = [
             jnp.sqrt(overflow_as_nan(v + self.epsilon)) for v in (var, own.var)
         ]
-        return pointwise(divide, x, where, *deviations, *params, mask=mask, dtype=dtype)
+        return pointwise(divide, x, axes, *deviations, *affines, mask=mask, dtype=dtype)
 
 
 def evo_norm_b0(

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._arguments import check_no_count
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import affine, as_param, pointwise
 from jaxnorm._stateless import StatelessNorm
@@ -34,7 +35,7 @@ class EvoNormS0(StatelessNorm):
     group_size: int | None = None
     axis: int = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.groups(
             shape,
             self.axis,
@@ -42,26 +43,41 @@ class EvoNormS0(StatelessNorm):
             group_size=self.group_size,
         )
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale and for the slope of the swish, zeros for the bias."""
         return super().init_params(feature_shape, dtype) | {
             "slope": jnp.ones(feature_shape, dtype)
         }
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        params = [
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+        affines = [
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         ]
 
-        def swish(x, rstd, scale, bias, slope):
+        def swish(
+            x: Array,
+            rstd: Array,
+            scale: Array | None,
+            bias: Array | None,
+            slope: Array | None,
+        ) -> Array:
             gate = jax.nn.sigmoid(x if slope is None else slope * x)
             return affine(x * gate * rstd, scale, bias)
 
         rstd = m.rstd(self.epsilon)
-        return pointwise(swish, x, where, rstd, *params, mask=mask, dtype=dtype)
+        return pointwise(swish, x, axes, rstd, *affines, mask=mask, dtype=dtype)
 
 
 def evo_norm_s0(

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import affine, as_param, pointwise
 from jaxnorm._stateless import StatelessNorm
@@ -36,10 +37,12 @@ class FilterResponseNorm(StatelessNorm):
     use_threshold: bool = True
     learn_epsilon: bool = False
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """As usual; a threshold of 0, and 1e-4 to add to epsilon."""
         fill = {"scale": 1.0, "bias": 0.0}
         fill |= {"threshold": 0.0} if self.use_threshold else {}
@@ -47,20 +50,33 @@ class FilterResponseNorm(StatelessNorm):
         return {k: jnp.full(feature_shape, v, dtype) for k, v in fill.items()}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         scale, bias, threshold, extra = (
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         )
         epsilon = self.epsilon if extra is None else self.epsilon + jnp.abs(extra)
 
-        def respond(x, rstd, scale, bias, threshold):
+        def respond(
+            x: Array,
+            rstd: Array,
+            scale: Array | None,
+            bias: Array | None,
+            threshold: Array | None,
+        ) -> Array:
             y = affine(x * rstd, scale, bias)
             return y if threshold is None else jnp.maximum(y, threshold)
 
         arrays = (m.rstd(epsilon), scale, bias, threshold)
-        return pointwise(respond, x, where, *arrays, mask=mask, dtype=dtype)
+        return pointwise(respond, x, axes, *arrays, mask=mask, dtype=dtype)
 
 
 def filter_response_norm(

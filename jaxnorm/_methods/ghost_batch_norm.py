@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 from jax.core import max_dim
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._moments import Moments, pool
 from jaxnorm._normalize import normalize
@@ -36,16 +36,24 @@ class GhostBatchNorm(RunningNorm):
     size: int = 32
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < 1:
             raise ValueError(f"size must be at least 1 example, got {self.size}")
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         positions = self.axes((1, *x.shape[1:])).size
         if self.size * positions == 1:
             raise ValueError(
@@ -62,7 +70,9 @@ class GhostBatchNorm(RunningNorm):
         whole = pool(each, lambda v: v.sum(0, keepdims=True))
         return y, self.sync(whole)
 
-    def _by_ragged(self, x, params, mask, dtype):
+    def _by_ragged(
+        self, x: Array, params: Params, mask: ArrayLike | None, dtype: DTypeLike | None
+    ) -> tuple[Array, Moments]:
         """With a last virtual batch that is larger, or the only one."""
         each = moments(x, Axes.per_example(x.shape, self.axis), mask=mask)
         each = each.broadcast_to(each.var.shape)

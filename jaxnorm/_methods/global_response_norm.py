@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._exact import overflow_as_nan
 from jaxnorm._standardize import as_param, pointwise
@@ -27,33 +28,44 @@ class GlobalResponseNorm(StatelessNorm):
     center = False
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Zeros: at first the input passes unchanged."""
         return {k: jnp.zeros(feature_shape, dtype) for k in self.param_names}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
         length = _root(m.var * size)
         valid = (size > 0).astype(size.dtype)
-        count = jnp.maximum(valid.sum(where.feature, keepdims=True), 1)
-        mean = length.sum(where.feature, keepdims=True) / count
+        count = jnp.maximum(valid.sum(axes.feature, keepdims=True), 1)
+        mean = length.sum(axes.feature, keepdims=True) / count
         relative = length / (overflow_as_nan(mean) + self.epsilon)
         scale, bias = (
-            as_param(k, params.get(k), where, m.var.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, m.var.dtype) for k in self.param_names
         )
 
-        def respond(x, relative, scale, bias):
+        def respond(
+            x: Array, relative: Array, scale: Array | None, bias: Array | None
+        ) -> Array:
             y = x * (1 + (relative if scale is None else scale * relative))
             return y if bias is None else y + bias
 
         return pointwise(
-            respond, x, where, relative, scale, bias, mask=mask, dtype=dtype
+            respond, x, axes, relative, scale, bias, mask=mask, dtype=dtype
         )
 
 

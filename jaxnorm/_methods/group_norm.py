@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import check_no_count
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
 from jaxnorm._stateless import ActivatedKernelNorm
 
 
@@ -31,7 +31,7 @@ class GroupNorm(ActivatedKernelNorm):
     axis: int = -1
     reduction_axes: int | Sequence[int] | None = None
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.groups(
             shape,
             self.axis,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
 from jaxnorm._stateless import ActivatedKernelNorm
 
 
@@ -23,7 +23,7 @@ class InstanceNorm(ActivatedKernelNorm):
 
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm import _running as running
-from jaxnorm._axes import Axes, is_known
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape, is_known
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import at_least_float32, one_rounding
 from jaxnorm._moments import Moments
 from jaxnorm._sharding import vary_together
@@ -46,15 +46,17 @@ class IterNorm(StatefulNorm):
     group_size: int | None = 64
     axis: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations < 0:
             raise ValueError(f"iterations must not be negative, got {self.iterations}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, operator.index(self.axis))
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Mean 0, and the identity to whiten each group with."""
         dtype = at_least_float32(dtype)
         if len(feature_shape) != 1:
@@ -64,75 +66,91 @@ class IterNorm(StatefulNorm):
         return {"mean": jnp.zeros(feature_shape, dtype), "whitening": whitening}
 
     @one_rounding
-    def train(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        mask = self._checked(x, stats, mask)
-        m = self.batch_moments(x, mask)
-        total = devices.group_sum(self._products(x, m, mask), self.peers())
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        axes = self.axes(x.shape)
+        valid = self._checked(x, stats, mask)
+        m = self.batch_moments(x, valid)
+        total = devices.group_sum(self._products(x, m, valid), self.peers())
         size = jnp.max(jnp.asarray(m.size))  # the same for all features
         matrix = self._whitening(total / jnp.maximum(size, 1).astype(total.dtype))
-        y = self._whitened(x, params, m, matrix, mask, dtype)
+        y = self._whitened(x, params, m, matrix, valid, dtype)
         when = running.all_finite(m.mean, matrix) & (size > 1)
-        new = {"mean": m.mean.reshape(where.feature_shape), "whitening": matrix}
+        new = {"mean": m.mean.reshape(axes.feature_shape), "whitening": matrix}
         new = {
             k: running.moving_average(jnp.asarray(stats[k]), v, self.momentum)
             for k, v in new.items()
         }
         return y, running.replaced(stats, new, when)
 
-    def evaluate(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        mask = self._checked(x, stats, mask)
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
+        valid = self._checked(x, stats, mask)
         wide = at_least_float32(x.dtype)
         mean, matrix = (
             jnp.asarray(stats[k]).astype(wide) for k in ("mean", "whitening")
         )
-        mean = mean.reshape(where.param_shape())
+        mean = mean.reshape(axes.param_shape())
         m = Moments(mean, jnp.ones_like(mean), 1)
-        return self._whitened(x, params, m, matrix, mask, dtype)
+        return self._whitened(x, params, m, matrix, valid, dtype)
 
-    def _groups(self, features):
+    def _groups(self, features: int) -> tuple[int, ...]:
         """How many groups of features there are, and of how many."""
         size = self.group_size
         if size is not None and self.num_groups is None and is_known(features):
             size = min(size, features)  # a group of 64 at most, of fewer features
-        where = Axes.groups(
+        axes = Axes.groups(
             (1, features), -1, num_groups=self.num_groups, group_size=size
         )
-        return where.working_shape[1:]
+        return axes.working_shape[1:]
 
-    def _checked(self, x, stats, mask):
+    def _checked(self, x: Array, stats: Stats, mask: ArrayLike | None) -> Array | None:
         """The mask, of the rank of x; raises where anything does not fit."""
-        mask = as_mask(mask, x.shape)
-        if mask is not None:
-            mask = aligned(mask, x.shape)
-            if mask.shape[self.axis] != 1:
+        known = as_mask(mask, x.shape)
+        if known is not None:
+            known = aligned(known, x.shape)
+            if known.shape[self.axis] != 1:
                 raise ValueError(
                     f"IterNorm takes masks of whole positions, with 1 for the feature "
-                    f"axis {self.axis}, got shape {mask.shape}"
+                    f"axis {self.axis}, got shape {known.shape}"
                 )
         self.check_stats(stats, x.shape)
-        return mask
+        return known
 
-    def _rows(self, x, mean, residue, mask):
+    def _rows(self, x: Array, mean: Array, residue: Array, mask: Array | None) -> Array:
         """Centred, as (..., groups, features of each); 0 where masked."""
-        where = self.axes(x.shape)
-        x = to_working(x, mask, where) - mean - residue
+        axes = self.axes(x.shape)
+        x = to_working(x, mask, axes) - mean - residue
         x = x if mask is None else jnp.where(mask, x, 0)
-        x = jnp.moveaxis(x, where.feature[0], -1)
+        x = jnp.moveaxis(x, axes.feature[0], -1)
         return x.reshape(*x.shape[:-1], *self._groups(x.shape[-1]))
 
-    def _products(self, x, m, mask):
+    def _products(self, x: Array, m: Moments, mask: Array | None) -> Array:
         """Sums of products of features; only `x` is kept for the backward pass."""
 
-        def products(x, mean, residue):
+        def products(x: Array, mean: Array, residue: Array) -> Array:
             rows = self._rows(x, mean, residue, mask)
             return jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
 
         given = vary_together(x, m.mean, jnp.asarray(m.residue))
         return jax.checkpoint(products, prevent_cse=False)(x, *given)
 
-    def _whitening(self, covariance):
+    def _whitening(self, covariance: Array) -> Array:
         """The inverse square root of `covariance + epsilon`, by Newton's iteration."""
         one = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None]
         covariance = covariance + self.epsilon * one
@@ -145,22 +163,37 @@ class IterNorm(StatefulNorm):
             product, root = _product(product, step), _product(step, root)
         return root * lax.rsqrt(trace)
 
-    def _whitened(self, x, params, m, matrix, mask, dtype):
-        where = self.axes(x.shape)
+    def _whitened(
+        self,
+        x: Array,
+        params: Params,
+        m: Moments,
+        matrix: Array,
+        mask: Array | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         scale, bias = (
-            as_param(k, params.get(k), where, matrix.dtype) for k in self.param_names
+            as_param(k, params.get(k), axes, matrix.dtype) for k in self.param_names
         )
 
-        def whiten(x, mean, residue, matrix, scale, bias):
-            rows = self._rows(x.reshape(where.shape), mean, residue, None)
+        def whiten(
+            x: Array,
+            mean: Array,
+            residue: Array,
+            matrix: Array,
+            scale: Array | None,
+            bias: Array | None,
+        ) -> Array:
+            rows = self._rows(x.reshape(axes.shape), mean, residue, None)
             y = jnp.einsum("...gi,gij->...gj", rows, matrix, precision="highest")
-            at = where.feature[0]
-            others = where.shape[:at] + where.shape[at + 1 :]
-            y = jnp.moveaxis(y.reshape(*others, where.shape[at]), -1, at)
+            at = axes.feature[0]
+            others = axes.shape[:at] + axes.shape[at + 1 :]
+            y = jnp.moveaxis(y.reshape(*others, axes.shape[at]), -1, at)
             return affine(y, scale, bias)
 
         arrays = (m.mean, jnp.asarray(m.residue), matrix, scale, bias)
-        return pointwise(whiten, x, where, *arrays, mask=mask, dtype=dtype)
+        return pointwise(whiten, x, axes, *arrays, mask=mask, dtype=dtype)
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -180,7 +213,7 @@ def iter_norm(
     axis: int = -1,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
-    mask: ArrayLike | None = None,
+    mask: Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Array, dict[str, Array]]:

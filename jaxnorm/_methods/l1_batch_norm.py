@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
+from jaxnorm._moments import Moments
 from jaxnorm._stateful import RunningNorm
 from jaxnorm._working import as_mask, mask_to_working, to_working
 
@@ -33,14 +34,22 @@ class L1BatchNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        total = devices.group_sum(_absolute(x, mask, m, where), self.peers())
+        total = devices.group_sum(_absolute(x, mask, m, axes), self.peers())
         size = jnp.maximum(jnp.asarray(m.size), 1).astype(total.dtype)
         # For normal numbers this is the standard deviation.
         var = (math.pi / 2) * jnp.square(total / size)
@@ -48,15 +57,15 @@ class L1BatchNorm(RunningNorm):
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
 
 
-def _absolute(x, mask, m, where):
+def _absolute(x: Array, mask: ArrayLike | None, m: Moments, axes: Axes) -> Array:
     """The sum of distances from the mean; of x's size only `x` is kept for later."""
     mask = as_mask(mask, x.shape)
 
-    def total(x, mean, residue):
-        far = jnp.abs((to_working(x, mask, where) - mean) - residue)
+    def total(x: Array, mean: Array, residue: Array) -> Array:
+        far = jnp.abs((to_working(x, mask, axes) - mean) - residue)
         if mask is not None:
-            far = jnp.where(mask_to_working(mask, where), far, 0)
-        return far.sum(where.reduce, keepdims=True)
+            far = jnp.where(mask_to_working(mask, axes), far, 0)
+        return far.sum(axes.reduce, keepdims=True)
 
     return jax.checkpoint(total, prevent_cse=False)(x, m.mean, m.residue)
 

@@ -2,9 +2,10 @@
 al., 2016, https://arxiv.org/abs/1611.04520."""
 
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._exact import overflow_as_nan
 from jaxnorm._methods import _windows as windows
 from jaxnorm._standardize import pointwise
@@ -36,23 +37,30 @@ class LocalResponseNorm(StatelessNorm):
     k: float = 1.0
     axis: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         windows.as_widths(self.size, 1, "size")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         axis = canonicalize(self.axis, len(shape))
         return Axes.over(shape, axis, axis)
 
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
 
-        def respond(x):
-            squares = windows.total(x * x, where.feature, (self.size,))
+        def respond(x: Array) -> Array:
+            squares = windows.total(x * x, axes.feature, (self.size,))
             power = self.k + self.alpha / self.size * overflow_as_nan(squares)
             return x * power**-self.beta
 
-        return pointwise(respond, x, where, mask=mask, dtype=dtype)
+        return pointwise(respond, x, axes, mask=mask, dtype=dtype)
 
 
 def local_response_norm(

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._methods._control import as_control, controlled
 from jaxnorm._moments import Moments
@@ -42,23 +42,27 @@ class MovingAverageBatchNorm(StatefulNorm):
     clip: float = 1.05
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.window < 1:
             raise ValueError(f"window must be at least 1 batch, got {self.window}")
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(f"clip must be at least 1, got {self.clip}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias and for the control of each batch."""
         return super().init_params(feature_shape, dtype) | {
             "control": jnp.zeros((self.window, *feature_shape), jnp.float32)
         }
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Mean squares of the last `window` batches, their average, and how many."""
         dtype = at_least_float32(dtype)
         return {
@@ -67,13 +71,21 @@ class MovingAverageBatchNorm(StatefulNorm):
             "count": jnp.zeros(feature_shape, jnp.int32),
         }
 
-    def train(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        axes = self.axes(x.shape)
         self.check_stats(stats, x.shape)
         m = self.batch_moments(x, mask)
         some = jnp.broadcast_to(jnp.asarray(m.size) > 0, m.var.shape)
         count, kept = (
-            jnp.asarray(stats[k]).reshape(where.param_shape()) for k in ("count", "var")
+            jnp.asarray(stats[k]).reshape(axes.param_shape()) for k in ("count", "var")
         )
         kept = kept.astype(m.var.dtype)
         # Each feature counts its own batches: a mask may leave some out.
@@ -83,7 +95,7 @@ class MovingAverageBatchNorm(StatefulNorm):
         seen = count + some.astype(count.dtype)
         filled = (rows < seen[None]).astype(m.var.dtype)
         buffer = jnp.asarray(stats["buffer"]).astype(m.var.dtype)
-        buffer = buffer.reshape(self.window, *where.param_shape())
+        buffer = buffer.reshape(self.window, *axes.param_shape())
         buffer = jnp.where(here, m.var[None], buffer)
         var = _average(buffer, filled)
         ratio = jnp.sqrt((var + self.epsilon) / (kept + self.epsilon))
@@ -91,10 +103,10 @@ class MovingAverageBatchNorm(StatefulNorm):
         y = controlled(
             _renewed,
             x,
-            where,
+            axes,
             Moments(m.mean, var, 1).rstd(self.epsilon),
             as_control(
-                "control", params.get("control"), where, m.var.dtype, self.window
+                "control", params.get("control"), axes, m.var.dtype, self.window
             ),
             (here, filled),
             gain=jnp.where(count < self.window, 1, ratio),
@@ -109,7 +121,15 @@ class MovingAverageBatchNorm(StatefulNorm):
         new = {"var": moved, "buffer": buffer, "count": seen}
         return y, running.replaced(stats, new, running.all_finite(m.var))
 
-    def evaluate(self, x, params, stats, *, mask, dtype):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         m = running.read(stats, self.axes(x.shape), x.dtype, stat_names=("var",))
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
@@ -118,7 +138,9 @@ def _average(buffer: Array, filled: Array) -> Array:
     return (buffer * filled).sum(0) / jnp.maximum(filled.sum(0), 1)
 
 
-def _renewed(product, control, here, filled):
+def _renewed(
+    product: Array, control: Array, here: Array, filled: Array
+) -> tuple[Array, Array]:
     """The average over the last batches, this one among them, and its terms."""
     control = jnp.where(here, product[None], control)
     return _average(control, filled), control

@@ -1,28 +1,26 @@
 """Online normalization (Chiley et al., 2019, https://arxiv.org/abs/1905.05894)."""
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_share, check_known
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._exact import two_sum
 from jaxnorm._methods import _control as control
+from jaxnorm._methods._online_rule import Stream, online, scaled
 from jaxnorm._moments import Moments
-from jaxnorm._normalize import normalize
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import vary_together
 from jaxnorm._standardize import standardize
 from jaxnorm._stateful import StatefulNorm
-from jaxnorm._working import as_mask, from_working
+from jaxnorm._working import as_mask
 
 
 class OnlineNorm(StatefulNorm):
@@ -53,31 +51,43 @@ class OnlineNorm(StatefulNorm):
     layer_scaling: bool = True
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         # Settings of the backward pass, which is a rule of its own.
         check_known("epsilon", self.epsilon)
         check_known("control_momentum", self.control_momentum)
         as_share("control_momentum", self.control_momentum)
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias and for the controls."""
         names = ("control_product", "control_mean")
         controls = {k: jnp.zeros(feature_shape, jnp.float32) for k in names}
         return super().init_params(feature_shape, dtype) | controls
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Mean 0 and variance 1."""
         return running.init_stats(feature_shape, dtype=dtype)
 
-    def train(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        running.check(stats, where, ("mean", "var"))
-        each = moments(x, where, mask=mask)
-        old, new = self._stream(each, running.read(stats, where, x.dtype))
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        axes = self.axes(x.shape)
+        running.check(stats, axes, ("mean", "var"))
+        each = moments(x, axes, mask=mask)
+        old, new = self._stream(each, running.read(stats, axes, x.dtype))
         y = self._normalized(x, params, old, mask, dtype)
         peers = self.peers()
         count = devices.group_sum(jnp.ones((), new[0].dtype), peers)
@@ -85,22 +95,31 @@ class OnlineNorm(StatefulNorm):
         new = {"mean": new[0], "var": new[1]}
         return y, running.replaced(stats, new, running.all_finite(*new.values()))
 
-    def evaluate(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        kept = running.read(stats, where, x.dtype)
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
+        kept = running.read(stats, axes, x.dtype)
         mask = as_mask(mask, x.shape)
         rstd = kept.rstd(self.epsilon)
-        y = standardize(x, kept.mean, rstd, where, mask=mask, dtype=rstd.dtype)
-        z = _scaled(
-            self._plan(x, dtype), mask, y, params.get("scale"), params.get("bias")
-        )
+        y = standardize(x, kept.mean, rstd, axes, mask=mask, dtype=rstd.dtype)
+        scale, bias = self._affine(params)
+        z = scaled(self._plan(x, dtype), mask, y, scale, bias)
         return z.astype(x.dtype if dtype is None else dtype)
 
-    def _stream(self, each: Moments, start: Moments):
+    def _stream(
+        self, each: Moments, start: Moments
+    ) -> tuple[Moments, tuple[Array, Array]]:
         """Statistics before each example, and after the last."""
         each = each.broadcast_to(each.var.shape)
 
-        def step(state, example):
+        def step(state: tuple[Array, ...], example: Array) -> tuple[Any, Any]:
             mean, var, residue = state
             m, v, n, r = (e[None] for e in example)
             keep = lax.stop_gradient(jnp.asarray(self.momentum, var.dtype))
@@ -113,24 +132,41 @@ class OnlineNorm(StatefulNorm):
 
         zero = jnp.zeros_like(start.mean)
         first = tuple(vary_together(each.var, start.mean, start.var, zero))
-        last, (mean, var, residue) = lax.scan(step, first, lax.stop_gradient(each))
+        last, (mean, var, residue) = lax.scan(
+            step, first, cast(Any, lax.stop_gradient(each))
+        )
         return Moments(mean, var, 1, residue), last[:2]
 
-    def _normalized(self, x, params, m, mask, dtype):
-        where, wide = self.axes(x.shape), m.var.dtype
-        affine = [params.get(k) for k in self.param_names[:2]]
-        affine = [None if v is None else jnp.asarray(v) for v in affine]
+    def _normalized(
+        self,
+        x: Array,
+        params: Params,
+        m: Moments,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes, wide = self.axes(x.shape), m.var.dtype
         controls = [
-            control.as_control(k, params.get(k), where, wide)
+            control.as_control(k, params.get(k), axes, wide)
             for k in self.param_names[2:]
         ]
         plan = self._plan(x, dtype, *controls)
-        arrays = m.mean, m.rstd(self.epsilon), m.residue, *affine, *controls
+        arrays = (
+            m.mean,
+            m.rstd(self.epsilon),
+            m.residue,
+            *self._affine(params),
+            *controls,
+        )
         arrays = vary_together(x, *arrays)
-        return cast(Array, _online(plan, x, as_mask(mask, x.shape), *arrays))
+        return cast(Array, online(plan, x, as_mask(mask, x.shape), *arrays))
 
-    def _plan(self, x, dtype, *controls):
-        return Plan(
+    def _affine(self, params: Params) -> list[Array | None]:
+        values = (params.get(k) for k in ("scale", "bias"))
+        return [None if v is None else jnp.asarray(v) for v in values]
+
+    def _plan(self, x: Array, dtype: DTypeLike | None, *controls: Array) -> "Stream":
+        return Stream(
             self.axes(x.shape),
             jnp.dtype(x.dtype if dtype is None else dtype),
             self.epsilon,
@@ -138,77 +174,6 @@ class OnlineNorm(StatefulNorm):
             self.layer_scaling,
             tuple(control.copies(c, x) for c in controls),
         )
-
-
-class Plan(NamedTuple):
-    """What is known before any array is."""
-
-    axes: Axes
-    dtype: jnp.dtype
-    epsilon: float
-    momentum: float
-    layer_scaling: bool
-    copies: tuple[int, ...]
-
-
-def _scaled(plan, mask, y, scale, bias):
-    """Each example divided by its root mean square, then scaled and shifted."""
-    where = plan.axes
-    if not plan.layer_scaling:
-        zero, one = jnp.zeros((), y.dtype), jnp.ones((), y.dtype)
-        return standardize(y, zero, one, where, scale=scale, bias=bias, mask=mask)
-    whole = where._replace(reduce=tuple(range(1, len(where.shape))))
-    params = {"scale": scale, "bias": bias}
-    return normalize(y, params, whole, epsilon=plan.epsilon, center=False, mask=mask)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _online(plan, x, mask, mean, rstd, residue, scale, bias, product, shift):
-    y = _standardized(plan, x, mask, mean, rstd, residue)
-    return _scaled(plan, mask, y, scale, bias).astype(plan.dtype)
-
-
-def _standardized(plan, x, mask, mean, rstd, residue):
-    given = {"residue": residue, "mask": mask, "dtype": mean.dtype}
-    return standardize(x, mean, rstd, plan.axes, **given)
-
-
-def _forward(plan, *args):
-    return _online(plan, *args), args
-
-
-def _backward(plan, args, dz):
-    x, mask, mean, rstd, residue, scale, bias, product, shift = args
-    where, rate = plan.axes, 1 - plan.momentum
-    y = _standardized(plan, x, mask, mean, rstd, residue)
-    _, pull = jax.vjp(functools.partial(_scaled, plan, mask), y, scale, bias)
-    g, dscale, dbias = pull(dz.astype(y.dtype))
-    count = jnp.broadcast_to(True if mask is None else mask, x.shape)
-    count = count.sum(where.reduce, keepdims=True).astype(y.dtype)
-    means = [
-        v.sum(where.reduce, keepdims=True) / jnp.maximum(count, 1)
-        for v in (g * y, y * y, g, y)
-    ]
-
-    def step(state, example):
-        product, shift = state
-        gy, yy, g, y, rstd, valid = (e[None] for e in example)
-        gone = (g - rate * product * y) * rstd - rate * shift
-        after = product + gy - rate * product * yy, shift + valid * gone
-        return after, (product[0], shift[0])
-
-    valid = (count > 0).astype(y.dtype)
-    rstds = jnp.broadcast_to(rstd, valid.shape)
-    new, before = lax.scan(step, (product, shift), (*means, rstds, valid))
-    dx = (g - rate * before[0] * y) * rstd - rate * before[1]
-    controls = (
-        control.renewal(old, v, copies, x)
-        for old, v, copies in zip((product, shift), new, plan.copies, strict=True)
-    )
-    return from_working(dx, mask, where, x.dtype), *[None] * 4, dscale, dbias, *controls
-
-
-_online.defvjp(_forward, _backward)
 
 
 def online_norm(

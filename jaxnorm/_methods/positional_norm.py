@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._axes import Axes, Shape, canonicalize
 from jaxnorm._dtypes import as_floating
 from jaxnorm._moments import Moments
 from jaxnorm._stateless import StatelessNorm
@@ -25,7 +25,7 @@ class PositionalNorm(StatelessNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         axis = canonicalize(self.axis, len(shape))
         return Axes.over(shape, axis, axis)
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._methods._control import as_control, controlled
+from jaxnorm._moments import Moments
 from jaxnorm._stateful import RunningNorm
 
 
@@ -38,28 +39,38 @@ class PowerNorm(RunningNorm):
     momentum: float = 0.9
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Ones for the scale, zeros for the bias and for the control."""
         return super().init_params(feature_shape, dtype) | {
             "control": jnp.zeros(feature_shape, jnp.float32)
         }
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
-        rstd = running.read(stats, where, x.dtype, stat_names=self.stat_names).rstd(
+        rstd = running.read(stats, axes, x.dtype, stat_names=self.stat_names).rstd(
             self.epsilon
         )
         rate = jnp.asarray(1 - self.momentum, rstd.dtype)
         y = controlled(
             _renewed,
             x,
-            where,
+            axes,
             rstd,
-            as_control("control", params.get("control"), where, rstd.dtype),
+            as_control("control", params.get("control"), axes, rstd.dtype),
             (m.var * rstd * rstd, rate),
             size=m.size,
             params=params,
@@ -70,7 +81,9 @@ class PowerNorm(RunningNorm):
         return y, m
 
 
-def _renewed(product, control, power, rate):
+def _renewed(
+    product: Array, control: Array, power: Array, rate: Array
+) -> tuple[Array, Array]:
     """The correction for this batch, and the one for the next."""
     return control, control + rate * (product - control * power)
 

@@ -1,16 +1,18 @@
 """Range batch normalization (Banner et al., 2018, https://arxiv.org/abs/1805.11046)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
+from jaxnorm._moments import Moments
 from jaxnorm._reduce import moments
 from jaxnorm._stateful import RunningNorm
 from jaxnorm._working import as_mask, mask_to_working, to_working
@@ -33,25 +35,35 @@ class RangeBatchNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
-        where = self.axes(x.shape)
-        own = moments(x, where, mask=mask)
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
+        axes = self.axes(x.shape)
+        own = moments(x, axes, mask=mask)
         m = self.sync(own)
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape).astype(m.var.dtype)
-        low, high = self._extremes(x, mask, own.size, where)
+        low, high = self._extremes(x, mask, own.size, axes)
         # What normal numbers reach above the mean, in standard deviations.
         span = jnp.sqrt(2 * jnp.log(jnp.maximum(size, 2)))
         var = jnp.square((high - low) / span)
         m = m._replace(var=var)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
 
-    def _extremes(self, x, mask, size, where):
+    def _extremes(
+        self, x: Array, mask: ArrayLike | None, size: Any, axes: Axes
+    ) -> tuple[Array, Array]:
         """The least and the largest valid value, on all devices; 0 of nothing."""
-        both = _negated_least_and_largest(x, as_mask(mask, x.shape), where)
+        both = _negated_least_and_largest(x, as_mask(mask, x.shape), axes)
         some = jnp.broadcast_to(jnp.asarray(size) > 0, both.shape[1:])
         each = jnp.concatenate([both, some[None].astype(both.dtype)])
         each = devices.gather(each, self.peers())
@@ -61,16 +73,16 @@ class RangeBatchNorm(RunningNorm):
         return -most[0], most[1]
 
 
-def _negated_least_and_largest(x, mask, where):
+def _negated_least_and_largest(x: Array, mask: Array | None, axes: Axes) -> Array:
     """Stacked; of x's size only `x` itself is kept for the backward pass."""
 
-    def extremes(x):
-        x = to_working(x, mask, where)
-        valid = mask_to_working(jnp.asarray(True) if mask is None else mask, where)
-        options = {"axis": where.reduce, "keepdims": True, "where": valid}
+    def extremes(x: Array) -> Array:
+        x = to_working(x, mask, axes)
+        valid = mask_to_working(jnp.asarray(True) if mask is None else mask, axes)
+        options = {"axis": axes.reduce, "keepdims": True, "where": valid}
         least = jnp.min(x, initial=jnp.inf, **options)
         largest = jnp.max(x, initial=-jnp.inf, **options)
-        some = jnp.any(valid, where.reduce, keepdims=True)
+        some = jnp.any(valid, axes.reduce, keepdims=True)
         return jnp.where(some, jnp.stack([-least, largest]), 0)
 
     return jax.checkpoint(extremes, prevent_cse=False)(x)

@@ -1,15 +1,17 @@
 """Recurrent batch norm (Cooijmans et al., 2016, https://arxiv.org/abs/1603.09025)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_array
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
+from jaxnorm._moments import Moments
 from jaxnorm._stateful import RunningNorm
 
 
@@ -32,29 +34,50 @@ class RecurrentBatchNorm(RunningNorm):
     max_steps: int = 64
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """0.1 for the scale, so that gates do not saturate; zeros for the bias."""
         params = super().init_params(feature_shape, dtype)
         return params | {"scale": jnp.full(feature_shape, 0.1, dtype)}
 
-    def init_stats(self, feature_shape, dtype=jnp.float32):
+    def init_stats(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """Those of batch norm, along a leading axis of `max_steps`."""
         stats = super().init_stats(feature_shape, dtype)
         shape = (self.max_steps, *feature_shape)
         return {k: jnp.broadcast_to(v, shape) for k, v in stats.items()}
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
-    def train(self, x, params, stats, *, mask, dtype, **inputs):
+    def train(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> tuple[Array, dict[str, Array]]:
         place = self._place(inputs["step"])
         now = self._at(stats, place)
         y, new = super().train(x, params, now, mask=mask, dtype=dtype)
@@ -63,11 +86,20 @@ class RecurrentBatchNorm(RunningNorm):
             for k, v in stats.items()
         }
 
-    def evaluate(self, x, params, stats, *, mask, dtype, **inputs):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        **inputs: Any,
+    ) -> Array:
         now = self._at(stats, self._place(inputs["step"]))
         return super().evaluate(x, params, now, mask=mask, dtype=dtype)
 
-    def _place(self, step):
+    def _place(self, step: Any) -> Array:
         step = as_array("step", step)
         if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
             raise TypeError(
@@ -76,7 +108,7 @@ class RecurrentBatchNorm(RunningNorm):
             )
         return jnp.clip(step.astype(jnp.int32), 0, self.max_steps - 1)
 
-    def _at(self, stats, place):
+    def _at(self, stats: Stats, place: Array) -> dict[str, Array]:
         running.require(stats, self.stat_names)
         return {
             k: lax.dynamic_index_in_dim(jnp.asarray(v), place, keepdims=False)

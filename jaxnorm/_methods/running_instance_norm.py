@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._moments import Moments, pool
 from jaxnorm._normalize import normalize
 from jaxnorm._stateful import RunningNorm
@@ -31,17 +31,25 @@ class RunningInstanceNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         instances = Axes.per_example(x.shape, self.axis)
         y, m = normalize(
             x, params, instances, epsilon=self.epsilon, mask=mask, dtype=dtype
         )
         return y, self._averaged(m)
 
-    def single_value_problem(self, shape, by_batch):
+    def single_value_problem(self, shape: Shape, by_batch: bool) -> str | None:
         if Axes.per_example(shape, self.axis).size == 1 and by_batch:
             return (
                 f"RunningInstanceNorm over an input of shape {shape} would take each "

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, canonicalize
+from jaxnorm._axes import Axes, Shape, canonicalize
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._standardize import standardize
 from jaxnorm._stateless import StatelessNorm
@@ -27,45 +28,54 @@ class ScaleNorm(StatelessNorm):
     center = False
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         axis = canonicalize(self.axis, len(shape))
         return Axes.over(shape, axis, axis)
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """One scale, the square root of the number of features."""
         return {"scale": jnp.full((), math.prod(feature_shape) ** 0.5, dtype)}
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
-        where = self.axes(x.shape)
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        axes = self.axes(x.shape)
         m = self.batch_moments(x, mask)
         size = jnp.asarray(m.size).astype(m.var.dtype)
         squares = m._replace(var=m.var * size)
         scale = params.get("scale")
         if scale is not None:
-            scale = _on_features(scale, where)
+            scale = _on_features(scale, axes)
         return standardize(
             x,
             m.mean,
             squares.rstd(self.epsilon),
-            where,
+            axes,
             scale=scale,
             mask=mask,
             dtype=dtype,
         )
 
 
-def _on_features(scale, where):
+def _on_features(scale: ArrayLike, axes: Axes) -> Array:
     """One number, or one per example, for all features."""
     scale = jnp.asarray(scale)
-    batch = where.shape[:1]
+    batch = axes.shape[:1]
     if scale.shape not in ((), batch):
         raise ValueError(
             f"scale has shape {scale.shape}, but a scale norm has one number for all "
             f"features: pass shape (), or {batch} for one per example"
         )
-    ones = (1,) * len(where.feature)
-    shape = (*scale.shape, *where.feature_shape)
+    ones = (1,) * len(axes.feature)
+    shape = (*scale.shape, *axes.feature_shape)
     return jnp.broadcast_to(scale.reshape(*scale.shape, *ones), shape)
 
 

@@ -1,17 +1,18 @@
 """Switchable normalization (Luo et al., 2018, https://arxiv.org/abs/1806.10779)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
-from jaxnorm._axes import Axes
-from jaxnorm._base import Stats
+from jaxnorm._axes import Axes, Shape
+from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, pool
+from jaxnorm._moments import Moments, mix, pool
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import vary_together
 from jaxnorm._stateful import RunningNorm
@@ -36,37 +37,64 @@ class SwitchableNorm(RunningNorm):
     epsilon: float = 1e-5
     axis: int | Sequence[int] = -1
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def single_value_problem(self, shape, by_batch):
+    def single_value_problem(self, shape: Shape, by_batch: bool) -> str | None:
         # The layer statistics are still of many values.
         return None
 
-    def init_params(self, feature_shape, dtype=jnp.float32):
+    def init_params(
+        self, feature_shape: Shape, dtype: DTypeLike = jnp.float32
+    ) -> dict[str, Array]:
         """As usual; ones for the weights, so that they are equal."""
         ones = {k: jnp.ones(3, dtype) for k in ("mean_weight", "var_weight")}
         return super().init_params(feature_shape, dtype) | ones
 
     @one_rounding
-    def by_batch(self, x, params, stats, *, mask, dtype):
+    def by_batch(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, Moments]:
         instance, layer = self._of_examples(x, mask)
         batch = pool(instance, lambda v: v.sum(0, keepdims=True))
         batch = self.sync(batch)
         return self._mixed(x, params, instance, layer, batch, mask, dtype), batch
 
     @one_rounding
-    def evaluate(self, x, params, stats, *, mask, dtype):
+    def evaluate(
+        self,
+        x: Array,
+        params: Params,
+        stats: Stats,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         kept = running.read(stats, self.axes(x.shape), x.dtype)
         return self._mixed(x, params, *self._of_examples(x, mask), kept, mask, dtype)
 
-    def _of_examples(self, x, mask):
+    def _of_examples(self, x: Array, mask: ArrayLike | None) -> tuple[Moments, Moments]:
         """Instance and layer statistics, the latter from the former."""
-        where = Axes.per_example(x.shape, self.axis)
-        instance = moments(x, where, mask=mask)
-        return instance, pool(instance, lambda v: v.sum(where.feature, keepdims=True))
+        axes = Axes.per_example(x.shape, self.axis)
+        instance = moments(x, axes, mask=mask)
+        return instance, pool(instance, lambda v: v.sum(axes.feature, keepdims=True))
 
-    def _mixed(self, x, params, instance, layer, batch, mask, dtype):
+    def _mixed(
+        self,
+        x: Array,
+        params: Params,
+        instance: Moments,
+        layer: Moments,
+        batch: Moments,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         names = ("mean_weight", "var_weight")
         weights = [_shares(k, params.get(k), layer.var.dtype) for k in names]
         batch = batch.broadcast_to(batch.var.shape)
@@ -74,11 +102,12 @@ class SwitchableNorm(RunningNorm):
             x, batch.mean, batch.var, batch.residue, *weights
         )
         batch = Moments(mean, var, 1, residue)
-        m = _mixture(*weights, instance, layer, batch)
+        of_mean, of_var = weights
+        m = mix((instance, layer, batch), of_mean, of_var)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
 
-def _shares(name, weight, dtype):
+def _shares(name: str, weight: Any, dtype: DTypeLike) -> Array:
     weight = jnp.ones(3, dtype) if weight is None else jnp.asarray(weight, dtype)
     if weight.shape != (3,):
         raise ValueError(
@@ -86,18 +115,6 @@ def _shares(name, weight, dtype):
             "instance, layer and batch statistics"
         )
     return jax.nn.softmax(weight)
-
-
-def _mixture(of_mean, of_var, instance, layer, batch):
-    """The weighted averages. What the mean differs by from that of the instance stays
-    apart from it, so that it is not rounded: these shares add up to 1."""
-    of_mean = of_mean.astype(instance.mean.dtype)
-    residue = instance.residue
-    for share, m in zip(of_mean[1:], (layer, batch), strict=True):
-        offset = (m.mean - instance.mean) + (m.residue - instance.residue)
-        residue = residue + share * offset
-    var = of_var[0] * instance.var + of_var[1] * layer.var + of_var[2] * batch.var
-    return Moments(instance.mean, var, 1, residue)
 
 
 def switchable_norm(

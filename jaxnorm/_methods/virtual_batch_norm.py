@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import jax.numpy as jnp
 from jax import Array
 from jax.core import min_dim
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._axes import Axes, is_known
+from jaxnorm._axes import Axes, Shape, is_known
+from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding
 from jaxnorm._moments import Moments, pool
 from jaxnorm._reduce import moments
@@ -33,25 +35,32 @@ class VirtualBatchNorm(StatelessNorm):
     size: int = 32
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < 1:
             raise ValueError(f"size must be at least 1 example, got {self.size}")
 
-    def axes(self, shape):
+    def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
 
-    def without_devices(self):
+    def without_devices(self) -> Self:
         # A model may be initialized with a single example.
         return dataclasses.replace(super().without_devices(), size=1)
 
-    def single_value_problem(self, shape, by_batch):
+    def single_value_problem(self, shape: Shape, by_batch: bool) -> str | None:
         self.axes(shape)  # which raises if there is no batch
         reference = min_dim(self.size, shape[0]), *shape[1:]
         return super().single_value_problem(reference, by_batch)
 
     @one_rounding
-    def transform(self, x, params, *, mask, dtype):
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
         batch = x.shape[0]
         if min_dim(self.size, batch) != self.size:
             hint = "put the reference batch before the examples"
@@ -80,7 +89,7 @@ class VirtualBatchNorm(StatelessNorm):
         m = Moments(mean, var, 1, residue)
         return self.normalize_by(x, params, m, mask=mask, dtype=dtype)
 
-    def _parted(self, v):
+    def _parted(self, v: Array) -> tuple[Array, Array]:
         return v[: self.size], v[self.size :]
 
 

@@ -6,35 +6,36 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_bool, as_epsilon
-from jaxnorm._axes import Axes, canonicalize
 from jaxnorm._dtypes import as_floating
 from jaxnorm._normalize import normalize
-from jaxnorm._weights._arguments import per_feature, rescaled
+from jaxnorm._weights._arguments import features, per_feature, rescaled
 
 
 def weight_standardize(
     kernel: ArrayLike,
-    axes: int | Sequence[int] | None = None,
-    epsilon: float = 1e-6,
-    gain: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     *,
+    feature_axes: int | Sequence[int] | None = -1,
+    epsilon: float = 1e-6,
     scaled: bool = False,
 ) -> Array:
     """Gives the weights of each output of a layer mean 0 and variance 1.
 
+        axes = all axes of the kernel but feature_axes
         mean = kernel.mean(axes, keepdims=True)
         var = kernel.var(axes, keepdims=True)
-        w = (kernel - mean) / sqrt(var + epsilon) * gain
+        w = (kernel - mean) / sqrt(var + epsilon) * scale
         w = w / sqrt(fan_in)  # if scaled
 
-    where the fan-in is the number of elements along `axes`. The variance is biased.
+    where the fan-in is the number of weights with one mean. The variance is biased.
     Where the fan-in is 1, everything is 0, as for any constant kernel.
 
     Args:
         kernel: array of numbers; integers are read as float32.
-        axes: those that lead into one output, all but the last by default.
+        scale: a scalar, or of the shape of `feature_axes`; None is 1.
+        feature_axes: each index along these, which are those of the outputs, has a
+            mean and a variance of its own; None gives the whole kernel one.
         epsilon: added to the variance.
-        gain: a scalar, or of the shape of the other axes; None is 1.
         scaled: divide by the square root of the fan-in, so that a layer keeps the
             variance of inputs of mean 0 (Brock et al., 2021; theirs has a gain).
 
@@ -43,8 +44,7 @@ def weight_standardize(
 
     Raises:
         ValueError, TypeError: while tracing, for axes, shapes or dtypes that do not
-            fit, a negative epsilon, and a kernel of less than two axes if none are
-            named.
+            fit, a negative epsilon, and a kernel with no axis beside `feature_axes`.
 
     Source: Qiao et al., 2019; Brock et al., 2021, https://arxiv.org/abs/2101.08692.
 
@@ -59,16 +59,14 @@ def weight_standardize(
     """
     kernel, epsilon = as_floating(kernel, "kernel"), as_epsilon("epsilon", epsilon)
     scaled = as_bool("scaled", scaled)
-    if axes is None:
-        if kernel.ndim < 2:
-            raise ValueError(
-                f"a kernel of shape {kernel.shape} has no axes that lead into an "
-                "output: name them with axes, or leave biases and scales as they are"
-            )
-        axes = range(kernel.ndim - 1)
-    fan_in = canonicalize(axes, kernel.ndim, "axes")
-    split = Axes.keep(kernel.shape, [a for a in range(kernel.ndim) if a not in fan_in])
-    scale = per_feature("gain", gain, split, kernel)
+    split = features(kernel.shape, feature_axes)
+    if not split.reduce:
+        raise ValueError(
+            f"a kernel of shape {kernel.shape} has no axis beside feature_axes="
+            f"{feature_axes} that leads into an output: name fewer, or leave biases "
+            "and scales as they are"
+        )
+    scale = per_feature("scale", scale, split, kernel)
     if scaled:
         scale = rescaled(scale, split, kernel)
     return normalize(kernel, {"scale": scale}, split, epsilon=epsilon)[0]

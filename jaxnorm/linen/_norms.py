@@ -11,12 +11,13 @@ from flax.core import meta
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-import jaxnorm
+from jaxnorm import _base as base
 from jaxnorm._arguments import as_array, as_flag
-from jaxnorm._marks import HELD, MARKS
+from jaxnorm._marks import MARKS
+from jaxnorm._methods import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from jaxnorm._modules import (
+    prepared,
     refuse,
-    run,
     settings,
     stats_dtype,
     warn,
@@ -40,7 +41,7 @@ class Norm(Checked, nn.Module):
         scale_init, bias_init: initializers in place of the norm's own values.
     """
 
-    norm: jaxnorm.Norm
+    norm: base.Norm
     use_running_average: bool | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -81,10 +82,17 @@ class BatchNorm(Checked, nn.BatchNorm):
     activation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | Array | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
-        norm = settings(jaxnorm.BatchNorm, self)
+        norm = settings(batch_norm.BatchNorm, self)
         return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
@@ -98,9 +106,9 @@ class LayerNorm(Checked, nn.LayerNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.LayerNorm, self), x, False, mask)
+        return _apply(self, settings(layer_norm.LayerNorm, self), x, False, mask)
 
 
 class RMSNorm(Checked, nn.RMSNorm):
@@ -113,9 +121,9 @@ class RMSNorm(Checked, nn.RMSNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None):
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.RMSNorm, self), x, False, mask)
+        return _apply(self, settings(rms_norm.RMSNorm, self), x, False, mask)
 
 
 class GroupNorm(Checked, nn.GroupNorm):
@@ -130,9 +138,15 @@ class GroupNorm(Checked, nn.GroupNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        norm = settings(jaxnorm.GroupNorm, self)
+        norm = settings(group_norm.GroupNorm, self)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
@@ -148,9 +162,15 @@ class InstanceNorm(Checked, nn.InstanceNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x, *, mask=None, residual=None):
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
+        norm = settings(instance_norm.InstanceNorm, self, axis=self.feature_axes)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
@@ -162,7 +182,7 @@ def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
 
 def _apply(
     module: Any,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     x: ArrayLike,
     flag: bool | Array,
     mask: ArrayLike | None,
@@ -184,20 +204,22 @@ def _apply(
         if getattr(module, f"use_{k}", True)
     }
     initializing = module.is_initializing()
-    y, stats = run(
-        norm.without_devices() if initializing else norm,
+    norm = norm.without_devices() if initializing else norm
+    call = prepared(
+        norm,
         x,
         params,
         {k: v.value for k, v in variables.items()},
+        inputs,
         flag=flag,
-        mask=mask,
         dtype=module.dtype,
         on_single_values=_ignore if initializing else on_single_values,
-        inputs=inputs,
     )
-    if flag is not True and not initializing and HELD not in variables:
-        for k, v in variables.items():
-            v.value = stats[k]
+    how = {"use_running_average": flag, "mask": mask, "dtype": call.dtype, **inputs}
+    y, new = norm.apply(call.x, params, call.stats, **how)
+    if call.updates and not initializing:
+        for k, v in new.items():
+            variables[k].value = v
     return y
 
 
@@ -215,4 +237,4 @@ def _param(module: Any, name: str, default: Array) -> Array:
 
 
 def _ignore(problem: str) -> None:
-    """While initializing, a single example is as good as many."""
+    """Takes a batch of single values, as models may be initialized with one example."""

@@ -30,7 +30,7 @@ class WeightNorm(Checked, nn.WeightNorm):
     """
 
     @nn.compact
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels normalized."""
         transform = functools.partial(_rescaled, self, weight_normed)
         return _call_layer(self, transform, args, kwargs)
@@ -70,10 +70,10 @@ class WeightStandardization(Checked, nn.Module):
     scaled: bool = False
 
     @nn.compact
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels standardized."""
 
-        def transform(name, kernel):
+        def transform(name: str, kernel: Array) -> Array:
             if kernel.ndim < 2:
                 return kernel
             return _rescaled(self, weight_standardized, name, kernel)
@@ -90,14 +90,14 @@ class SpectralNorm(Checked, nn.SpectralNorm):
     """
 
     @nn.compact
-    def __call__(self, *args, update_stats: bool, **kwargs):
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels normalized.
 
         With `update_stats`, the estimates of the singular values are kept for the next
         call; their collection must be mutable.
         """
 
-        def transform(name, kernel):
+        def transform(name: str, kernel: Array) -> Array:
             if not has_spectrum(self, kernel):
                 return kernel
             variable = functools.partial(self.variable, self.collection_name)
@@ -119,14 +119,17 @@ class SpectralNorm(Checked, nn.SpectralNorm):
 
 
 def _call_layer(
-    module: Any, transform: Callable[[str, Array], Array], args: tuple, kwargs: dict
+    module: Any,
+    transform: Callable[[str, Array], Array],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Calls the layer of `module` on parameters that `transform` maps by their names.
 
     What the layer stores are the parameters before this map.
     """
 
-    def name(path):
+    def name(path: tuple[Any, ...]) -> str:
         keys = jax.tree_util.keystr(path[1:], simple=True, separator="/")
         return f"{module.layer_instance.name}/{keys}"
 

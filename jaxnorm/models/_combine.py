@@ -1,4 +1,4 @@
-"""How are the statistics of several models, or of several domains, combined?"""
+"""How do the statistics of several models or domains become one?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,19 +10,15 @@ from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, as_share, shown
 from jaxnorm._dtypes import at_least_float32
-from jaxnorm._exact import abs_square
 from jaxnorm._marks import BATCH, SWITCHES
+from jaxnorm._moments import Moments, mix
 from jaxnorm._running import moving_average
 from jaxnorm.models._paths import (
     Tree,
     Where,
     check_layers,
     check_shapes,
-    check_tree,
-    chosen_norms,
-    copied,
     everywhere,
-    join_path,
     map_layers,
 )
 
@@ -33,7 +29,7 @@ def merge(
     *,
     where: Where = everywhere,
 ) -> Tree:
-    """Statistics of the union of the data that each tree has statistics of.
+    """Statistics of several sets of data together, from the statistics of each.
 
         share = weights / sum(weights)
         mean = sum(share * means)
@@ -48,7 +44,7 @@ def merge(
         weights: how much each counts, such as its number of examples; None for all
             alike. One of weight 0 counts for nothing, whatever its statistics are.
             Where all are traced and 0, the result is NaN.
-        where: whether the layer at a path is meant; others are those of the first tree.
+        where: whether to take the layer at a path; others are those of the first tree.
 
     Returns:
         A new tree. Entries but "mean" and "var" are those of the first tree. What it
@@ -82,36 +78,33 @@ def merge(
             )
         for other in each[1:]:
             check_shapes(path, each[0], other)
-        mean, var = _union(each, weights)
+        mean, var = _mixed(each, weights)
         new = {"mean": mean, "var": var}
         return dict(each[0]) | {k: v for k, v in new.items() if k in each[0]}
 
     return map_layers(merged, trees[0], *trees[1:], where=where)
 
 
-def _union(
+def _mixed(
     each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
 ) -> tuple[Array, Array]:
-    """Pooled mean and variance, in the dtypes of the first."""
-    first = jnp.asarray(each[0]["var"])
-    dtype = at_least_float32(first.dtype)
+    """Mean and variance of all data together, in the dtypes of the first."""
+    dtypes = [jnp.asarray(each[0].get(k, 0.0)).dtype for k in ("mean", "var")]
+    wide = at_least_float32(dtypes[1])
     known = int | float  # whose shares are exact, however large or small they are
-    weights = [w if isinstance(w, known) else jnp.asarray(w, dtype) for w in weights]
-    shares = [jnp.asarray(w / sum(weights), dtype) for w in weights]
-    means = [jnp.asarray(s.get("mean", 0)) for s in each]
-    mean = _weighed(shares, means)
-    spreads = [
-        jnp.asarray(s["var"], dtype) + abs_square(m - mean)
-        for s, m in zip(each, means, strict=True)
-    ]
-    var = _weighed(shares, spreads)
-    return jnp.asarray(mean, means[0].dtype), jnp.asarray(var, first.dtype)
+    weights = [w if isinstance(w, known) else jnp.asarray(w, wide) for w in weights]
+    shares = [jnp.asarray(w / sum(weights), wide) for w in weights]
+    parts = [_moments(*pair) for pair in zip(each, shares, strict=True)]
+    m = mix(parts, shares)
+    return (m.mean + m.residue).astype(dtypes[0]), m.var.astype(dtypes[1])
 
 
-def _weighed(shares: Sequence[Array], values: Sequence[Array]) -> Any:
-    """The sum of `values` by their shares; one of share 0 may be NaN."""
-    pairs = zip(shares, values, strict=True)
-    return sum(jnp.where(share == 0, 0, share * v) for share, v in pairs)
+def _moments(stats: Mapping[str, Any], share: Array) -> Moments:
+    """The statistics of one model as moments; 0, whatever they are, with no share."""
+    var = jnp.asarray(stats["var"])
+    mean = jnp.asarray(stats.get("mean", jnp.zeros_like(var)))
+    mean, var = (jnp.where(share == 0, 0, v) for v in (mean, var))
+    return Moments(mean, var, 1)
 
 
 def _listed(name: str, values: Any) -> list[Any]:
@@ -123,7 +116,7 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _weights(weights: Any, number: int) -> list[Any]:
-    """A weight for each of a number of trees, each known one not negative."""
+    """The weights in a list; raises unless each of the trees has a valid one."""
     weights = [as_epsilon("a weight", w) for w in _listed("weights", weights)]
     if not len(weights) == number > 0:
         raise ValueError(
@@ -135,7 +128,7 @@ def _weights(weights: Any, number: int) -> list[Any]:
 
 
 def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> Tree:
-    """Statistics between those of `a` and those of `b`.
+    """The weighted average of the statistics of `a` and `b`.
 
         mean = (1 - weight) * a["mean"] + weight * b["mean"], and var alike
 
@@ -147,7 +140,7 @@ def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> 
         a, b: statistics of the same layers.
         weight: of b, from 0 to 1; may be traced. At 0 and 1 it is exactly those of a
             and of b, whatever the other holds.
-        where: whether the layer at a path is meant; others are those of a.
+        where: whether to take the layer at a path; others are those of a.
 
     Returns:
         A new tree. Entries but "mean" and "var" are those of a.
@@ -164,10 +157,10 @@ def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> 
     check_layers(b, "b")
     keep = 1 - as_share("weight", weight)
 
-    def blended(path, mine, other):
-        check_shapes(path, mine, other)
-        names = [k for k in ("mean", "var") if k in mine]
-        return mine | {k: between(mine[k], other[k], keep) for k in names}
+    def blended(path: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        check_shapes(path, old, new)
+        names = [k for k in ("mean", "var") if k in old]
+        return old | {k: between(old[k], new[k], keep) for k in names}
 
     return map_layers(blended, a, b, where=where)
 
@@ -180,14 +173,14 @@ def between(a: ArrayLike, b: ArrayLike, keep: ArrayLike) -> Array:
 
 
 def swap(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
-    """`a`, with the layers that `where` means as they are in `b`.
+    """The statistics of `a`, with those of `b` in the layers that `where` selects.
 
     For a set of statistics per domain, task or branch on one set of parameters; and,
     with the statistics of a fresh model as b, to start some layers anew.
 
     Args:
         a, b: statistics of the same layers.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A new tree.
@@ -199,9 +192,9 @@ def swap(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
     check_layers(a, "a")
     check_layers(b, "b")
 
-    def swapped(path, mine, other):
-        check_shapes(path, mine, other)
-        return other
+    def swapped(path: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        check_shapes(path, old, new)
+        return new
 
     return map_layers(swapped, a, b, where=where)
 
@@ -213,7 +206,7 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
 
     Args:
         batch_stats: statistics of the layers of a model, or of one layer.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A new tree.
@@ -228,7 +221,7 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
     {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
 
-    def reset(path, stats):
+    def reset(path: str, stats: dict[str, Any]) -> dict[str, Any]:
         unknown = {*stats} - {*_STARTS, *SWITCHES}
         if unknown:
             raise ValueError(
@@ -242,83 +235,3 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
 
 
 _STARTS = {"mean": 0, "var": 1, "count": 0, "step": 0} | dict.fromkeys(BATCH, 0)
-
-
-def split(
-    variables: Mapping[str, Tree], where: Where = everywhere
-) -> tuple[dict[str, Tree], dict[str, Tree]]:
-    """The variables of the norms that `where` means, and all others (FedBN).
-
-    A client that keeps the first and shares the second trains on data of its own
-    distribution. `join` puts them together.
-
-    Args:
-        variables: {"params", "batch_stats"} of a model, as nested dicts.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
-
-    Returns:
-        Two trees of the same collections, each without what is in the other, of copies
-        of the arrays.
-
-    Raises:
-        ValueError: if `where` means no norm.
-        TypeError: for what are no trees of arrays.
-
-    Source: Li et al., 2021 (https://arxiv.org/abs/2102.07623).
-
-    >>> import jax.numpy as jnp, jaxnorm
-    >>> variables = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2))},
-    ...                         "BatchNorm_0": {"scale": jnp.ones(2)}},
-    ...              "batch_stats": {"BatchNorm_0": jaxnorm.init_stats(2)}}
-    >>> norms, others = jaxnorm.models.split(variables)
-    >>> print(list(norms["params"]), list(norms["batch_stats"]), list(others["params"]))
-    ['BatchNorm_0'] ['BatchNorm_0'] ['Dense_0']
-    """
-    meant = {*chosen_norms(variables, where)}
-    for name, tree in variables.items():
-        check_tree(tree, f"variables[{name!r}]")
-    trees = copied(dict(variables))
-    if "" in meant:
-        return trees, {name: {} for name in trees}
-    parts = [_part(tree, meant, "") for tree in trees.values()]
-    norms, others = ({}, {})
-    for name, (mine, rest) in zip(trees, parts, strict=True):
-        norms[name], others[name] = mine, rest
-    return norms, others
-
-
-def join(norms: Mapping[str, Tree], others: Mapping[str, Tree]) -> dict[str, Tree]:
-    """The variables of a model of which `split` made these two trees.
-
-    Its arrays are copies. Raises ValueError where both have an array at the same path,
-    and TypeError for what are no trees of arrays.
-    """
-    check_tree(norms, "norms")
-    check_tree(others, "others")
-    return copied(_joined(norms, others, ""))
-
-
-def _part(tree: Tree, meant: set[str], path: str) -> tuple[dict, dict]:
-    """The nodes of `tree` at the paths that are meant, and the rest of it."""
-    mine, rest = {}, {}
-    for k, node in tree.items():
-        here = join_path(path, k)
-        if here in meant:
-            mine[k] = node
-        elif isinstance(node, Mapping) and node:
-            inner, outer = _part(node, meant, here)
-            mine |= {k: inner} if inner else {}
-            rest |= {k: outer} if outer else {}
-        else:
-            rest[k] = node
-    return mine, rest
-
-
-def _joined(a: Tree, b: Tree, path: str) -> dict[str, Any]:
-    out = dict(a)
-    for k, node in b.items():
-        here = join_path(path, k)
-        if k in a and not (isinstance(a[k], Mapping) and isinstance(node, Mapping)):
-            raise ValueError(f"both trees hold {here!r}: join the two of one split")
-        out[k] = _joined(a[k], node, here) if k in a else node
-    return out

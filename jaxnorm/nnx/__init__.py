@@ -1,16 +1,16 @@
 """Flax NNX: norms under Flax's names, one for any method, wrappers, whole models."""
 
-from jaxnorm.nnx._models import convert as convert
-from jaxnorm.nnx._models import fold as fold
-from jaxnorm.nnx._models import recalibrate as recalibrate
-from jaxnorm.nnx._models import update as update
-from jaxnorm.nnx._models import variables as variables
+from jaxnorm.nnx._convert import convert as convert
+from jaxnorm.nnx._fold import fold as fold
+from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
+from jaxnorm.nnx._layer_norms import RMSNorm as RMSNorm
+from jaxnorm.nnx._norm import Norm as Norm
 from jaxnorm.nnx._norms import BatchNorm as BatchNorm
 from jaxnorm.nnx._norms import GroupNorm as GroupNorm
 from jaxnorm.nnx._norms import InstanceNorm as InstanceNorm
-from jaxnorm.nnx._norms import LayerNorm as LayerNorm
-from jaxnorm.nnx._norms import Norm as Norm
-from jaxnorm.nnx._norms import RMSNorm as RMSNorm
+from jaxnorm.nnx._variables import recalibrate as recalibrate
+from jaxnorm.nnx._variables import update as update
+from jaxnorm.nnx._variables import variables as variables
 from jaxnorm.nnx._weights import SpectralNorm as SpectralNorm
 from jaxnorm.nnx._weights import WeightNorm as WeightNorm
 from jaxnorm.nnx._weights import WeightStandardization as WeightStandardization

@@ -20,6 +20,9 @@ from jaxnorm._modules import (
 )
 from jaxnorm.nnx._constructor import ConstructorSignature, checked
 
+Path = tuple[Any, ...]  # of a variable, as nnx.to_flat_state gives it
+Param = nnx.Param[Any]
+
 
 class WeightNorm(nnx.WeightNorm):
     """Flax's WeightNorm, which leaves the kernels of the layer as they are.
@@ -62,7 +65,7 @@ class WeightNorm(nnx.WeightNorm):
         self.use_scale = use_scale
         self.scales = _scales(self, rngs)
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels normalized."""
         transform = functools.partial(_rescaled, self, weight_normed)
         return _call_layer(self, transform, x, *args, **kwargs)
@@ -120,7 +123,7 @@ class WeightStandardization(nnx.Module):
         self.scaled = scaled
         self.scales = _scales(self, rngs)
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels standardized."""
         transform = functools.partial(_rescaled, self, weight_standardized)
         return _call_layer(self, transform, x, *args, **kwargs)
@@ -159,7 +162,7 @@ class SpectralNorm(nnx.SpectralNorm):
             rngs=rngs,
         )
 
-    def __call__(self, x, update_stats=None, **kwargs):
+    def __call__(self, x: Any, update_stats: bool | None = None, **kwargs: Any) -> Any:
         """Returns what the layer makes of `x`, and of arguments that Flax's does not
         take, its kernels normalized.
 
@@ -170,7 +173,7 @@ class SpectralNorm(nnx.SpectralNorm):
         if update_stats is None:
             update_stats = not self.use_running_average
 
-        def transform(path, param):
+        def transform(path: Path, param: Param) -> Array | None:
             kernel = param.get_value()
             if not has_spectrum(self, kernel):
                 return None
@@ -184,7 +187,7 @@ class SpectralNorm(nnx.SpectralNorm):
 
         return _call_layer(self, transform, x, **kwargs)
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets the default of `not update_stats`; called by `nnx.view`."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -192,7 +195,7 @@ class SpectralNorm(nnx.SpectralNorm):
 
 def _call_layer(
     module: Any,
-    transform: Callable[[tuple, nnx.Param], Array | None],
+    transform: Callable[[Path, Param], Array | None],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -213,15 +216,15 @@ def _call_layer(
     return layer(*args, **kwargs)
 
 
-def _has_fan_in(path: tuple, param: nnx.Param) -> bool:
+def _has_fan_in(path: Path, param: Param) -> bool:
     return param.ndim >= 2
 
 
 def _rescaled(
     module: Any,
     function: Callable[[Any, Array, Array | None], Array],
-    path: tuple,
-    param: nnx.Param,
+    path: Path,
+    param: Param,
 ) -> Array | None:
     """`function` of the kernel and its scale, if `module` normalizes it."""
     if not module.variable_filter(path, param):
@@ -249,7 +252,9 @@ def _scales(module: Any, rngs: nnx.Rngs) -> Any:
     )
 
 
-def _of_kernel(variables: Mapping[tuple, nnx.Variable], path: tuple) -> nnx.Variable:
+def _of_kernel(
+    variables: Mapping[Path, nnx.Variable[Any]], path: Path
+) -> nnx.Variable[Any]:
     if path not in variables:
         raise ValueError(
             f"nothing is kept for the parameter {'/'.join(map(str, path))} of the "

@@ -1,11 +1,11 @@
 """How is the health of running statistics shown: as text, as a table, as a figure?"""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxnorm.models._health.health import Health, LayerHealth
+from jaxnorm.models._health.records import LayerHealth, Limits
 
 COLUMNS = (
     "layer",
@@ -19,40 +19,40 @@ COLUMNS = (
 COLORS = {"good": "green", "warning": "yellow", "severe": "red"}
 
 
-def as_text(report: "Health") -> str:
+def as_text(rows: Sequence[LayerHealth]) -> str:
     """A table for any terminal, and below it what to do about each finding."""
-    cells = [COLUMNS, *(_cells(row) for row in report.rows)]
+    cells = [COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    findings = [[], *(_findings(row) for row in report.rows)]
+    findings = [[], *(_findings(row) for row in rows)]
     lines = []
     for (path, *figures), below in zip(cells, findings, strict=True):
         pairs = zip(figures, widths[1:], strict=True)
         aligned = (figure.rjust(width) for figure, width in pairs)
         lines += ["  ".join([path.ljust(widths[0]), *aligned]), *below]
-    return "\n".join([*lines, *_fixes(report)])
+    return "\n".join([*lines, *_fixes(rows)])
 
 
-def as_table(report: "Health") -> Any:
+def as_table(rows: Sequence[LayerHealth]) -> Any:
     """A rich Table in colours, whose caption says what to do about each finding."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    caption = Text("\n".join(_fixes(report)), justify="left")
+    caption = Text("\n".join(_fixes(rows)), justify="left")
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_style="")
     table.add_column(COLUMNS[0], overflow="fold")
-    cells = [_cells(row) for row in report.rows]
+    cells = [_cells(row) for row in rows]
     for i, name in enumerate(COLUMNS[1:], 1):
         # No wider than needed, so that the paths have what is left of the terminal.
         words = [*name.split(), *(row[i] for row in cells)]
         table.add_column(name, justify="right", width=max(map(len, words)))
-    for row, (path, *figures) in zip(report.rows, cells, strict=True):
+    for row, (path, *figures) in zip(rows, cells, strict=True):
         layer = "\n".join([path, *_findings(row)])
         table.add_row(Text(layer, style=COLORS[_state(row)]), *figures)
     return table
 
 
-def as_figure(report: "Health") -> Any:
+def as_figure(rows: Sequence[LayerHealth], limits: Limits) -> Any:
     """A matplotlib Figure with a line per layer: variances, means, drift if known."""
     try:
         from matplotlib.figure import Figure
@@ -61,7 +61,6 @@ def as_figure(report: "Health") -> Any:
             "the figure needs matplotlib: pip install 'jaxnorm[examples]', or print "
             "the report, which does not"
         ) from error
-    limits, rows = report.limits, report.rows
     panels = [
         ("running variance", limits.epsilon, limits.epsilon, ("var",)),
         ("|running mean|", np.sqrt(limits.epsilon), None, ("mean",)),
@@ -88,7 +87,7 @@ def as_figure(report: "Health") -> Any:
 
 
 def _draw(
-    ax: Any, rows: "tuple[LayerHealth, ...]", name: str, color: str, shift: float
+    ax: Any, rows: Sequence[LayerHealth], name: str, color: str, shift: float
 ) -> None:
     """A bar from the least to the greatest value of each layer, a dot at the median.
 
@@ -104,7 +103,7 @@ def _draw(
     ax.plot(median, places, "o", color=color, markersize=4, label=name.split("_")[0])
 
 
-def _name_layers(ax: Any, rows: "tuple[LayerHealth, ...]") -> None:
+def _name_layers(ax: Any, rows: Sequence[LayerHealth]) -> None:
     """The paths beside the lines, from the top down, in the colours of the table."""
     names = [_cells(row)[0] for row in rows]
     short = [name if len(name) <= 40 else f"...{name[-37:]}" for name in names]
@@ -115,13 +114,15 @@ def _name_layers(ax: Any, rows: "tuple[LayerHealth, ...]") -> None:
             label.set_color({"warning": "darkorange", "severe": "red"}[_state(row)])
 
 
-def _state(row: "LayerHealth") -> str:
+def _state(row: LayerHealth) -> str:
+    """The state of a layer, which has a colour."""
     if not row.findings:
         return "good"
     return "severe" if any(f.severe for f in row.findings) else "warning"
 
 
-def _cells(row: "LayerHealth") -> tuple[str, ...]:
+def _cells(row: LayerHealth) -> tuple[str, ...]:
+    """The cells of a layer's row, by `COLUMNS`."""
     figures = (
         row.features,
         row.var_min,
@@ -133,7 +134,7 @@ def _cells(row: "LayerHealth") -> tuple[str, ...]:
     return (row.path or "(one layer)", *map(_number, figures))
 
 
-def _findings(row: "LayerHealth") -> list[str]:
+def _findings(row: LayerHealth) -> list[str]:
     return [f"  {f.rule}: {f.detail}" for f in row.findings]
 
 
@@ -143,7 +144,7 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2g}"
 
 
-def _fixes(report: "Health") -> list[str]:
+def _fixes(rows: Sequence[LayerHealth]) -> list[str]:
     """What to do about each rule that found something, once."""
-    found = {f.rule: f.fix for row in report.rows for f in row.findings}
+    found = {f.rule: f.fix for row in rows for f in row.findings}
     return [f"* {rule}: {fix}." for rule, fix in found.items()]
