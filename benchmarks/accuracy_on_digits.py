@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import jax
@@ -37,6 +38,7 @@ output, which this network relies on.
 
 def load_example():
     path = ROOT / "examples" / "01_train_digits.py"
+    sys.path.insert(0, str(path.parent))  # as where Python runs it
     spec = importlib.util.spec_from_file_location("train_digits", path)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -48,7 +50,7 @@ def accuracies(example, norm, seeds, epochs, batch_size=64) -> list[float]:
     train, test = example.load_digits()
     shape, classes = train.images.shape[1:], int(train.labels.max()) + 1
     optimizer = example.make_optimizer(-(-len(train.labels) // batch_size))
-    build = example.MODELS["linen"]
+    build = example.resnet.MODELS["linen"]
     job = example.make_job(
         build(norm, shape, classes, 0), optimizer, jax.local_devices()
     )

@@ -20,30 +20,34 @@ import json
 import os
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
+import resnet
 from tqdm import tqdm
+from train_data import (
+    BadInput,
+    Split,
+    batches,
+    checksum,
+    load_digits,
+    load_npz,
+    require,
+    shifted,
+)
+from train_files import (
+    draw_curves,
+    open_checkpoints,
+    past_epochs,
+    write_files,
+)
+from train_steps import AXIS, Job, State, make_job
 
 import jaxnorm
-from jaxnorm import linen as jl
-from jaxnorm import nnx as jx
-
-AXIS = "data"  # the mesh axis that batches are split along
-WIDTHS, STRIDES = (16, 32, 64), (1, 2, 2)  # of the residual blocks
 
 # For norms that pool statistics over devices.
 POOLED = {"momentum": 0.9, "axis_name": AXIS}
@@ -86,335 +90,6 @@ SPREAD = ("online", "virtual")
 # another order: 1e-7 each time, and a hundredfold for what the layers make of it. A
 # forgotten sum over the devices changes them by 1e-3 and more.
 TOLERANCE = 1e-5
-
-
-class BadInput(ValueError):
-    """Options or files that cannot be used; the message is for the user."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise BadInput(message)
-
-
-# ---- The network, in Linen and in NNX ---------------------------------------------
-#
-# All else knows of either only its params, its batch_stats, and a pure function:
-# apply(params, batch_stats, images, mask, train) -> logits, batch_stats
-
-
-class LinenResNet(nn.Module):
-    norm: jaxnorm.Norm
-    classes: int
-
-    @nn.compact
-    def __call__(self, x, mask, train):
-        def conv_norm(x, features, kernel=3, stride=1):
-            x = nn.Conv(features, (kernel, kernel), stride, use_bias=False)(x)
-            return jl.Norm(self.norm)(x, use_running_average=not train, mask=mask)
-
-        x = nn.silu(conv_norm(x, WIDTHS[0]))
-        for features, stride in zip(WIDTHS, STRIDES, strict=True):
-            y = nn.silu(conv_norm(x, features, stride=stride))
-            y = conv_norm(y, features)
-            x = nn.silu(y + conv_norm(x, features, kernel=1, stride=stride))
-        return nn.Dense(self.classes)(x.mean(axis=(1, 2)))
-
-
-def linen_model(norm, image_shape, classes: int, seed: int) -> tuple:
-    network = LinenResNet(norm, classes)
-
-    def apply(params, batch_stats, images, mask, train):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, changed = network.apply(
-            variables, images, mask, train, mutable=["batch_stats"]
-        )
-        return logits, changed.get("batch_stats", {})
-
-    image, mask = jnp.zeros((1, *image_shape)), jnp.ones((1, 1, 1, 1), bool)
-    init = jax.jit(partial(network.init, train=False))
-    variables = init(jax.random.key(seed), image, mask)
-    return variables["params"], variables.get("batch_stats", {}), apply
-
-
-class NnxConvNorm(nnx.Module):
-    def __init__(self, norm, inputs, features, kernel=3, stride=1, *, rngs):
-        self.conv = nnx.Conv(
-            inputs, features, (kernel, kernel), stride, use_bias=False, rngs=rngs
-        )
-        self.norm = jx.Norm(norm, features)
-
-    def __call__(self, x, mask):
-        return self.norm(self.conv(x), mask=mask)
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, norm, inputs, features, stride, *, rngs):
-        conv_norm = partial(NnxConvNorm, norm, rngs=rngs)
-        self.first = conv_norm(inputs, features, stride=stride)
-        self.second = conv_norm(features, features)
-        self.shortcut = conv_norm(inputs, features, kernel=1, stride=stride)
-
-    def __call__(self, x, mask):
-        y = nnx.silu(self.first(x, mask))
-        return nnx.silu(self.second(y, mask) + self.shortcut(x, mask))
-
-
-class NnxResNet(nnx.Module):
-    def __init__(self, norm, channels, classes, *, rngs):
-        self.stem = NnxConvNorm(norm, channels, WIDTHS[0], rngs=rngs)
-        inputs = (WIDTHS[0], *WIDTHS[:-1])
-        self.blocks = nnx.List(
-            NnxBlock(norm, *sizes, rngs=rngs)
-            for sizes in zip(inputs, WIDTHS, STRIDES, strict=True)
-        )
-        self.head = nnx.Linear(WIDTHS[-1], classes, rngs=rngs)
-
-    def __call__(self, x, mask):
-        x = nnx.silu(self.stem(x, mask))
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(x.mean(axis=(1, 2)))
-
-
-def nnx_model(norm, image_shape, classes: int, seed: int) -> tuple:
-    network = NnxResNet(norm, image_shape[-1], classes, rngs=nnx.Rngs(seed))
-    graph, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-
-    def apply(params, batch_stats, images, mask, train):
-        network = nnx.merge(graph, params, batch_stats)
-        network.train() if train else network.eval()
-        logits = network(images, mask)
-        return logits, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
-
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats), apply
-
-
-MODELS = {"linen": linen_model, "nnx": nnx_model}
-
-
-# ---- Steps, data-parallel over devices --------------------------------------------
-
-
-class State(NamedTuple):
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-
-class Job(NamedTuple):
-    state: State  # to begin with
-    train_step: Callable[[State, dict], tuple[State, dict]]
-    eval_step: Callable[[State, dict], dict]
-
-
-def make_job(model: tuple, optimizer, devices: list) -> Job:
-    """The jitted steps; state is replicated over the devices, batches are split."""
-    params, batch_stats, apply = model
-    mesh, specs = Mesh(np.array(devices), (AXIS,)), (P(), P(AXIS))
-    replicated, split = (NamedSharding(mesh, spec) for spec in specs)
-
-    def over_devices(step):
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P())
-        return jax.jit(step, in_shardings=(replicated, split))
-
-    state = State(params, batch_stats, optimizer.init(params))
-    state = jax.device_put(state, replicated)
-    return Job(state, *map(over_devices, device_steps(apply, optimizer)))
-
-
-def device_steps(apply: Callable, optimizer) -> tuple[Callable, Callable]:
-    """What each device does in a training step and in an evaluation step."""
-
-    def loss_fn(params, batch_stats, batch, train):
-        labels, valid = batch["label"], batch["valid"]
-        mask = valid[:, None, None, None]
-        logits, batch_stats = apply(params, batch_stats, batch["image"], mask, train)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        sums = {
-            "loss": jnp.sum(losses, where=valid),
-            "correct": jnp.sum(logits.argmax(-1) == labels, where=valid),
-            "count": jnp.sum(valid),
-        }
-        # A device may hold few valid rows, or none: first sum over all, then divide.
-        sums = jax.lax.psum(sums, AXIS)
-        return sums["loss"] / sums["count"], (sums, batch_stats)
-
-    def train_step(state, batch):
-        # The parameters are replicated and the loss is a sum over the devices, so
-        # jax.shard_map sums the gradient over the devices, too.
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, (sums, batch_stats) = grad_fn(
-            state.params, state.batch_stats, batch, train=True
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state), sums
-
-    def eval_step(state, batch):
-        _, (sums, _) = loss_fn(state.params, state.batch_stats, batch, train=False)
-        return sums
-
-    return train_step, eval_step
-
-
-# ---- Data -------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    images: np.ndarray  # float32, (N, H, W, C), from 0 to 1
-    labels: np.ndarray  # int32, (N,)
-
-
-def load_digits() -> tuple[Split, Split]:
-    from sklearn import datasets
-
-    images, labels = datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    order = np.random.default_rng(0).permutation(len(images))
-    parts = order[360:], order[:360]
-    train, test = (Split(images[i], labels[i].astype(np.int32)) for i in parts)
-    return train, test
-
-
-def load_npz(path: Path) -> tuple[Split, Split]:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
-            arrays = {key: npz[key] for key in keys if key in npz}
-    except FileNotFoundError:
-        raise BadInput(f"no such file: {path}") from None
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise BadInput(f"{path} is no readable npz file: {error}") from None
-    missing = [key for key in keys if key not in arrays]
-    require(not missing, f"{path} lacks {', '.join(missing)}")
-    try:
-        train = checked(arrays, "x_train", "y_train")
-        test = checked(arrays, "x_test", "y_test")
-        shapes = [split.images.shape[1:] for split in (train, test)]
-        require(shapes[0] == shapes[1], f"x_train and x_test hold images of {shapes}")
-        known = test.labels.max() <= train.labels.max()
-        require(known, "y_test has labels above the largest of y_train")
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-    return train, test
-
-
-def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Split:
-    images, labels = arrays[x], arrays[y]
-    is_byte = images.dtype == np.uint8
-    is_float = np.issubdtype(images.dtype, np.floating)
-    is_integer = np.issubdtype(labels.dtype, np.integer)
-    require(is_byte or is_float, f"{x} is {images.dtype}, not uint8 or floating point")
-    require(is_integer, f"{y} is {labels.dtype}, not integer")
-    require(images.ndim in (3, 4), f"{x} has shape {images.shape}, not (N, H, W[, C])")
-    require(labels.ndim == 1, f"{y} has shape {labels.shape}, not (N,)")
-    same = len(images) == len(labels)
-    require(same, f"{len(images)} images in {x}, but {len(labels)} labels in {y}")
-    require(images.size > 0, f"{x} is empty")
-    require(0 <= labels.min(), f"{y} has negative labels")
-    require(labels.max() < 2**16, f"{y} has labels above {2**16 - 1}")
-    inside = is_byte or bool(np.all((0 <= images) & (images <= 1)))
-    require(inside, f"{x} has floating point pixels that are NaN or outside [0, 1]")
-    images = images.astype(np.float32) / (255 if is_byte else 1)
-    return Split(images.reshape(*images.shape[:3], -1), labels.astype(np.int32))
-
-
-def checksum(*splits: Split) -> int:
-    value = 0
-    for array in (array for split in splits for array in split):
-        value = zlib.crc32(array.tobytes(), value)
-    return value
-
-
-def shifted(split: Split, rng: np.random.Generator) -> Split:
-    """Every image moved by up to one pixel each way."""
-    height, width = split.images.shape[1:3]
-    padded = np.pad(split.images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    moves = rng.integers(3, size=(len(padded), 2))
-    moved = [
-        image[y : y + height, x : x + width]
-        for image, (y, x) in zip(padded, moves, strict=True)
-    ]
-    return Split(np.stack(moved), split.labels)
-
-
-def batches(split: Split, order: np.ndarray, size: int) -> Iterator[dict]:
-    """Batches of one fixed shape; the last is padded, and its padding not valid."""
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        padding = (0, size - len(rows))
-        yield {
-            "image": np.pad(split.images[rows], (padding, (0, 0), (0, 0), (0, 0))),
-            "label": np.pad(split.labels[rows], padding),
-            "valid": np.arange(size) < len(rows),
-        }
-
-
-# ---- The files of a run -----------------------------------------------------------
-
-
-def open_checkpoints(out: Path) -> ocp.CheckpointManager:
-    """Orbax makes checkpoints appear whole or not at all, even if it is killed."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    return ocp.CheckpointManager(out / "checkpoints", options=options)
-
-
-def epochs_done(out: Path) -> int:
-    if not (out / "checkpoints").is_dir():
-        return 0
-    with open_checkpoints(out) as checkpoints:
-        return checkpoints.latest_step() or 0
-
-
-def past_epochs(options, config: dict) -> list[dict]:
-    """The metrics up to the checkpoint of a run that can be resumed; else none."""
-    out, done = options.out, epochs_done(options.out)
-    if not options.resume:
-        require(done == 0, f"{out} holds a run already: give --resume or another --out")
-        return []
-    require(done > 0, f"nothing to resume: {out} holds no checkpoint")
-    enough = done <= options.epochs
-    require(enough, f"{out} has {done} epochs, more than --epochs {options.epochs}")
-    try:
-        before = json.loads((out / "config.json").read_text())
-        changed = [
-            f"{key} was {before[key]}, now {config[key]}"
-            for key in config
-            if before[key] != config[key]
-        ]
-        # Later lines, the last of them perhaps cut short, have no checkpoint.
-        lines = (out / "metrics.jsonl").read_text().splitlines()[:done]
-        history = [json.loads(line) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"cannot read the files of {out}: {error!r}") from None
-    require(not changed, f"cannot resume {out}: {'; '.join(changed)}")
-    require(len(history) == done, f"{out}/metrics.jsonl lacks checkpointed epochs")
-    return history
-
-
-def write_files(out: Path, config: dict, history: list[dict]) -> None:
-    """Replaces each file as a whole, so that none is ever found half-written."""
-    lines = "".join(json.dumps(line) + "\n" for line in history)
-    texts = {"config.json": json.dumps(config, indent=2) + "\n", "metrics.jsonl": lines}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (out / "new").write_text(text)
-            os.replace(out / "new", out / name)
-    except OSError as error:
-        raise BadInput(f"cannot write to {out}: {error.strerror}") from None
-
-
-def draw_curves(history: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for name in ("train", "test"):
-            values = [line[f"{name}_{quantity}"] for line in history]
-            axes.plot(range(1, len(values) + 1), values, marker=".", label=name)
-        axes.set(xlabel="epoch", ylabel=quantity)
-        axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 # ---- Training ---------------------------------------------------------------------
@@ -509,7 +184,7 @@ def make_parser() -> Parser:
     parser = Parser(prog=Path(__file__).name, description="Train a ResNet on digits.")
     add = parser.add_argument
     add("--norm", default="batch", choices=NORMS, help="every norm of the network")
-    add("--api", default="linen", choices=MODELS, help="flavour of Flax")
+    add("--api", default="linen", choices=resnet.MODELS, help="flavour of Flax")
     add("--data", type=Path, help="npz file laid out as Keras's mnist.npz")
     add("--epochs", default=20, type=int)
     add("--batch-size", default=64, type=int, help="over all devices")
@@ -563,7 +238,9 @@ def run(options: argparse.Namespace) -> int:
     history = past_epochs(options, config)
 
     shape, classes = train.images.shape[1:], int(train.labels.max()) + 1
-    model = MODELS[options.api](NORMS[options.norm], shape, classes, options.seed)
+    model = resnet.MODELS[options.api](
+        NORMS[options.norm], shape, classes, options.seed
+    )
     optimizer = make_optimizer(-(-len(train.labels) // options.batch_size))
     job = make_job(model, optimizer, devices)
     # Half a batch and a row: some devices are full, one is not, and some are empty.

@@ -1,4 +1,4 @@
-"""What follows a norm: a residual that is added, and an activation."""
+"""The residual and the activation that may follow a norm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def as_activation(name: str, activation: Any) -> str | None:
-    """`activation` as one of those that are known by name, or None."""
+    """`activation`, if it is None or the name of one in `ACTIVATIONS`; else raises."""
     if activation is not None and activation not in list(ACTIVATIONS):
         raise ValueError(
             f"{name}={shown(activation)} is none of {sorted(ACTIVATIONS)}: name one of "
@@ -33,7 +33,7 @@ def as_activation(name: str, activation: Any) -> str | None:
 
 
 def check_activation(activation: str | None, residual: Array | None, x: Array) -> None:
-    """Raises unless both can follow a norm of `x`."""
+    """Raises unless the activation and the residual can follow a norm of `x`."""
     as_activation("activation", activation)
     if activation is not None and jnp.iscomplexobj(x):
         raise TypeError(
@@ -81,7 +81,7 @@ def pack(flags: Array) -> Array:
 
 
 def unpack(bits: Array) -> Array:
-    """The booleans that `pack` has packed."""
+    """The booleans of which `pack` made `bits`."""
     if bits.dtype == jnp.bool_:
         return bits
     return jnp.unpackbits(bits, axis=-1).astype(bool)

@@ -1,4 +1,4 @@
-"""What arguments must be: one check for each kind, whatever takes them.
+"""Checks of arguments: one for each kind, whichever function takes them.
 
 Each gives the argument back in the form that the rest relies on, or raises TypeError or
 ValueError that names it. What is traced is checked as far as it is known.
@@ -48,6 +48,15 @@ def _converted(name: str, value: Any) -> Array:
     raise TypeError(f"{name} must be an array of numbers, got {shown(value)}")
 
 
+def array_or_none(value: Any) -> Array | np.ndarray | None:
+    """`value` as an array, of NumPy if none of it is one of JAX; None if it is none."""
+    try:
+        of_jax = any(isinstance(v, Array) for v in jax.tree.leaves(value))
+        return jnp.asarray(value) if of_jax else np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def as_real(name: str, value: Any) -> Any:
     """`value` as a Python number where it is known, else as a traced scalar."""
     value = _scalar(value)
@@ -61,7 +70,7 @@ def as_real(name: str, value: Any) -> Any:
 
 
 def as_epsilon(name: str, value: Any) -> Any:
-    """As `as_real`, for what is added to a variance."""
+    """`value` as a finite number from 0 on, such as is added to a variance."""
     value = as_real(name, value)
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         rule = "must not be negative" if value < 0 else "must be finite"
@@ -70,7 +79,7 @@ def as_epsilon(name: str, value: Any) -> Any:
 
 
 def as_share(name: str, value: Any) -> Any:
-    """As `as_real`, for a weight beside another that adds up to 1 with it."""
+    """`value` as a number from 0 to 1."""
     value = as_real(name, value)
     if isinstance(value, int | float) and not 0 <= value <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {value}")
@@ -152,16 +161,21 @@ def as_flag(value: Any, name: str = "use_running_average") -> bool | Array:
 
 def as_dtype(name: str, value: DTypeLike) -> jnp.dtype:
     """`value` as a dtype of real or complex floating point."""
-    try:
-        dtype = None if value is None else jnp.dtype(value)
-    except TypeError:
-        dtype = None
+    dtype = dtype_or_none(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{name} must be a dtype of floating point, such as jnp.float32, got "
             f"{shown(value)}"
         )
     return dtype
+
+
+def dtype_or_none(value: Any) -> jnp.dtype | None:
+    """`value` as a dtype; None if it is none."""
+    try:
+        return None if value is None else jnp.dtype(value)
+    except TypeError:
+        return None
 
 
 def as_name(name: str, value: Any) -> str | None:
@@ -172,12 +186,12 @@ def as_name(name: str, value: Any) -> str | None:
 
 
 def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """`check`, but None stays None."""
+    """A check that leaves None as it is, and passes all else to `check`."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> None:
-    """Raises TypeError unless `value` is a dict or the like, such as `like` makes."""
+    """Raises TypeError unless `value` is a mapping; `like` makes an example of one."""
     if not isinstance(value, Mapping):
         raise TypeError(
             f"{name} must be a dict, as {like} makes it, got {shown(value)}: {fix}"
@@ -185,7 +199,7 @@ def check_mapping(name: str, value: Any, like: str, fix: str = "pass that") -> N
 
 
 def check_instance(name: str, value: Any, kind: type, like: str) -> None:
-    """Raises TypeError unless `value` is a `kind`, such as `like` makes."""
+    """Raises TypeError unless `value` is a `kind`; `like` makes an example."""
     if not isinstance(value, kind):
         raise TypeError(
             f"{name} must be a jaxnorm.{kind.__name__}, as {like} makes it, got "

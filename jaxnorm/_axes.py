@@ -32,7 +32,7 @@ class Axes(NamedTuple):
 
     @property
     def size_is_known(self) -> bool:
-        """Whether `size` can be compared while tracing, as can what it consists of."""
+        """Whether `size` is a number, and not symbolic."""
         return is_known(*(self.working_shape[a] for a in self.reduce))
 
     @property
@@ -63,7 +63,7 @@ class Axes(NamedTuple):
 
     @property
     def per_feature(self) -> "Axes":
-        """Without the reduction over features, where there is another one, too."""
+        """These axes without the reduction over features, if there is another, too."""
         plain, features = self.reduce_in_order
         if not (plain and features):
             return self
@@ -72,7 +72,7 @@ class Axes(NamedTuple):
 
     @property
     def reduce_in_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`reduce`, parted into the axes without features and those with.
+        """The reduced axes in two parts: those without features, then those with.
 
         Sums over the first leave one number per parameter, which the gradients of the
         parameters need anyway; the second then reduces a small array.
@@ -162,10 +162,10 @@ class Axes(NamedTuple):
 
 
 def is_known(*sizes: Any) -> bool:
-    """Whether these sizes are numbers, and none is left open, as `jax.export` may.
+    """Whether all these sizes are numbers, and none symbolic, as for `jax.export`.
 
-    What is open can be computed with, but not compared by size: there are formulas that
-    need no decision. It equals a number only if it always does.
+    Symbolic sizes can be computed with, but not compared: they need formulas without a
+    decision. One equals a number only if it always does.
     """
     return not any(map(is_symbolic_dim, sizes))
 

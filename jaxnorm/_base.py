@@ -36,7 +36,7 @@ Init = TypeVar("Init", bound=Callable[..., dict[str, Array]])
 
 
 def _initializer(init: Init) -> Init:
-    """`init` of arguments that have been checked, whichever method it is of."""
+    """An initializer that checks its arguments before it calls `init`."""
 
     @functools.wraps(init)
     def checked(
@@ -272,8 +272,7 @@ class Norm(Settings, abc.ABC):
 
 
 class ActivatedNorm(Norm):
-    """A norm whose result an activation is applied to, and before it a residual added,
-    where a call passes one."""
+    """A norm with an activation, before which it adds the residual of the call."""
 
     activation: str | None = None
     optional_inputs = ("residual",)

@@ -1,4 +1,4 @@
-"""Where devices meet: moments pooled over named axes, with one collective each way."""
+"""Statistics shared by devices, with one collective forward and one backward."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Groups = tuple[tuple[int, ...], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peers:
-    """The devices that share statistics with this one, the index of which is `place`.
+    """The devices that share statistics, and the index of this one, `place`.
 
     Known before any derivative is taken: its rule may run where the axes of a vmap are
     gone, and only a psum over them can still be asked for.
@@ -156,7 +156,7 @@ def sync(
 
 
 def pooled(m: Moments, peers: Peers | None) -> Moments:
-    """`sync` over devices that are known."""
+    """The moments of all `peers` together; `m` itself where there are none."""
     if peers is None:
         return m
     union = _pooled(m, peers)

@@ -1,4 +1,4 @@
-"""Which dtypes things are computed in."""
+"""The dtypes of statistics, computations and results."""
 
 import functools
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def widened(x: Array, dtype: DTypeLike) -> Array:
 
 
 def one_rounding(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """A method's formula that uses `x` more than once, with `x` widened before that.
+    """A decorator of formulas that use `x` more than once: it is widened before that.
 
     So the parts of its cotangent are added up in at least float32, and rounded once to
     the dtype of `x`. For the backward pass only `x`, in its own dtype, is kept: the

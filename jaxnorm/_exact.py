@@ -20,7 +20,7 @@ def two_sum_denoised(pivot: Array, shift: Array) -> tuple[Array, Array]:
 
 
 def drop_last_bit(x: Array) -> Array:
-    """`x` with one bit less than it has.
+    """`x` rounded to one bit less than its dtype has.
 
     So that all uses of it are of one and the same number: a compiler contracts the
     division that made `x` with the subtraction that uses it, into something of more
@@ -56,5 +56,5 @@ def split_size(size: Array) -> tuple[Array, Array]:
 
 
 def join_size(high: Array, low: Array) -> Array:
-    """The size whose parts, or the sums of whose parts, these are."""
+    """The size of these two parts, which may be sums of parts."""
     return (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Reduction(NamedTuple):
-    """What a normalization does, as far as it is known before any array is."""
+    """The static part of a normalization: axes, centering, and dtype of the result."""
 
     axes: Axes
     center: bool
@@ -41,7 +41,7 @@ class Operands(NamedTuple):
     residual: Array | None
 
     def line(self, m: Moments, reduction: Reduction) -> Line:
-        """What normalizing by `m` does to x."""
+        """The line that normalizes x by `m`."""
         # Without a mean there is nothing to be exact about.
         residue = m.residue if reduction.center else None
         return Line(m.mean, residue, m.rstd(self.epsilon), self.scale, self.bias)
@@ -61,8 +61,8 @@ def normalized(reduction: Reduction, operands: Operands, line: Line) -> Array:
 
 
 def recomputed(tangent: Callable[..., T]) -> Callable[..., T]:
-    """`tangent`, for whose transpose arguments alone are kept, and x in its own dtype
-    is all of its size among these."""
+    """`tangent`, computed again in the backward pass, which keeps its arguments alone:
+    of the size of x, these are x in its own dtype."""
     return jax.checkpoint(tangent, prevent_cse=False)
 
 
@@ -142,7 +142,7 @@ def _row_tangent(
     line: Line,
     change: Operands,
 ) -> tuple[Array, Array, Array]:
-    """The chain rule over the parts, all in one."""
+    """The tangents of y, mean and variance of rows: the chain rule, all in one."""
     axes, center, dtype = reduction
     x, m, rstd = _rows_again(reduction, x, own, line.rstd, epsilon)
     dmean, dvar = moments_tangent(axes, center, x, None, m, change.x)

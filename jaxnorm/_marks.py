@@ -1,4 +1,4 @@
-"""What the statistics of a layer say beside their values: what is read, what moves?"""
+"""Marks among the statistics of a layer: which does a call read, and which move?"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Use(NamedTuple):
 
 
 def use(stats: Mapping[str, Any], use_running_average: bool | Array) -> Use:
-    """What a call with this flag does to a layer of these statistics.
+    """How a call with this flag uses the statistics of a layer.
 
     | flag | marks | by_batch | updates |
     |---|---|---|---|
@@ -48,7 +48,7 @@ def marks(stats: Mapping[str, ArrayLike], *names: str) -> dict[str, Array]:
 
 
 def without(stats: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """`stats` less what they hold under `names`."""
+    """`stats` without the entries of these names."""
     return {k: v for k, v in stats.items() if k not in names}
 
 

@@ -130,16 +130,16 @@ def update_stats(
 
 
 def as_arrays(stats: Mapping[str, ArrayLike]) -> Stats:
-    """`stats` in arrays of their own, which may be donated while `stats` are in use."""
-    return {k: own(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
+    """Copies of `stats` as arrays: they may be donated while `stats` are in use."""
+    return {k: copy_of(as_array(f"stats[{k!r}]", v)) for k, v in stats.items()}
 
 
-def own(value: Any) -> Any:
-    """A copy of an array, where it is not traced."""
+def copy_of(value: Any) -> Any:
+    """A copy of a concrete array; a traced one as it is."""
     return value if isinstance(value, Tracer) else value.copy()
 
 
-def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
+def start_accumulation(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
     like = jnp.asarray(stats["mean" if "mean" in stats else "var"])
     dtypes = (like.dtype, like.real.dtype, jnp.int32, like.dtype)
@@ -147,15 +147,15 @@ def init_batch(stats: Mapping[str, ArrayLike]) -> Stats:
     return as_arrays(stats) | dict(zip(BATCH, zeros, strict=True))
 
 
-def batch(stats: Mapping[str, ArrayLike]) -> Moments:
+def accumulated(stats: Mapping[str, ArrayLike]) -> Moments:
     """The moments of all batches pooled in `stats` so far."""
     return Moments(*(jnp.asarray(stats[k]) for k in BATCH))
 
 
-def pooled(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
+def accumulate(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
     """`stats`, in which the batch of the moments `m` joins those pooled before."""
     check(stats, axes, BATCH)
-    before, shape = batch(stats), axes.feature_shape
+    before, shape = accumulated(stats), axes.feature_shape
     new = (lax.stop_gradient(v) for v in m.broadcast_to(m.var.shape))
     both = (
         jnp.stack([a, b.reshape(shape).astype(a.dtype)])
@@ -166,7 +166,7 @@ def pooled(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
 
 
 def all_finite(*arrays: Array) -> Array:
-    """Whether a batch with these statistics may leave a trace."""
+    """Whether all elements of all arrays are finite."""
     return functools.reduce(jnp.logical_and, [jnp.isfinite(v).all() for v in arrays])
 
 

@@ -73,7 +73,7 @@ def standardize(
 
 
 def _as_statistic(name: str, value: Any, axes: Axes) -> Any:
-    """`value`, which must broadcast to the array in its working shape."""
+    """`value`, if it broadcasts to the array in its working shape; else raises."""
     if isinstance(value, float):
         return value
     value = as_array(name, value)
@@ -155,7 +155,7 @@ def as_number(
 def standardized(
     axes: Axes, dtype: DTypeLike, x: Array, mask: Array | None, line: Line
 ) -> Array:
-    """`standardize`, of arrays that are known to fit."""
+    """`standardize` of checked arguments."""
     return from_working(apply_line(x, mask, line, axes), mask, axes, dtype)
 
 
@@ -267,7 +267,7 @@ def _row_tangent(
 
 
 def _by_sums(centered: Array, line: Line, dx: Array, dline: Line) -> Array:
-    """Nothing in the sums along rows waits for another of them."""
+    """The tangent by sums along rows, none of which waits for another."""
     _, residue, rstd, scale, _ = line
     dshift = -rstd * dline.mean
     dshift = dshift if residue is None else dshift - residue * dline.rstd
@@ -279,7 +279,7 @@ def _by_sums(centered: Array, line: Line, dx: Array, dline: Line) -> Array:
 
 
 def _by_products(centered: Array, line: Line, dx: Array, dline: Line) -> Array:
-    """The sums as matrix products, which XLA:CPU takes at the speed of memory."""
+    """The tangent by matrix products, which XLA:CPU takes at the speed of memory."""
     _, residue, rstd, scale, _ = line
     rstd, dmean, drstd = (
         v.astype(centered.dtype) for v in (rstd, dline.mean, dline.rstd)

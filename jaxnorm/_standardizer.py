@@ -201,10 +201,10 @@ class Standardizer(FeatureMoments):
         """The moments of the union of two disjoint parts of the data.
 
             size = self.size + other.size
-            apart = other.mean - self.mean
-            mean = self.mean + apart * other.size / size
+            offset = other.mean - self.mean
+            mean = self.mean + offset * other.size / size
             spread = self.var * self.size + other.var * other.size
-            var = (spread + apart**2 * self.size * other.size / size) / size
+            var = (spread + offset**2 * self.size * other.size / size) / size
 
         `functools.reduce(Standardizer.merge, parts)` merges many.
 
@@ -257,8 +257,7 @@ class Standardizer(FeatureMoments):
         """
         data = as_data(x)
         dtype = data.high.dtype if dtype is None else as_real_dtype(dtype)
-        given = self, data, mask, dtype
-        return automatically(standardized, *given, like=data.high)
+        return automatically(standardized, self, data, mask, dtype, like=data.high)
 
     def invert(self, y: ArrayLike, *, dtype: DTypeLike | None = None) -> Array:
         """The `x` that `apply` maps to `y`; of constant features, the constant.
@@ -286,5 +285,4 @@ class Standardizer(FeatureMoments):
         y = data.high if data.low is None else data.high + data.low
         if dtype is None:
             dtype = promote(y.dtype, self.mean.dtype)
-        given = self, y, as_real_dtype(dtype)
-        return automatically(restored, *given, like=y)
+        return automatically(restored, self, y, as_real_dtype(dtype), like=y)

@@ -20,7 +20,7 @@ from jaxnorm._running import as_arrays
 
 
 class StatefulNorm(Norm):
-    """A norm that learns statistics at training and uses them at evaluation."""
+    """A norm that learns statistics in training and uses them in evaluation."""
 
     momentum: float | None = 0.99
     counts_batches: ClassVar[bool] = False  # whether momentum=None averages all batches
@@ -64,10 +64,10 @@ class StatefulNorm(Norm):
     def check_stats(self, stats: Stats, shape: Shape) -> None:
         """Raises unless `stats` hold what `init_stats` makes for inputs of `shape`."""
         running.require(stats, self._expected(shape))
-        self._check_given(as_arrays(stats), shape)
+        self._check_entries(as_arrays(stats), shape)
 
-    def _check_given(self, stats: Mapping[str, Array], shape: Shape) -> None:
-        """Raises for statistics that `init_stats` makes in another way, or not."""
+    def _check_entries(self, stats: Mapping[str, Array], shape: Shape) -> None:
+        """Raises for statistics of names, shapes or kinds that `init_stats` has not."""
         expected = self._expected(shape)
         # Methods that keep but one of mean and var leave the other as it is.
         known = {"mean", "var", *expected, *MARKS}
@@ -117,7 +117,7 @@ class StatefulNorm(Norm):
         same = as_arrays(stats)
         own = without(same, SWITCHES)
         self._check_accumulation(stats)
-        self._check_given(own, x.shape)
+        self._check_entries(own, x.shape)
         if not (by_batch or updates):
             return self.evaluate(x, params, own, **how), same
         self.check_bound()
@@ -163,7 +163,7 @@ def _initial(norm: Norm, features: Shape) -> dict[str, tuple[Shape, bool]]:
 
 
 class RunningNorm(StatefulNorm):
-    """A norm by batch moments at training and by their moving average at evaluation.
+    """A norm by batch moments in training and by their moving average in evaluation.
 
     `momentum` is the weight of the old statistics at each step; None keeps the average
     over all batches instead. With `unbiased` the variance kept is the unbiased one, as
@@ -221,7 +221,7 @@ class RunningNorm(StatefulNorm):
         """The statistics, moved towards those of a batch of `shape`, or with its
         moments pooled into those of batches before."""
         if BATCH[0] in stats:
-            return running.pooled(stats, m, self.stats_axes(shape))
+            return running.accumulate(stats, m, self.stats_axes(shape))
         return running.update_stats(
             stats,
             m,

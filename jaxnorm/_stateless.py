@@ -16,7 +16,7 @@ from jaxnorm._running import as_arrays
 
 
 class StatelessNorm(Norm):
-    """A norm by the moments of the array at hand, at training and evaluation alike."""
+    """A norm by the moments of its input, in training and evaluation alike."""
 
     has_stats = False
 
@@ -66,7 +66,7 @@ class StatelessNorm(Norm):
 
 
 class KernelNorm(StatelessNorm):
-    """A norm that there are kernels for GPUs for, with the `implementation` to take."""
+    """A norm with kernels for GPUs, which `implementation` chooses."""
 
     implementation: str | None = None
 
@@ -78,7 +78,7 @@ class KernelNorm(StatelessNorm):
 
 
 class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
-    """A norm that kernels and activations may be asked of."""
+    """A norm with kernels for GPUs and an activation."""
 
     @final
     def transform(

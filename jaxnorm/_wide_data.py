@@ -1,4 +1,4 @@
-"""How is data read that float32 has too few digits for?"""
+"""How is data read of which float32 cannot hold all digits?"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxnorm._arguments import array_or_none, dtype_or_none
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating
 from jaxnorm._working import aligned
@@ -23,10 +24,7 @@ class Data(NamedTuple):
 
 def as_real_dtype(dtype: DTypeLike) -> jnp.dtype:
     """`dtype`; raises TypeError unless it is one of real floating point in use."""
-    try:
-        known = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        known = None
+    known = dtype_or_none(dtype)
     if known is None or not jnp.issubdtype(known, jnp.floating):
         raise TypeError(
             f"dtype must be one of real floating point, such as float32, got {dtype!r}"
@@ -69,11 +67,7 @@ def _as_array(x: Any) -> Array | np.ndarray:
             "the data must be one array of real numbers, got a masked array of NumPy: "
             "pass x.data, and mask=~np.ma.getmaskarray(x)"
         )
-    try:
-        of_jax = any(isinstance(v, jax.Array) for v in jax.tree.leaves(x))
-        array = jnp.asarray(x) if of_jax else np.asarray(x)
-    except (TypeError, ValueError):
-        array = None
+    array = array_or_none(x)
     if array is None or not (
         array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)
     ):
@@ -113,7 +107,7 @@ def halves_of(
     middle = axes.shape[along] // 2
     mask = None if mask is None else aligned(mask, axes.shape)
 
-    def part(v, start, stop):
+    def part(v: Array, start: int, stop: int) -> Array:
         whole = v.shape[along] == 1
         return v if whole else lax.slice_in_dim(v, start, stop, axis=along)
 

@@ -1,15 +1,14 @@
-"""The shape that an array is reduced in: there, back, and what a mask leaves out."""
+"""Arrays to and from the shape that they are reduced in, without masked elements."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxnorm._arguments import check_instance
+from jaxnorm._arguments import array_or_none, check_instance
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import at_least_float32
 
@@ -63,12 +62,8 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
 
 
 def _of_zeros_and_ones(mask: Any) -> Array | np.ndarray:
-    """`mask` as an array; raises if it is none, or is known to hold weights."""
-    traced = any(isinstance(v, jax.Array) for v in jax.tree.leaves(mask))
-    try:
-        array = jnp.asarray(mask) if traced else np.asarray(mask)
-    except (TypeError, ValueError):
-        array = None
+    """`mask` as an array; raises if it is not one, or is known to hold weights."""
+    array = array_or_none(mask)
     if array is None or not (
         array.dtype == jnp.bool_
         or jnp.issubdtype(array.dtype, jnp.integer)

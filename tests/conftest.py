@@ -1,6 +1,8 @@
 """JAX as strict as it gets, on 8 virtual devices, and as quick to compile."""
 
+import ctypes
 import gc
+import sys
 
 import jax
 import pytest
@@ -72,6 +74,8 @@ def memory():
     optimize(False)
     jax.clear_caches()
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or the C library keeps it
 
 
 @pytest.fixture

@@ -507,6 +507,16 @@ def everything(name: str, x, params, stats, mask, cotangent):
     return y, new, *pull(cotangent.astype(y.dtype))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(name: str, x, params, stats, mask, flag):
+    """Output and new statistics, where there are some by the running ones if `flag`."""
+    row = NORMS[name]
+    given = {"mask": mask, **row.inputs(x)}
+    if row.norm.has_stats:
+        given["use_running_average"] = flag
+    return row.norm(x, params, stats, **given)
+
+
 def _arrays(params) -> list[np.ndarray]:
     return [np.asarray(params[k]) for k in ("scale", "bias") if k in params]
 

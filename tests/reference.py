@@ -1,7 +1,7 @@
 """Normalization methods from their papers' definitions, in plain NumPy float64.
 
 The tests measure the package against this file. It shares no code with the package
-and none of its structure: each statistic gathers its own valid elements one by one.
+and none of its structure: each statistic gathers its own valid elements.
 """
 
 import math
@@ -95,7 +95,7 @@ def instance_norm(x, scale=None, bias=None, *, axis=-1, epsilon=1e-6, mask=None)
     x = _exact(x)
     features = _axes(axis, x.ndim)
     return _normalize(
-        x, lambda i: (i[0], _pick(i, features)), scale, bias, features, epsilon, mask
+        x, lambda i: (i[0], *_pick(i, features)), scale, bias, features, epsilon, mask
     )
 
 
@@ -109,7 +109,7 @@ def ghost_batch_norm(
         raise ValueError(f"{x.shape[0]} examples do not form runs of {size}")
 
     def ghost(i):
-        return i[0] // size, _pick(i, features)
+        return i[0] // size, *_pick(i, features)
 
     return _normalize(x, ghost, scale, bias, features, epsilon, mask)
 
@@ -228,26 +228,31 @@ def _derivative(along, step):
 
 @np.errstate(all="ignore")  # as above
 def _normalize(x, statistic_of, scale, bias, features, epsilon, mask, centred=True):
-    """Normalize; `statistic_of` names the statistic that an index belongs to."""
+    """Normalize; `statistic_of` names the statistics that indices belong to."""
     scale, bias = _parameter(scale, x, features), _parameter(bias, x, features)
     valid = np.broadcast_to(True if mask is None else np.asarray(mask) != 0, x.shape)
-    members = {}
-    for i in np.ndindex(x.shape):
-        members.setdefault(statistic_of(i), []).append(i)
     given = [a for a in (x, scale, bias) if a is not None]
     y = np.zeros(x.shape, np.result_type(*given))
     mean, var = np.zeros_like(x), np.zeros(x.shape)
     size = np.zeros(x.shape, np.int64)
-    for indices in members.values():
-        values = np.array([x[i] for i in indices if valid[i]])
-        m, v = _mean_and_variance(values, centred)
-        for i in indices:
-            mean[i], var[i], size[i] = m, v, len(values)
-            if valid[i]:
-                z = (x[i] - m) / np.sqrt(v + epsilon)
-                z = z if scale is None else z * _at(scale, i, features)
-                y[i] = z if bias is None else z + _at(bias, i, features)
+    for every in _members(x.shape, statistic_of):
+        some = tuple(a[valid[every]] for a in every)
+        m, v = _mean_and_variance(x[some], centred)
+        mean[every], var[every], size[every] = m, v, len(some[0])
+        z = (x[some] - m) / np.sqrt(v + epsilon)
+        z = z if scale is None else z * _at(scale, some, features)
+        y[some] = z if bias is None else z + _at(bias, some, features)
     return Result(y, mean, var, size)
+
+
+def _members(shape, statistic_of):
+    """For each statistic the indices of its elements."""
+    indices = np.indices(shape).reshape(len(shape), -1)
+    names = np.reshape(statistic_of(tuple(indices)), (-1, indices.shape[1]))
+    _, which = np.unique(names, axis=1, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    for own in np.split(order, np.cumsum(np.bincount(which))[:-1]):
+        yield tuple(indices[:, own])
 
 
 def _mean_and_variance(values, centred):
@@ -268,7 +273,7 @@ def _parameter(value, x, features):
 
 
 def _at(parameter, i, features):
-    """The parameter's element for index `i` of x, of the example's own if it has."""
+    """The parameter's elements for indices `i` of x, of the example's own if it has."""
     place = _pick(i, features)
     return parameter[place if parameter.ndim == len(place) else (i[0], *place)]
 

@@ -642,7 +642,6 @@ def collectives(text):
     return re.findall(rf"= .*? ({names})(?:-start)?\(", text)
 
 
-@pytest.mark.optimized
 def test_aligned_virtual_batches_communicate_nothing():
     """Under jit, with examples sharded: no word between devices for the output."""
     ghost = jaxnorm.GhostBatchNorm(size=4)
@@ -662,7 +661,6 @@ def test_aligned_virtual_batches_communicate_nothing():
         assert f(x).sharding.is_equivalent_to(sharding, 3)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name, check_vma, masked",
     [("batch", v, m) for v in (True, False) for m in (True, False)]
@@ -703,7 +701,6 @@ def test_one_collective_forward_and_one_backward(name, check_vma, masked):
     assert len(collectives(text)) <= 2 * row.collectives
 
 
-@pytest.mark.optimized
 def test_gradients_of_the_parameters_ride_along():
     """With check_vma the collective of the backward pass carries them too."""
     row = SYNCED["batch"]
@@ -799,7 +796,6 @@ def test_one_value_per_variance_counts_all_devices():
             jax.vmap(lambda x, n=bad: n(x, {}, stats), axis_name="d")(inputs)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("name", RUNNING)
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
 def test_no_copy_of_the_input_between_devices(name, kind):

@@ -949,7 +949,7 @@ def test_partitioned_variables_are_folded_and_stay_so():
     assert_same(got, net.apply(variables, x))
 
 
-untyped: Any = jaxnorm  # as type checkers would refuse these calls
+untyped: Any = jaxnorm.models  # as type checkers would refuse these calls
 KERNEL = {"kernel": jnp.ones((IN, OUT))}
 STATS = {"mean": jnp.zeros(OUT), "var": jnp.ones(OUT)}
 

@@ -15,7 +15,7 @@ from norms import NORMS, STATEFUL, moved, problem
 import jaxnorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
-from jaxnorm.models._paths import norm_params
+from jaxnorm.models._paths import PARAM_NAMES, norm_params
 
 WAYS: dict[str, Any] = {
     "frozen": {"use_running_average": True, "update": False},
@@ -300,6 +300,26 @@ def test_the_parameters_of_every_method_are_known(name):
     tree = {"block": {"norm": params, "dense": {"kernel": 0.0, "bias": 0.0}}}
     expected = {"block/norm"} if params else set()
     assert {*norm_params(tree)} == expected
+
+
+def test_the_names_are_those_of_the_methods():
+    kinds = [v for v in vars(jaxnorm).values() if isinstance(v, type)]
+    methods = [v for v in kinds if issubclass(v, jaxnorm.Norm)]
+    assert PARAM_NAMES == {name for v in methods for name in v.param_names}
+
+
+def test_a_norm_of_ones_own_changes_no_other_layer(trained):
+    params = trained[0]["params"]
+    mask, labels = jaxnorm.models.decay_mask(params), {*norm_params(params)}
+
+    class Kernelled(jaxnorm.LayerNorm):
+        param_names = ("kernel", "scale", "bias")
+
+    assert jaxnorm.models.decay_mask(params) == mask
+    assert {*norm_params(params)} == labels
+    tree = {"Norm_0": Kernelled().init_params((2,)), "Dense_0": {"kernel": 0.0}}
+    assert {*norm_params(tree)} <= {"Norm_0"}
+    assert jaxnorm.models.decay_mask(tree)["Dense_0"] == {"kernel": True}
 
 
 def test_nothing_chosen_is_an_error(trained):

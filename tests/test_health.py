@@ -250,7 +250,7 @@ def test_batch_not_finite():
 
 
 def test_a_batch_that_is_not_finite_is_no_fault_of_the_statistics():
-    tree = running.init_batch(stats())
+    tree = running.start_accumulation(stats())
     tree["batch_size"] += 400
     tree["batch_mean"] = tree["batch_mean"].at[0].set(jnp.nan)
     assert found(health(tree))["batch not finite"] == "1 values"
@@ -282,7 +282,7 @@ def test_by_domain():
     assert found(health(tree, {"scale": jnp.ones(4)})) == {
         "never updated": "4 of 12 features"
     }
-    _, fresh = norm(x, {}, running.init_batch(tree), domain=domain)
+    _, fresh = norm(x, {}, running.start_accumulation(tree), domain=domain)
     row = only(health(fresh))
     assert (row.size, row.drifted, row.mean_drift_max) == (30, 0, pytest.approx(0))
 
@@ -396,7 +396,9 @@ def test_an_nnx_model():
         ),
         (
             r"fresh holds no batch in any of \['a'\]: pass .* a training pass",
-            lambda: health({"a": stats()}, fresh={"a": running.init_batch(stats())}),
+            lambda: health(
+                {"a": stats()}, fresh={"a": running.start_accumulation(stats())}
+            ),
         ),
     ],
 )

@@ -61,7 +61,7 @@ def test_ghost_batches_are_devices(count):
     ghost = jaxnorm.GhostBatchNorm(size=16 // count)
     stats = ghost.init_stats((5,))
     y, _ = jax.jit(ghost)(x, {}, stats)
-    alone = jax.vmap(lambda x: jaxnorm.BatchNorm()(x, {}, stats)[0])
+    alone = jax.jit(jax.vmap(lambda x: jaxnorm.BatchNorm()(x, {}, stats)[0]))
     assert_close(y.reshape(count, -1, 5), alone(x.reshape(count, -1, 5)), size=4)
 
 
@@ -223,7 +223,7 @@ def test_switchable_norm_of_single_examples_and_positions():
         def loss(x, p):
             return (norm(x, p, norm.init_stats((3,)))[0] ** 3).sum()
 
-        grads = jax.grad(loss, (0, 1))(numbers(*shape), params)
+        grads = jax.jit(jax.grad(loss, (0, 1)))(numbers(*shape), params)
         assert all(np.isfinite(v).all() for v in jax.tree.leaves(grads))
     with pytest.raises(ValueError, match=r"mean_weight has shape \(2,\), but it is"):
         norm(numbers(4, 3), {"mean_weight": np.ones(2)}, norm.init_stats((3,)))
@@ -393,7 +393,7 @@ def test_padding_of_no_domain_has_no_gradient():
     def loss(x, params):
         return (norm(x, params, stats, domain=domain, mask=mask)[0] ** 2).sum()
 
-    grads = jax.grad(loss, (0, 1))(x, norm.init_params((3,)))
+    grads = jax.jit(jax.grad(loss, (0, 1)))(x, norm.init_params((3,)))
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(grads))
 
 
@@ -417,9 +417,9 @@ def test_cross_iteration_slopes_are_of_each_device():
         in_specs=(spec, jax.sharding.PartitionSpec()),
         out_specs=spec,
     )
-    found = jax.jit(many)(inputs, kernel)
+    found, one = jax.jit(many)(inputs, kernel), jax.jit(slopes)
     for i in range(2):
-        assert_close(found[i], slopes(inputs[i], kernel), summed=8)
+        assert_close(found[i], one(inputs[i], kernel), summed=8)
 
 
 def test_complex_numbers_are_refused_by_methods_of_real_ones():
@@ -433,6 +433,6 @@ def test_empty_batches_leave_the_state():
     x = np.zeros((0, 4, 3), np.float32)
     for norm in (jaxnorm.RunningInstanceNorm(), jaxnorm.IterNorm()):
         stats = norm.init_stats((3,))
-        y, new = norm(x, {}, stats)
+        y, new = jax.jit(norm)(x, {}, stats)
         assert y.shape == x.shape
         jax.tree.map(np.testing.assert_array_equal, new, stats)

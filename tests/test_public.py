@@ -1,4 +1,4 @@
-"""What the package shows: names, docstrings, the README, and no Flax unless asked."""
+"""What the package shows: names, docstrings, tables, and no Flax unless asked."""
 
 import dataclasses
 import importlib
@@ -9,16 +9,16 @@ import re
 import subprocess
 import sys
 
+import api_page
 import pytest
 
 import jaxnorm
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ["jaxnorm", "jaxnorm.linen", "jaxnorm.models", "jaxnorm.nnx"]
 PUBLIC = {
-    f"{module}.{name}": getattr(importlib.import_module(module), name)
-    for module in MODULES
-    for name in importlib.import_module(module).__all__
+    f"{module}.{name}": value
+    for module in api_page.MODULES
+    for name, value in api_page.public(module).items()
 }
 METHODS = {
     name: value
@@ -36,11 +36,10 @@ def test_importing_it_does_not_import_flax():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_documented(name):
-    text = vars(PUBLIC[name]).get("__doc__") or PUBLIC[name].__doc__
-    assert text and len(text) > 30
+    assert len(api_page.docstring(PUBLIC[name])) > 30
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", api_page.MODULES)
 def test_modules_show_what_is_public(name):
     """All of it, and no module or helper of their own; in order."""
     module = importlib.import_module(name)
@@ -66,11 +65,14 @@ def test_each_field_of_a_settings_value_is_described(name):
 def test_a_method_has_a_function_a_row_and_a_reference(name):
     module = sys.modules[METHODS[name].__module__]
     assert module.__doc__ and "https://arxiv.org/abs/" in module.__doc__
-    function = getattr(jaxnorm, module.__name__.rpartition(".")[2])
+    short = module.__name__.rpartition(".")[2]
+    function = getattr(jaxnorm, short)
     for section in ("Args:", "Returns:", "Raises:", "Source:", ">>> "):
         assert section in function.__doc__ or "All else is as in" in function.__doc__
     table = (ROOT / "README.md").read_text()
     assert f"| `{name}`" in table, f"the README's table of methods lacks {name}"
+    table = (ROOT / "docs" / "methods.md").read_text()
+    assert f"| `{name}` | `{short}` |" in table, f"docs/methods.md lacks {name}"
     from norms import NORMS
 
     assert any(type(row.norm) is METHODS[name] for row in NORMS.values())
@@ -79,7 +81,7 @@ def test_a_method_has_a_function_a_row_and_a_reference(name):
 def test_every_method_trains_in_the_example():
     text = (ROOT / "examples" / "01_train_digits.py").read_text()
     trained = {name for name in METHODS if f"jaxnorm.{name}(" in text}
-    # The network has nothing but x to give; the README says so of each.
+    # The network has nothing but x to give; docs/methods.md says so of each.
     assert trained == {
         name for name, kind in METHODS.items() if not kind.required_inputs
     }

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 PATH = Path(__file__).parents[1] / "examples" / "01_train_digits.py"
+sys.path.insert(0, str(PATH.parent))  # as where Python runs it
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,14 @@ def example():
         jobs[key] = jobs.get(key) or make_job(model, optimizer, devices)
         return jobs[key]
 
-    shared_model = functools.cache(module.linen_model)
-    vars(module).update(WIDTHS=(8,), STRIDES=(2,), make_job=shared_job)
-    vars(module).update(MODELS=module.MODELS | {"linen": shared_model})
-    with jax.default_prng_impl("rbg"):  # compiles fast
-        yield module
+    vars(module).update(make_job=shared_job)
+    models = module.resnet.MODELS | {
+        "linen": functools.cache(module.resnet.linen_model)
+    }
+    with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
+        for name, value in (("WIDTHS", (8,)), ("STRIDES", (2,)), ("MODELS", models)):
+            patch.setattr(module.resnet, name, value)
+        yield module  # with random numbers that compile fast
 
 
 def arrays(image_shape=(6, 6), train=37, test=11):
@@ -196,8 +200,8 @@ def test_an_epoch_in_either_api(
 
         return *variables, counting
 
-    build = example.MODELS[api]
-    monkeypatch.setitem(example.MODELS, api, counted)
+    build = example.resnet.MODELS[api]
+    monkeypatch.setitem(example.resnet.MODELS, api, counted)
     more = (f"--api={api}", f"--norm={norm}", "--epochs=1")
     assert example.main(arguments(tmp_path / "data.npz", out, *more)) == 0
     printed = capsys.readouterr().out
@@ -268,14 +272,15 @@ def test_resumed_runs_end_with_the_same_bits(
 
 
 LAUNCH = """
-import runpy, sys
-example = runpy.run_path(sys.argv[1])
-main = example["main"]
-main.__globals__.update(WIDTHS=(8,), STRIDES=(2,))
-main(sys.argv[2:])
+import pathlib, runpy, sys
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
+import resnet
+vars(resnet).update(WIDTHS=(8,), STRIDES=(2,))
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 """
 
 
+@pytest.mark.optimized  # as is the process that is killed
 def test_a_killed_run_resumes_to_the_same_bits(example, data, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     argv = arguments(data, killed, "--epochs=1000")
@@ -294,7 +299,8 @@ def test_a_killed_run_resumes_to_the_same_bits(example, data, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    epochs = f"--epochs={example.epochs_done(killed) + 2}"
+    done = importlib.import_module("train_files").epochs_done(killed)
+    epochs = f"--epochs={done + 2}"
     example.main(arguments(data, killed, epochs, "--resume"))
     example.main(arguments(data, whole, epochs))
     assert checkpoint(killed) == checkpoint(whole)

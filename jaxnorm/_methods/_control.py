@@ -37,27 +37,6 @@ from jaxnorm._working import as_mask, from_working, to_working
 NAMES = ("control", "control_product", "control_mean")
 
 
-def control_labels(params: Any) -> Any:
-    """The tree `params`, with "control" for each leaf that gradients renew by being
-    subtracted as they are, and "parameter" for each other; for `optax.multi_transform`.
-
-    Nothing else may change the gradients of controls: clip, unscale or accumulate those
-    of the parameters within their own optimizer.
-
-    >>> from jaxnorm import models
-    >>> models.control_labels({"conv": {"kernel": 1.0}, "norm": {"control": 0.0}})
-    {'conv': {'kernel': 'parameter'}, 'norm': {'control': 'control'}}
-    """
-
-    def label(path: Any, _: Any) -> str:
-        names = [getattr(k, "key", getattr(k, "name", None)) for k in path]
-        # NNX keeps the array of a variable below its name.
-        names = [k for k in names if k not in ("value", "raw_value")]
-        return "control" if names[-1:] and names[-1] in NAMES else "parameter"
-
-    return jax.tree_util.tree_map_with_path(label, params)
-
-
 def as_control(
     name: str, value: ArrayLike | None, axes: Axes, dtype: DTypeLike, *leading: int
 ) -> Array:
@@ -167,7 +146,7 @@ def _summed(v: Array, like: Array) -> Array:
 
 
 def copies(control: Array, like: Array) -> int:
-    """How many devices' gradients JAX adds up for `control`, which they share.
+    """The number of devices that share `control`, whose gradients JAX adds up.
 
     Known in shard_map with check_vma. Elsewhere gradients are averaged by whoever
     replicates the parameters, as usual.
@@ -177,7 +156,7 @@ def copies(control: Array, like: Array) -> int:
 
 
 def renewal(old: Array, new: Array, copies: int, like: Array) -> Array:
-    """What to return as the gradient of `old` on each of `copies` devices.
+    """The gradient that renews a control: `old` less `new`, over the number of devices.
 
     Nothing, where the new value is not finite: a bad batch leaves no trace.
     """

@@ -11,9 +11,10 @@ from flax.core import meta
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-import jaxnorm
+from jaxnorm import _base as base
 from jaxnorm._arguments import as_array, as_flag
 from jaxnorm._marks import MARKS
+from jaxnorm._methods import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from jaxnorm._modules import (
     prepared,
     refuse,
@@ -40,7 +41,7 @@ class Norm(Checked, nn.Module):
         scale_init, bias_init: initializers in place of the norm's own values.
     """
 
-    norm: jaxnorm.Norm
+    norm: base.Norm
     use_running_average: bool | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -91,7 +92,7 @@ class BatchNorm(Checked, nn.BatchNorm):
     ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
         flag = _merged_flag(self, use_running_average)
-        norm = settings(jaxnorm.BatchNorm, self)
+        norm = settings(batch_norm.BatchNorm, self)
         return _apply(self, norm, x, flag, mask, inputs={"residual": residual})
 
 
@@ -107,7 +108,7 @@ class LayerNorm(Checked, nn.LayerNorm):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.LayerNorm, self), x, False, mask)
+        return _apply(self, settings(layer_norm.LayerNorm, self), x, False, mask)
 
 
 class RMSNorm(Checked, nn.RMSNorm):
@@ -122,7 +123,7 @@ class RMSNorm(Checked, nn.RMSNorm):
     @nn.compact
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(jaxnorm.RMSNorm, self), x, False, mask)
+        return _apply(self, settings(rms_norm.RMSNorm, self), x, False, mask)
 
 
 class GroupNorm(Checked, nn.GroupNorm):
@@ -145,7 +146,7 @@ class GroupNorm(Checked, nn.GroupNorm):
         residual: ArrayLike | None = None,
     ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        norm = settings(jaxnorm.GroupNorm, self)
+        norm = settings(group_norm.GroupNorm, self)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
@@ -169,7 +170,7 @@ class InstanceNorm(Checked, nn.InstanceNorm):
         residual: ArrayLike | None = None,
     ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        norm = settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
+        norm = settings(instance_norm.InstanceNorm, self, axis=self.feature_axes)
         return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
@@ -181,7 +182,7 @@ def _merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
 
 def _apply(
     module: Any,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     x: ArrayLike,
     flag: bool | Array,
     mask: ArrayLike | None,
@@ -236,4 +237,4 @@ def _param(module: Any, name: str, default: Array) -> Array:
 
 
 def _ignore(problem: str) -> None:
-    """While initializing, a single example is as good as many."""
+    """Takes a batch of single values, as models may be initialized with one example."""

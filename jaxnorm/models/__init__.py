@@ -1,6 +1,5 @@
 """What is done with a whole model: its norms, their parameters and statistics."""
 
-from jaxnorm._methods._control import control_labels as control_labels
 from jaxnorm.models._accumulate import accumulate as accumulate
 from jaxnorm.models._accumulate import commit as commit
 from jaxnorm.models._accumulate import discard as discard
@@ -11,6 +10,7 @@ from jaxnorm.models._combine import blend as blend
 from jaxnorm.models._combine import merge as merge
 from jaxnorm.models._combine import reset as reset
 from jaxnorm.models._combine import swap as swap
+from jaxnorm.models._control_labels import control_labels as control_labels
 from jaxnorm.models._convert import convert as convert
 from jaxnorm.models._ema import ema as ema
 from jaxnorm.models._folding.fold import fold as fold

@@ -1,6 +1,6 @@
-"""How do the statistics of several batches make one update, or none?"""
+"""How do the moments of several batches make one update of the statistics, or none?"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.typing import ArrayLike
@@ -24,7 +24,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
 
     Args:
         batch_stats: statistics of the layers of a model, or of one layer.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A new tree; entries gathered before start again from none. Sizes are int32, so
@@ -32,8 +32,8 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
         Layers that `freeze` holds gather nothing.
 
     Raises:
-        ValueError: if `where` means no layer; in training, for methods whose statistics
-            are no moments of data (L1, range, moving average and others).
+        ValueError: if `where` selects no layer; in training, for methods whose
+            statistics are no moments of data (L1, range, moving average and others).
         TypeError: for what is no tree of arrays.
 
     Source: Chan, Golub and LeVeque, 1983.
@@ -50,7 +50,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
     [ True] [ True]
     """
     return map_layers(
-        lambda _, stats: running.init_batch(stats), batch_stats, where=where
+        lambda _, stats: running.start_accumulation(stats), batch_stats, where=where
     )
 
 
@@ -96,16 +96,16 @@ def commit(
                 f"{momentum}: give None where batches are counted, else a number, as "
                 "in the norm's own settings"
             )
-        m = running.batch(stats)
+        m = running.accumulated(stats)
         axes = Axes.keep(m.var.shape, tuple(range(m.var.ndim)))
-        kept = tuple(k for k in ("mean", "var") if k in stats)
+        names = tuple(k for k in ("mean", "var") if k in stats)
         return running.update_stats(
             marks.without(stats, BATCH),
             m,
             axes,
             momentum=momentum,
             unbiased=unbiased,
-            stat_names=kept,
+            stat_names=names,
         )
 
     return _map_gathered(moved, batch_stats)
@@ -124,7 +124,10 @@ def discard(batch_stats: Tree) -> Tree:
     return _map_gathered(lambda _, stats: marks.without(stats, BATCH), batch_stats)
 
 
-def _map_gathered(f: Any, batch_stats: Tree) -> Tree:
+def _map_gathered(
+    f: Callable[[str, Mapping[str, Any]], dict[str, Any]], batch_stats: Tree
+) -> Tree:
+    """`batch_stats` with `f(path, stats)` for each layer that gathers batches."""
     gathered = {p for p, stats in layers(batch_stats).items() if BATCH[0] in stats}
     if not gathered:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How are the statistics of several models, or of several domains, combined?"""
+"""How do the statistics of several models or domains become one?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def merge(
     *,
     where: Where = everywhere,
 ) -> Tree:
-    """Statistics of the union of the data that each tree has statistics of.
+    """Statistics of several sets of data together, from the statistics of each.
 
         share = weights / sum(weights)
         mean = sum(share * means)
@@ -44,7 +44,7 @@ def merge(
         weights: how much each counts, such as its number of examples; None for all
             alike. One of weight 0 counts for nothing, whatever its statistics are.
             Where all are traced and 0, the result is NaN.
-        where: whether the layer at a path is meant; others are those of the first tree.
+        where: whether to take the layer at a path; others are those of the first tree.
 
     Returns:
         A new tree. Entries but "mean" and "var" are those of the first tree. What it
@@ -88,7 +88,7 @@ def merge(
 def _mixed(
     each: Sequence[Mapping[str, Any]], weights: Sequence[ArrayLike]
 ) -> tuple[Array, Array]:
-    """Mean and variance of the mixture, in the dtypes of the first."""
+    """Mean and variance of all data together, in the dtypes of the first."""
     dtypes = [jnp.asarray(each[0].get(k, 0.0)).dtype for k in ("mean", "var")]
     wide = at_least_float32(dtypes[1])
     known = int | float  # whose shares are exact, however large or small they are
@@ -100,10 +100,11 @@ def _mixed(
 
 
 def _moments(stats: Mapping[str, Any], share: Array) -> Moments:
-    """Those that `stats` are, and 0 where they have no share, and may be NaN."""
+    """The statistics of one model as moments; 0, whatever they are, with no share."""
     var = jnp.asarray(stats["var"])
     mean = jnp.asarray(stats.get("mean", jnp.zeros_like(var)))
-    return Moments(*(jnp.where(share == 0, 0, v) for v in (mean, var)), 1)
+    mean, var = (jnp.where(share == 0, 0, v) for v in (mean, var))
+    return Moments(mean, var, 1)
 
 
 def _listed(name: str, values: Any) -> list[Any]:
@@ -115,7 +116,7 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _weights(weights: Any, number: int) -> list[Any]:
-    """A weight for each of a number of trees, each known one not negative."""
+    """The weights in a list; raises unless each of the trees has a valid one."""
     weights = [as_epsilon("a weight", w) for w in _listed("weights", weights)]
     if not len(weights) == number > 0:
         raise ValueError(
@@ -127,7 +128,7 @@ def _weights(weights: Any, number: int) -> list[Any]:
 
 
 def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> Tree:
-    """Statistics between those of `a` and those of `b`.
+    """The weighted average of the statistics of `a` and `b`.
 
         mean = (1 - weight) * a["mean"] + weight * b["mean"], and var alike
 
@@ -139,7 +140,7 @@ def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> 
         a, b: statistics of the same layers.
         weight: of b, from 0 to 1; may be traced. At 0 and 1 it is exactly those of a
             and of b, whatever the other holds.
-        where: whether the layer at a path is meant; others are those of a.
+        where: whether to take the layer at a path; others are those of a.
 
     Returns:
         A new tree. Entries but "mean" and "var" are those of a.
@@ -156,10 +157,10 @@ def blend(a: Tree, b: Tree, weight: ArrayLike, *, where: Where = everywhere) -> 
     check_layers(b, "b")
     keep = 1 - as_share("weight", weight)
 
-    def blended(path, mine, other):
-        check_shapes(path, mine, other)
-        names = [k for k in ("mean", "var") if k in mine]
-        return mine | {k: between(mine[k], other[k], keep) for k in names}
+    def blended(path: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        check_shapes(path, old, new)
+        names = [k for k in ("mean", "var") if k in old]
+        return old | {k: between(old[k], new[k], keep) for k in names}
 
     return map_layers(blended, a, b, where=where)
 
@@ -172,14 +173,14 @@ def between(a: ArrayLike, b: ArrayLike, keep: ArrayLike) -> Array:
 
 
 def swap(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
-    """`a`, with the layers that `where` means as they are in `b`.
+    """The statistics of `a`, with those of `b` in the layers that `where` selects.
 
     For a set of statistics per domain, task or branch on one set of parameters; and,
     with the statistics of a fresh model as b, to start some layers anew.
 
     Args:
         a, b: statistics of the same layers.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A new tree.
@@ -191,9 +192,9 @@ def swap(a: Tree, b: Tree, *, where: Where = everywhere) -> Tree:
     check_layers(a, "a")
     check_layers(b, "b")
 
-    def swapped(path, mine, other):
-        check_shapes(path, mine, other)
-        return other
+    def swapped(path: str, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        check_shapes(path, old, new)
+        return new
 
     return map_layers(swapped, a, b, where=where)
 
@@ -205,7 +206,7 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
 
     Args:
         batch_stats: statistics of the layers of a model, or of one layer.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A new tree.
@@ -220,7 +221,7 @@ def reset(batch_stats: Tree, *, where: Where = everywhere) -> Tree:
     {'mean': Array([0.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
 
-    def reset(path, stats):
+    def reset(path: str, stats: dict[str, Any]) -> dict[str, Any]:
         unknown = {*stats} - {*_STARTS, *SWITCHES}
         if unknown:
             raise ValueError(

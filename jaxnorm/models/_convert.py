@@ -15,10 +15,10 @@ from jaxnorm.models._paths import (
     Tree,
     Where,
     check_variables,
-    chosen_norms,
     copied,
     everywhere,
     keys_at,
+    select_norms,
     set_at,
 )
 
@@ -44,7 +44,7 @@ def convert(
     Args:
         variables: {"params", "batch_stats"} of the model, as nested dicts.
         norm: the settings of the new norm, such as `jaxnorm.GroupNorm()`.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant. A
+        where: whether to take the norm at a path, such as "Block_0/BatchNorm_1". A
             module of nothing but a bias is not taken for a norm.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
@@ -54,7 +54,7 @@ def convert(
         `nn.Partitioned`, around what they held.
 
     Raises:
-        ValueError, TypeError: if `where` means no norm, arrays of one do not fit
+        ValueError, TypeError: if `where` selects no norm, arrays of one do not fit
             `norm`, or it gathers batches (`accumulate`); its path is named.
 
     >>> import jax.numpy as jnp, jaxnorm
@@ -69,22 +69,24 @@ def convert(
     check_norm(norm, use_scale, use_bias)
     trees = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
     new = dict(variables) | trees
-    for path, old in chosen_norms(variables, where).items():
+    for path, old in select_norms(variables, where).items():
         keys = keys_at(trees.values(), path)
         if keys is None:
             raise ValueError(
                 f"the norm at {path!r} is within a list or tuple, where a new variable "
                 "has no place: convert trees of dicts"
             )
-        used = {"use_scale": use_scale, "use_bias": use_bias}
-        nodes = converted(path, norm, *old, features(path, *old), **used)
+        shape = feature_shape(path, *old)
+        nodes = converted(
+            path, norm, *old, shape, use_scale=use_scale, use_bias=use_bias
+        )
         for name, node in zip(trees, nodes, strict=True):
             new[name] = set_at(new[name], keys, node)
     return copied(new)
 
 
 def check_norm(norm: Any, use_scale: Any, use_bias: Any) -> None:
-    """Raises unless norms can be converted to `norm`, with these parameters or not."""
+    """Raises ValueError or TypeError unless norms can be converted to `norm`."""
     if isinstance(norm, type) and issubclass(norm, Norm):
         raise TypeError(
             f"norm must be a settings value, got the class {norm.__name__}: call it, "
@@ -114,8 +116,8 @@ def converted(
     use_scale: bool,
     use_bias: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and statistics of `norm`, for features of `shape`, in the place of
-    these, at `path`."""
+    """Parameters and statistics of `norm` for features of `shape`, with the values of
+    those of the norm at `path`."""
     gathering = [k for k in BATCH if k in stats]
     if gathering:
         raise ValueError(
@@ -138,8 +140,10 @@ def converted(
     return new_params, new_stats | switched
 
 
-def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Shape:
-    """Shape of the features of the norm at `path`."""
+def feature_shape(
+    path: str, params: Mapping[str, Any], stats: Mapping[str, Any]
+) -> Shape:
+    """The shape of the features of the norm at `path`, as its variables tell it."""
     arrays = _arrays(path, params, stats)
     for name in (k for k in ("scale", "bias", "mean", "var") if k in arrays):
         return arrays[name].shape
@@ -150,11 +154,11 @@ def features(path: str, params: Mapping[str, Any], stats: Mapping[str, Any]) -> 
 
 
 def _arrays(path: str, *variables: Mapping[str, Any]) -> dict[str, Array]:
-    """The values of all `variables` of the norm at `path`."""
+    """The arrays of all variables of the norm at `path`, by their names."""
     return {
         k: array_of(f"{k} of the norm at {path!r}", v)
-        for held in variables
-        for k, v in held.items()
+        for tree in variables
+        for k, v in tree.items()
     }
 
 

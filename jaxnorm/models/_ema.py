@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxnorm import _running as running
 from jaxnorm._arguments import as_share, shown
-from jaxnorm._running import own
 from jaxnorm.models._combine import between
 from jaxnorm.models._paths import (
     Tree,
@@ -103,10 +103,10 @@ def _check_params(average: Mapping[str, Tree], variables: Mapping[str, Tree]) ->
             )
     a, b = (_shapes(tree["params"]) for tree in (average, variables))
     if a[1] != b[1]:
-        apart = sorted(p for p in {*a[0], *b[0]} if a[0].get(p) != b[0].get(p))
+        unlike = sorted(p for p in {*a[0], *b[0]} if a[0].get(p) != b[0].get(p))
         raise ValueError(
             'the "params" of average and of variables must be alike, but differ at '
-            f"{apart or 'the types of their nodes'}: take both from one model"
+            f"{unlike or 'the types of their nodes'}: take both from one model"
         )
 
 
@@ -118,13 +118,18 @@ def _shapes(params: Tree) -> tuple[dict[str, tuple[int, ...]], Any]:
 
 
 def _moments(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean and var among `stats`."""
     return {k: stats[k] for k in ("mean", "var") if k in stats}
 
 
-def _averaged(a: Mapping, b: Mapping, decay: ArrayLike) -> dict[str, Any]:
+def _averaged(
+    a: Mapping[str, Any], b: Mapping[str, Any], decay: ArrayLike
+) -> dict[str, Any]:
+    """The statistics `b`, with mean and var averaged with those of `a`."""
     return {**b, **{k: _blended(v, b[k], decay) for k, v in _moments(a).items()}}
 
 
 def _blended(a: ArrayLike, b: ArrayLike, decay: ArrayLike) -> Array:
+    """The average of two arrays; a copy of `b` where they are no floating point."""
     floating = jnp.issubdtype(jnp.asarray(a).dtype, jnp.inexact)
-    return between(a, b, decay) if floating else own(jnp.asarray(b))
+    return between(a, b, decay) if floating else running.copy_of(jnp.asarray(b))

@@ -1,4 +1,7 @@
-"""Which statistics does a layer use, do they move, do its parameters train?"""
+"""Which statistics does a layer normalize by, and do these and its parameters train?"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -23,7 +26,7 @@ def freeze(
     use_running_average: bool = True,
     update: bool = False,
 ) -> Tree:
-    """Statistics whose layers, in training, use and update them as said here.
+    """Statistics marked for how their layers use and update them in training.
 
     Each layer's statistics get marks: "running" if it normalizes by the running
     statistics also in training, "held" if it does not update them. They travel with the
@@ -40,16 +43,16 @@ def freeze(
 
     Args:
         batch_stats: statistics of the layers of a model, or of one layer.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
         use_running_average: normalize by the running statistics, also in training.
         update: let training update the statistics.
 
     Returns:
-        A new tree, of copies of the arrays and the marks of the layers that `where`
-        means.
+        A new tree of copies of the arrays, with marks in the layers that `where`
+        selects.
 
     Raises:
-        ValueError: if `where` means no layer.
+        ValueError: if `where` selects no layer.
         TypeError: for what is no tree of arrays, and switches that are no booleans.
 
     >>> import jax.numpy as jnp, jaxnorm
@@ -84,7 +87,7 @@ def unfreeze(batch_stats: Tree, where: Where = everywhere) -> Tree:
 
 
 def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
-    """What training does in each layer: its path, and the two switches of `freeze`.
+    """The two switches of `freeze` for each layer, by its path.
 
     Raises TypeError for what is no tree of arrays.
 
@@ -99,7 +102,7 @@ def frozen(batch_stats: Tree) -> dict[str, dict[str, bool]]:
 
 
 def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
-    """ "frozen" for the parameters of the norms that `where` means, else "trainable".
+    """ "frozen" for the parameters of the norms that `where` selects, else "trainable".
 
     For `optax.multi_transform`, with `optax.set_to_zero()` for "frozen". A norm is
     known by its parameters, as `decay_mask` says. A partial function of `params`
@@ -107,13 +110,13 @@ def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
 
     Args:
         params: parameters of a model.
-        where: whether the norm at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the norm at a path, such as "Block_0/BatchNorm_1".
 
     Returns:
         A tree of strings, of the structure of `params`.
 
     Raises:
-        ValueError: if `where` means no norm.
+        ValueError: if `where` selects no norm.
         TypeError: for what is no tree of arrays.
 
     >>> import jax, jax.numpy as jnp, jaxnorm
@@ -124,7 +127,7 @@ def frozen_labels(params: Tree, where: Where = everywhere) -> Tree:
     """
     frozen = select(norm_params(params), where, "norms with parameters")
 
-    def labels(path, node):
+    def labels(path: str, node: Mapping[str, Any]) -> Any:
         label = "frozen" if path in frozen else "trainable"
         return jax.tree.map(lambda _: label, node)
 
@@ -135,8 +138,10 @@ def decay_mask(params: Tree) -> Tree:
     """False for the parameters of norms, True for all others, as optax's masks are.
 
     For `optax.adamw(..., mask=jaxnorm.models.decay_mask)`. A norm is a node of `params`
-    that holds nothing but arrays under names of the parameters of jaxnorm's methods,
-    such as "scale" and "bias"; so a module of a lone bias counts as one, too.
+    that holds nothing but arrays under names of the parameters of jaxnorm's methods:
+    "scale", "bias", "alpha", "slope", "sigma", "threshold", "extra_epsilon",
+    "mean_weight", "var_weight" and what `control_labels` labels. So a module of a lone
+    bias counts as one, too, and a norm of your own with other parameters does not.
 
     Args:
         params: parameters of a model.

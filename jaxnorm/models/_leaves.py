@@ -1,4 +1,4 @@
-"""What is one variable of a tree, in a box of Flax's or not?"""
+"""What is the array of a variable, which may be in one of Flax's boxes?"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which layers of a model keep running statistics, and at which paths?"""
+"""Which layers of a model are norms or keep running statistics, and at which paths?"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,16 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxnorm import _running as running
 from jaxnorm._arguments import shown
-from jaxnorm._base import Norm
-from jaxnorm._running import own
 
-Where = Callable[[str], bool]  # whether the layer at a path is meant
+Where = Callable[[str], bool]  # whether to take the layer at a path
 Tree = Any  # nested mappings of arrays, such as Flax's batch_stats
+
+# What the methods of jaxnorm call their parameters. A norm of one's own with others has
+# no part in it: what a model's norms are does not depend on which classes there are.
+PARAM_NAMES = frozenset(
+    {
+        "alpha",
+        "bias",
+        "control",
+        "control_mean",
+        "control_product",
+        "extra_epsilon",
+        "mean_weight",
+        "scale",
+        "sigma",
+        "slope",
+        "threshold",
+        "var_weight",
+    }
+)
 
 
 def everywhere(path: str) -> bool:
-    """Means every layer."""
+    """True, for a layer at any path."""
     return True
 
 
@@ -48,7 +66,7 @@ def check_variables(variables: Any, name: str = "variables") -> None:
 
 
 def check_layers(tree: Any, name: str) -> None:
-    """As `check_tree`, but for what may be a list or tuple, too, such as of layers."""
+    """As `check_tree`, also for a list or tuple of trees, such as one of each layer."""
     check_tree(dict(enumerate(tree)) if isinstance(tree, list | tuple) else tree, name)
 
 
@@ -80,12 +98,18 @@ def layers(batch_stats: Tree) -> dict[str, dict[str, Any]]:
 
 
 def select_layers(batch_stats: Tree, where: Where) -> dict[str, dict[str, Any]]:
-    """Those of the `layers` that `where` means; raises ValueError if there are none."""
+    """The statistics of each layer that `where` selects, by its path.
+
+    Raises ValueError if there is none.
+    """
     return select(layers(batch_stats), where, "layers with running statistics")
 
 
 def select(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
-    """What `where` means of `found`; raises ValueError if that is nothing."""
+    """The items of `found` whose paths `where` selects.
+
+    Raises ValueError if there is none; the message calls them `what`.
+    """
     if not callable(where):
         raise TypeError(
             "where must be a function of a layer's path that returns True or False, "
@@ -106,12 +130,12 @@ def select(found: Mapping[str, Any], where: Where, what: str) -> dict[str, Any]:
 
 
 def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree:
-    """`batch_stats` with the layers at the paths of `new` in place of their own.
+    """`batch_stats` with `new` statistics for the layers at these paths.
 
-    All arrays are copies, but of what is traced.
+    All arrays are copied, except traced ones.
     """
 
-    def replaced(path, node):
+    def replaced(path: tuple[Any, ...], node: Any) -> Any:
         return new.get(path_name(path), node) if is_layer(node) else node
 
     return copied(
@@ -120,8 +144,10 @@ def with_layers(batch_stats: Tree, new: Mapping[str, Mapping[str, Any]]) -> Tree
 
 
 def copied(tree: Tree) -> Tree:
-    """`tree` with arrays of its own, which may be donated while `tree` is in use."""
-    return jax.tree.map(lambda v: own(v) if isinstance(v, Array) else v, tree)
+    """A copy of `tree`, whose arrays may be donated while `tree` is in use."""
+    return jax.tree.map(
+        lambda v: running.copy_of(v) if isinstance(v, Array) else v, tree
+    )
 
 
 def map_layers(
@@ -130,15 +156,16 @@ def map_layers(
     *others: Tree,
     where: Where = everywhere,
 ) -> Tree:
-    """`f(path, stats, *stats_of_others)` for each layer that `where` means.
+    """`batch_stats` with `f(path, stats, *stats_of_others)` for each layer that `where`
+    selects.
 
     Raises ValueError where the trees do not hold the same layers.
     """
     found, *rest = (layers(tree) for tree in (batch_stats, *others))
     for other in rest:
         check_same(found, other)
-    own = select_layers(batch_stats, where)
-    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in own.items()}
+    selected = select_layers(batch_stats, where)
+    new = {p: f(p, stats, *(r[p] for r in rest)) for p, stats in selected.items()}
     return with_layers(batch_stats, new)
 
 
@@ -203,22 +230,21 @@ def set_at(
 def norm_params(params: Tree) -> dict[str, dict[str, Any]]:
     """The parameters of each norm of a model, by its path.
 
-    A norm is a node that holds nothing but arrays under names of the parameters of
-    jaxnorm's methods, such as "scale" and "bias". So a module of a lone bias counts,
-    too.
+    A norm is a node that holds nothing but arrays under some of `PARAM_NAMES`. So a
+    module of a lone bias counts, too.
     """
     found: dict[str, dict[str, Any]] = {}
     map_params(lambda path, node: found.update({path: dict(node)}), params)
     return found
 
 
-def chosen_norms(
+def select_norms(
     variables: Mapping[str, Tree], where: Where
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Parameters and statistics of each norm that `where` means, by its path.
+    """Parameters and statistics of each norm that `where` selects, by its path.
 
     A lone bias without statistics is not taken for a norm. Raises ValueError if `where`
-    means none, and TypeError for what are no trees of arrays.
+    selects none, and TypeError for what are no trees of arrays.
     """
     check_variables(variables)
     params = norm_params(variables.get("params", {}))
@@ -231,30 +257,30 @@ def chosen_norms(
     return select(found, where, "norms")
 
 
-def map_params(f: Callable[[str, Any], Any], params: Tree, others: Any = None) -> Tree:
+def map_params(
+    f: Callable[[str, Any], Any],
+    params: Tree,
+    others: Callable[[Any], Any] | None = None,
+) -> Tree:
     """`f(path, parameters)` for each norm, and `others(array)` for all else.
 
     Raises TypeError for what is no tree of arrays.
     """
     check_layers(params, "params")
-    names = _names(Norm)
 
-    def is_norm(node):
-        return (
-            isinstance(node, Mapping)
-            and len(node) > 0
-            and names.issuperset(node)
-            and not any(isinstance(v, Mapping) for v in node.values())
-        )
-
-    def one(path, node):
-        if is_norm(node):
+    def one(path: tuple[Any, ...], node: Any) -> Any:
+        if _is_norm(node):
             return f(path_name(path), node)
         return others(node) if others else node
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_norm)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_norm)
 
 
-def _names(kind: type[Norm]) -> set[str]:
-    """The names of the parameters of all methods there are."""
-    return {*kind.param_names}.union(*map(_names, kind.__subclasses__()))
+def _is_norm(node: Any) -> bool:
+    """Whether `node` holds the parameters of one norm."""
+    return (
+        isinstance(node, Mapping)
+        and len(node) > 0
+        and PARAM_NAMES.issuperset(node)
+        and not any(isinstance(v, Mapping) for v in node.values())
+    )

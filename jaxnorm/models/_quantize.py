@@ -42,7 +42,7 @@ def quantization_aware_layer(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = False,
 ) -> tuple[Array, dict[str, Array]]:
-    """A layer and its batch norm, with the kernel quantized that inference will use.
+    """A layer and its batch norm, with the kernel quantized as inference will use it.
 
         running_std = sqrt(stats["var"] + epsilon)
         y = layer(quantize(kernel * scale / running_std))
@@ -109,54 +109,56 @@ def quantization_aware_layer(
     )
     kernel, frozen = as_floating(as_array("kernel", kernel)), as_flag(freeze, "freeze")
     by_running = True if marks.RUNNING in stats else frozen
-    held = True if marks.HELD in stats else frozen
+    stays = True if marks.HELD in stats else frozen
     past = running.read(stats, norm.axes(kernel.shape), kernel.dtype)
     used, new = past, as_arrays(stats)
-    if not (by_running is True and held is True):
+    if not (by_running is True and stays is True):
         x = _output(layer, kernel)
-        batch, moved = _of_batch(norm, x, stats, by_running, mask)
+        batch, moved = _batch(norm, x, stats, by_running is not True, mask)
         mean, var = (v.reshape(past.var.shape) for v in (batch.mean, batch.var))
         batch = Moments(mean, var, past.size)
-        used = _chosen(by_running, past, batch)
-        new = _chosen(held, new, moved)
+        used = _where(by_running, past, batch)
+        new = _where(stays, new, moved)
     slope = past.rstd(norm.epsilon)
     if scale is not None:
         slope = slope * _scale(scale, kernel, slope)
     wide = kernel.astype(promote(kernel.dtype, slope.dtype))
     y = _output(layer, quantize((wide * slope).astype(kernel.dtype)))
-    where = norm.axes(y.shape)
+    axes = norm.axes(y.shape)
     # (y - mean * slope) * correction is y * correction - mean * scale / std.
     center, correction = (
-        v.reshape(where.param_shape())
+        v.reshape(axes.param_shape())
         for v in (used.mean * slope, used.rstd(norm.epsilon) / past.rstd(norm.epsilon))
     )
-    return standardize(y, center, correction, where, bias=bias, mask=mask), new
+    return standardize(y, center, correction, axes, bias=bias, mask=mask), new
 
 
 def _output(layer: Callable[[Array], Any], kernel: Array) -> Array:
+    """What the layer computes; raises TypeError unless that is an array."""
     y = layer(kernel)
     if not isinstance(y, Array | np.ndarray):
         raise TypeError(f"layer(kernel) must return one array, got {shown(y)}")
     return as_array("layer(kernel)", y)
 
 
-def _of_batch(
+def _batch(
     norm: BatchNorm,
     x: Array,
     stats: Stats,
-    by_running: bool | Array,
+    by_batch: bool,
     mask: ArrayLike | None,
 ) -> tuple[Moments, dict[str, Array]]:
     """The moments of a batch, and the statistics after it."""
-    problem = norm.single_value_problem(x.shape, by_running)
+    problem = norm.single_value_problem(x.shape, by_batch)
     if problem:
         raise ValueError(problem)
     batch = norm.batch_moments(x, mask)
     return batch, norm.updated(stats, batch, x.shape)
 
 
-def _chosen(when: bool | Array, a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(when, a, b), a, b)
+def _where(condition: bool | Array, a: Any, b: Any) -> Any:
+    """The arrays of the tree `a` where the condition holds, else those of `b`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
 def _scale(scale: ArrayLike, kernel: Array, slope: Array) -> Array:

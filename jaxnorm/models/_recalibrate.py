@@ -26,6 +26,7 @@ from jaxnorm.models._paths import (
 )
 
 Apply = Callable[[Mapping[str, Tree], Any], Tree]
+Layers = dict[str, dict[str, Any]]  # the statistics of each layer, by its path
 
 
 def recalibrate(
@@ -62,7 +63,7 @@ def recalibrate(
         batches: any iterable of anything `apply` takes: arrays on one device or many,
             tuples, dicts with masks; with `layer_by_layer`, one that starts again each
             time, such as a list.
-        where: whether the layer at a path is meant; others keep their statistics, and
+        where: whether to take the layer at a path; others keep their statistics, and
             normalize as `apply` has them; with `layer_by_layer` by these statistics,
             if they are jaxnorm's.
         layer_by_layer: take the moments of each layer as those before it evaluate.
@@ -110,51 +111,58 @@ def recalibrate(
             "object whose __iter__ starts again"
         )
     stats = variables.get("batch_stats", {})
-    meant = select_layers(stats, where)
-    gather = jax.jit(lambda variables, batch: _gathered(apply, variables, batch, meant))
+    selected = select_layers(stats, where)
+    paths = [*selected]
+    gather = jax.jit(lambda variables, batch: _gathered(apply, variables, batch, paths))
     base = _by_running(stats) if layer_by_layer else stats
 
-    def once(own: dict[str, dict]) -> dict[str, dict]:
-        marked = {p: _gathering(v, layer_by_layer) for p, v in own.items()}
+    def once(layers: Layers) -> Layers:
+        marked = {p: _gathering(v, layer_by_layer) for p, v in layers.items()}
         now = {**variables, "batch_stats": with_layers(base, marked)}
         found = _one_pass(gather, now, progress(batches) if progress else batches)
-        return {p: _moved(v, found[p], unbiased) for p, v in own.items()}
+        return {p: _replaced(v, found[p], unbiased) for p, v in layers.items()}
 
-    own = {p: marks.without(layer, MARKS) for p, layer in meant.items()}
-    own = _settled(once, own) if layer_by_layer else once(own)
-    return with_layers(stats, {p: {**meant[p], **v} for p, v in own.items()})
+    new = {p: marks.without(v, MARKS) for p, v in selected.items()}
+    new = _until_stable(once, new) if layer_by_layer else once(new)
+    return with_layers(stats, {p: {**selected[p], **v} for p, v in new.items()})
 
 
-def _union(a: Moments, b: Moments) -> Moments:
-    """The moments of two disjoint sets together, all in NumPy's float64."""
+def _union(a: Any, b: Any) -> Moments:
+    """Moments of the union of two disjoint sets, all in NumPy's float64."""
     size = a.size + b.size
     share = b.size / np.maximum(size, 1)
     return mix((a, b), (1 - share, share))._replace(size=size)
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
+    """The statistics of a layer that gathers moments, and may normalize by these."""
     switch = marks.marks(stats, RUNNING) if by_running else {}
-    return running.init_batch(stats) | switch
+    return running.start_accumulation(stats) | switch
 
 
-def _gathered(apply: Apply, variables: Any, batch: Any, meant: Iterable[str]) -> dict:
-    """The moments of one batch in each layer."""
+def _gathered(
+    apply: Apply, variables: Any, batch: Any, paths: list[str]
+) -> dict[str, Moments]:
+    """The moments of one batch in the layers at `paths`."""
     returned = apply(variables, batch)
     check_layers(returned, "what apply(variables, batch) returns")
     new = layers(returned)
-    missing = [p for p in meant if p not in new or BATCH[0] not in new[p]]
+    missing = [p for p in paths if p not in new or BATCH[0] not in new[p]]
     if missing:
         raise ValueError(
             f"apply(variables, batch) returned no statistics of the layers {missing}: "
             "it must return the batch_stats that the model updates in training, all of "
             f"them; those returned are {list(new)}"
         )
-    return {p: [new[p][k] for k in BATCH] for p in meant}
+    return {p: Moments(*(new[p][k] for k in BATCH)) for p in paths}
 
 
 def _one_pass(
-    gather: Callable, variables: Any, batches: Iterable[Any]
+    gather: Callable[[Any, Any], dict[str, Moments]],
+    variables: Any,
+    batches: Iterable[Any],
 ) -> dict[str, Moments]:
+    """The moments of all batches in each layer."""
     found: dict[str, Moments] = {}
     before = None
     for number, batch in enumerate(batches):
@@ -178,79 +186,84 @@ def _one_pass(
     return found
 
 
-def _join(found: dict[str, Moments], batch: tuple[int, dict] | None) -> None:
+def _join(
+    found: dict[str, Moments], batch: tuple[int, dict[str, Moments]] | None
+) -> None:
+    """Pools the moments of a batch of this number into those found so far."""
     if batch is None:
         return
     number, moments = batch
-    for path, (mean, var, size, residue) in jax.device_get(moments).items():
-        batch = _float64(Moments(mean, var, size, residue))
-        if not (np.isfinite(batch.mean).all() and np.isfinite(batch.var).all()):
+    for path, m in jax.device_get(moments).items():
+        m = _float64(m)
+        if not (np.isfinite(m.mean).all() and np.isfinite(m.var).all()):
             raise ValueError(
                 f"the moments of batch {number} (counted from 0) in the layer {path!r} "
                 "are not finite: mask what is not valid in the data, or find out which "
                 "weights make it so; no statistics have changed"
             )
-        found[path] = _union(found[path], batch) if path in found else batch
+        found[path] = _union(found[path], m) if path in found else m
 
 
-def _float64(m: Moments) -> Moments:
-    """`m` in NumPy's float64, with its mean and residue in one number."""
+def _float64(m: Any) -> Any:
+    """Moments in NumPy's float64, with mean and residue in one number."""
     wide = np.result_type(m.mean.dtype, np.float64)
     mean = m.mean.astype(wide) + m.residue
     zero = np.zeros_like(mean)
     return Moments(mean, m.var.astype(np.float64), m.size.astype(np.int64), zero)
 
 
-def _moved(stats: Mapping[str, Any], found: Moments, unbiased: bool) -> dict[str, Any]:
-    """`stats` with the moments found, where there are any."""
-    size = np.maximum(found.size, 2)
-    var = found.var * (size / (size - 1) if unbiased else 1)
+def _replaced(stats: Mapping[str, Any], m: Moments, unbiased: bool) -> dict[str, Any]:
+    """`stats` with the moments `m` of each feature that has two elements or more."""
+    size = np.maximum(m.size, 2)
+    var = m.var * (size / (size - 1) if unbiased else 1)
     new = dict(stats)
-    for name, value in (("mean", found.mean + found.residue), ("var", var)):
+    for name, value in (("mean", m.mean + m.residue), ("var", var)):
         if name in stats:
             old = np.asarray(stats[name])
-            value = np.where(found.size < 2, old, value).astype(old.dtype)
+            value = np.where(m.size < 2, old, value).astype(old.dtype)
             new[name] = jnp.asarray(value)
     return new
 
 
 def _by_running(batch_stats: Tree) -> Tree:
-    """All layers normalize by running statistics, those that keep theirs, too."""
+    """Statistics by which each layer normalizes in training, too."""
     return map_layers(lambda _, v: v | marks.marks(v, RUNNING), batch_stats)
 
 
-def _depth(own: Mapping[str, Any]) -> int:
-    """How many layers there are at most, stacked ones, as of a scan, one by one."""
-    return sum(math.prod(marks.shape_of(v)[:-1]) for v in own.values())
+def _depth(layers: Layers) -> int:
+    """How many layers there are at most; those of a scan are one for each step."""
+    return sum(math.prod(marks.shape_of(v)[:-1]) for v in layers.values())
 
 
-def _settled(once: Callable[[dict], dict], own: dict[str, dict]) -> dict[str, dict]:
-    """What `once` makes of `own`, again and again, until nothing changes.
+def _until_stable(once: Callable[[Layers], Layers], layers: Layers) -> Layers:
+    """The statistics after passes of `once` over the data, until one changes nothing.
 
-    Each pass settles the layers behind those settled before. Raises where the last one
-    still changed something by more than rounding does.
+    Each pass makes those layers stable that follow the layers that are. Raises
+    ValueError if the last one still changed something by more than rounding does.
     """
-    before = own
-    for _ in range(_depth(own) + 1):
-        before, own = own, once(own)
-        if _same(before, own):
-            return own
-    moving = [path for path, stats in own.items() if not _close(stats, before[path])]
+    before = layers
+    for _ in range(_depth(layers) + 1):
+        before, layers = layers, once(layers)
+        if _same(before, layers):
+            return layers
+    moving = [path for path, v in layers.items() if not _close(v, before[path])]
     if moving:
         raise ValueError(
             f"the statistics of the layers {moving} do not settle, as it is where one "
             "norm is called several times: recalibrate without layer_by_layer, or give "
             "each call a norm of its own; no statistics have changed"
         )
-    return own
+    return layers
 
 
 def _close(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether the statistics of a layer differ by rounding alone."""
     names = [k for k in ("mean", "var") if k in a]
     return all(np.allclose(a[k], b[k], rtol=1e-3, atol=1e-3) for k in names)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Layers, b: Layers) -> bool:
+    """Whether all statistics are equal, bit for bit."""
     return all(
         np.array_equal(*pair)
         for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)

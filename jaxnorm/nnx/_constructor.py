@@ -14,7 +14,7 @@ P = ParamSpec("P")
 
 
 def checked(init: Callable[P, None]) -> Callable[P, None]:
-    """`init`, which raises for an argument of a wrong kind before it does anything."""
+    """A constructor that checks the kinds of its arguments before it calls `init`."""
     names = list(inspect.signature(init).parameters)
 
     @functools.wraps(init)

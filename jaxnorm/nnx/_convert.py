@@ -6,8 +6,8 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-import jaxnorm
-from jaxnorm.models._convert import check_norm, converted, features
+from jaxnorm import _base as base
+from jaxnorm.models._convert import check_norm, converted, feature_shape
 from jaxnorm.models._paths import Where, copied, everywhere, select
 from jaxnorm.nnx._graph import (
     KINDS,
@@ -25,13 +25,13 @@ from jaxnorm.nnx._norms import BatchNorm, GroupNorm, InstanceNorm
 
 def convert(
     model: nnx.Module,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     where: Where = everywhere,
     *,
     use_scale: bool = True,
     use_bias: bool = True,
 ) -> Any:
-    """A copy of `model` with `Norm(norm)` for norms, and their variables (`convert`).
+    """A copy of `model` with `Norm(norm)` in place of norms, and their variables.
 
     Flax's own norms are replaced as well: `convert(model, jaxnorm.BatchNorm())` is a
     model of Flax's with jaxnorm's batch norm. What a norm does beyond its settings
@@ -42,7 +42,7 @@ def convert(
     Args:
         model: the module, which stays as it is.
         norm: the settings of the new norms: all of them, such as epsilon and axis.
-        where: whether the norm at a path, such as "layers/1", is meant. One that is
+        where: whether to take the norm at a path, such as "layers/1". One that is
             held in several places has one path.
         use_scale, use_bias: whether the new norms have these, if `norm` does at all.
 
@@ -75,49 +75,49 @@ def convert(
 
 
 def _converted(
-    path: str, module: Any, norm: jaxnorm.Norm, use_scale: bool, use_bias: bool
+    path: str, module: Any, norm: base.Norm, use_scale: bool, use_bias: bool
 ) -> Norm:
-    """A module for `norm` in the place of `module`, which is at `path`."""
+    """A module of `norm` with the variables of `module`, which is at `path`."""
     path = path or "."  # the model itself
     norm = _with_activation(path, module, norm)
-    held = {
+    variables = {
         kind: {k: v for k, v in vars(module).items() if isinstance(v, kind)}
         for kind in KINDS.values()
     }
     params, stats = (
-        {k: v.get_value() for k, v in own.items()} for own in held.values()
+        {k: v.get_value() for k, v in old.items()} for old in variables.values()
     )
     size = getattr(module, "num_features", None)
-    shape = (size,) if isinstance(size, int) else features(path, params, stats)
+    shape = (size,) if isinstance(size, int) else feature_shape(path, params, stats)
     used: dict[str, Any] = {"use_scale": use_scale, "use_bias": use_bias}
     flag = getattr(module, "use_running_average", False)
     made: Any = Norm(norm, shape, use_running_average=flag, dtype=module.dtype, **used)
     if hasattr(module, "promote_dtype"):
         made.promote_dtype = module.promote_dtype
     new = converted(path, norm, params, stats, shape, **used)
-    for (kind, own), values in zip(held.items(), new, strict=True):
+    for (kind, old), values in zip(variables.items(), new, strict=True):
         for k, v in values.items():
-            setattr(made, k, _with_metadata(own[k], v) if k in own else kind(copied(v)))
+            setattr(made, k, _with_metadata(old[k], v) if k in old else kind(copied(v)))
     return made
 
 
-def _with_activation(path: str, module: Any, norm: jaxnorm.Norm) -> jaxnorm.Norm:
+def _with_activation(path: str, module: Any, norm: base.Norm) -> base.Norm:
     """`norm` with the activation of `module`, unless it has one of its own."""
     if type(module).__call__ not in {kind.__call__ for kind in _KNOWN}:
         raise ValueError(
             f"the norm at {path!r} is {class_of(module)}, which computes something "
             "of its own that would be lost: leave it out with `where`"
         )
-    own = activation_of(module)
-    if own is None or getattr(norm, "activation", None) is not None:
+    activation = activation_of(module)
+    if activation is None or getattr(norm, "activation", None) is not None:
         return norm
     if not hasattr(norm, "activation"):
         raise ValueError(
-            f"the norm at {path!r} applies activation={own!r}, and "
+            f"the norm at {path!r} applies activation={activation!r}, and "
             f"{type(norm).__name__} has none: call it after the norm in the model, or "
             "leave this norm out with `where`"
         )
-    return dataclasses.replace(norm, activation=own)
+    return dataclasses.replace(norm, activation=activation)
 
 
 def _with_metadata(variable: Any, value: Array) -> Any:

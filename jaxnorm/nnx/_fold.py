@@ -9,7 +9,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-import jaxnorm.models
+from jaxnorm import models
 from jaxnorm._activation import add_and_activate, without_masked
 from jaxnorm._dtypes import promote
 from jaxnorm._working import as_mask
@@ -30,7 +30,7 @@ from jaxnorm.nnx._variables import update, variables
 
 
 class Identity(nnx.Module):
-    """The identity, where there was a norm before `fold`, and what follows the norm.
+    """What is left of a norm after `fold`: the residual and activation of its call.
 
         activation(x + residual)
 
@@ -133,39 +133,36 @@ def fold(
     check_model(model)
     copy = copy_of(model)
     copy.eval()
-    held = variables(copy)
 
     def found() -> list[Pair]:
-        return jaxnorm.models.find_pairs(
-            _functional(copy), variables(copy), *args, **kwargs
-        )
+        return models.find_pairs(_functional(copy), variables(copy), *args, **kwargs)
 
-    chosen = found() if pairs is None else as_pairs(pairs)
-    folded = jaxnorm.models.fold(held, chosen, epsilon=epsilon)
+    folding = found() if pairs is None else as_pairs(pairs)
+    folded = models.fold(variables(copy), folding, epsilon=epsilon)
     modules = {path_of(path): module for path, module in nnx.iter_modules(copy)}
-    for path in (path for pair in chosen for path in pair[:2] if path not in modules):
+    for path in (path for pair in folding for path in pair[:2] if path not in modules):
         raise ValueError(
             f"the variables at {path!r} are not those of a module, so that nothing can "
             "take its place: leave this pair out, with pairs= of the others"
         )
-    left = {pair: _left(pair, modules[pair.norm]) for pair in chosen}
+    left = {pair: _left(pair, modules[pair.norm]) for pair in folding}
     flat = {path_of(path): v for path, v in flattened(folded["params"]).items()}
-    for pair in chosen:
+    for pair in folding:
         _set_bias(pair.layer, modules[pair.layer], flat[f"{pair.layer}/bias"])
-    for pair in {*chosen} - {*found()} if pairs is None else ():
+    for pair in {*folding} - {*found()} if pairs is None else ():
         raise ValueError(
             f"the layer at {pair.layer!r}, {class_of(modules[pair.layer])}, does not "
             "add its attribute 'bias' to its result, which is to hold what is left of "
             "the norm: leave this pair out"
         )
-    for pair in chosen:
+    for pair in folding:
         become(modules[pair.norm], left[pair])
     update(copy, folded)
     return copy
 
 
 def _left(pair: Pair, norm: Any) -> Identity:
-    """What is left of the `norm` of `pair`."""
+    """What takes the place of the `norm` of `pair`."""
     ours = type(norm).__call__ in {
         kind.__call__ for kind in (Norm, BatchNorm, nnx.BatchNorm)
     }
@@ -183,9 +180,9 @@ def _left(pair: Pair, norm: Any) -> Identity:
             f"layer at {pair.layer!r}, so that it cannot be folded into it: leave this "
             "pair out"
         )
-    kept = ["scale", "bias", *(["mean", "var"] * hasattr(norm, "promote_dtype"))]
-    held = [getattr(norm, k, None) for k in kept]
-    dtypes = [v.dtype for v in held if v is not None]
+    names = ["scale", "bias", *(["mean", "var"] * hasattr(norm, "promote_dtype"))]
+    arrays = [getattr(norm, k, None) for k in names]
+    dtypes = [v.dtype for v in arrays if v is not None]
     return Identity(
         pair.norm,
         activation=activation,
@@ -196,10 +193,10 @@ def _left(pair: Pair, norm: Any) -> Identity:
 
 
 def _functional(model: nnx.Module) -> Callable[..., Any]:
-    """`apply(variables, ...)`: what `model` makes of arguments with these variables."""
+    """The function `apply(variables, ...)` that calls `model` with these variables."""
     graph, state = nnx.split(model)
 
-    def apply(variables, *args, **kwargs):
+    def apply(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         flat = {k: flattened(variables[k]) for k in KINDS}
         new = {path: value for tree in flat.values() for path, value in tree.items()}
         called = [
@@ -212,7 +209,7 @@ def _functional(model: nnx.Module) -> Callable[..., Any]:
 
 
 def _set_bias(path: str, layer: Any, bias: Array) -> None:
-    """Gives `layer` the bias, unless it has one, which `update` writes to."""
+    """Gives `layer` the bias, unless it has one, which `update` sets."""
     if not hasattr(layer, "bias"):
         raise ValueError(
             f"the layer at {path!r}, {type(layer).__name__}, has no attribute 'bias' "

@@ -14,7 +14,8 @@ from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike
 
-import jaxnorm
+from jaxnorm import _base as base
+from jaxnorm._methods import layer_norm, rms_norm
 from jaxnorm._modules import settings
 from jaxnorm.nnx._constructor import ConstructorSignature, checked
 from jaxnorm.nnx._norm import NO_METADATA, apply
@@ -74,8 +75,8 @@ class LayerNorm(nnx.LayerNorm):
         self.implementation = implementation
         self._settings()
 
-    def _settings(self) -> jaxnorm.Norm:
-        return settings(jaxnorm.LayerNorm, self)
+    def _settings(self) -> base.Norm:
+        return settings(layer_norm.LayerNorm, self)
 
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""
@@ -130,8 +131,8 @@ class RMSNorm(nnx.RMSNorm):
         self.implementation = implementation
         self._settings()
 
-    def _settings(self) -> jaxnorm.Norm:
-        return settings(jaxnorm.RMSNorm, self)
+    def _settings(self) -> base.Norm:
+        return settings(rms_norm.RMSNorm, self)
 
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0."""

@@ -13,7 +13,7 @@ from flax.typing import PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-import jaxnorm
+from jaxnorm import _base as base
 from jaxnorm._arguments import as_array, as_feature_shape, as_flag
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS
@@ -53,7 +53,7 @@ class Norm(nnx.Module):
     @checked
     def __init__(
         self,
-        norm: jaxnorm.Norm,
+        norm: base.Norm,
         num_features: int | tuple[int, ...],
         *,
         use_running_average: bool | None = False,
@@ -124,7 +124,7 @@ def merged_flag(module: Any, at_call: bool | Array | None) -> bool | Array:
 
 def apply(
     module: Any,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     x: ArrayLike,
     flag: bool | Array,
     mask: ArrayLike | None,
@@ -166,7 +166,7 @@ def _write(variable: nnx.Variable[Any], value: Array) -> None:
 
 def _dtype(
     module: Any,
-    norm: jaxnorm.Norm,
+    norm: base.Norm,
     x: Array,
     stats: dict[str, Array],
     params: dict[str, Array],

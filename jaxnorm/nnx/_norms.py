@@ -14,7 +14,8 @@ from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike
 
-import jaxnorm
+from jaxnorm import _base as base
+from jaxnorm._methods import batch_norm, group_norm, instance_norm
 from jaxnorm._modules import settings, stats_dtype
 from jaxnorm.nnx._constructor import ConstructorSignature, checked
 from jaxnorm.nnx._norm import NO_METADATA, apply, merged_flag
@@ -85,8 +86,8 @@ class BatchNorm(nnx.BatchNorm):
         for k, v in kept.items():
             setattr(self, k, nnx.BatchStat(v))
 
-    def _settings(self) -> jaxnorm.Norm:
-        return settings(jaxnorm.BatchNorm, self)
+    def _settings(self) -> base.Norm:
+        return settings(batch_norm.BatchNorm, self)
 
     def __call__(
         self,
@@ -139,7 +140,7 @@ class GroupNorm(nnx.GroupNorm):
         implementation: str | None = None,
     ):
         # Flax divides by these before it looks at them.
-        norm = jaxnorm.GroupNorm(num_groups=num_groups, group_size=group_size)
+        norm = group_norm.GroupNorm(num_groups=num_groups, group_size=group_size)
         norm.axes((1, num_features))
         super().__init__(
             num_features,
@@ -165,9 +166,9 @@ class GroupNorm(nnx.GroupNorm):
         self.implementation = implementation
         self._settings()
 
-    def _settings(self) -> jaxnorm.Norm:
+    def _settings(self) -> base.Norm:
         # Flax keeps both the number of groups and their size; one says it all.
-        return settings(jaxnorm.GroupNorm, self, group_size=None)
+        return settings(group_norm.GroupNorm, self, group_size=None)
 
     def __call__(
         self,
@@ -237,8 +238,8 @@ class InstanceNorm(nnx.InstanceNorm):
         self.implementation = implementation
         self._settings()
 
-    def _settings(self) -> jaxnorm.Norm:
-        return settings(jaxnorm.InstanceNorm, self, axis=self.feature_axes)
+    def _settings(self) -> base.Norm:
+        return settings(instance_norm.InstanceNorm, self, axis=self.feature_axes)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""A whole NNX model: its variables as plain trees, and what is done with them."""
+"""What are the variables of an NNX model as plain trees, and how are they set?"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-import jaxnorm.models
+from jaxnorm import models
 from jaxnorm._arguments import as_array, check_function
 from jaxnorm._marks import MARKS
 from jaxnorm.models._paths import Where, check_tree, copied, everywhere
 from jaxnorm.nnx._graph import KINDS, check_model, class_of, path_of
 from jaxnorm.nnx._norm import Norm
 from jaxnorm.nnx._norms import BatchNorm
+
+Path = tuple[Any, ...]  # the keys that lead to a module or variable
 
 
 def variables(model: nnx.Module) -> dict[str, Any]:
@@ -65,11 +67,11 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
         if name not in KINDS:
             raise ValueError(f"a model has the variables {list(KINDS)}, got {name!r}")
         check_tree(tree, name)
-        held = _by_names(nnx.to_flat_state(nnx.state(model, KINDS[name])))
+        old = _by_names(nnx.to_flat_state(nnx.state(model, KINDS[name])))
         new = _by_names(nnx.traversals.flatten_mapping(tree).items())
         for path, value in new.items():
-            if path in held:
-                writes.append((held[path], _fitting(name, path, value, held[path])))
+            if path in old:
+                writes.append((old[path], _fitting(name, path, value, old[path])))
             elif path[-1] in MARKS and path[:-1] in modules:
                 module = modules[path[:-1]]
                 _check_reads_marks(path[:-1], module)
@@ -78,13 +80,13 @@ def update(model: nnx.Module, variables: Mapping[str, Any]) -> None:
                 additions.append((module, path[-1], jnp.array(array)))
             else:
                 raise ValueError(f"the model has no {name} at {path_of(path)!r}")
-        for path in held:
+        for path in old:
             if path not in new and path[-1] not in MARKS:
                 raise ValueError(
                     f"{name} lacks {path_of(path)!r}, which the model has: start from "
                     "variables(model)"
                 )
-        removals = [p for p in held if p not in new]
+        removals = [p for p in old if p not in new]
         additions += [(modules[p[:-1]], p[-1], None) for p in removals]
     for variable, value in writes:
         variable[...] = value
@@ -105,14 +107,14 @@ def recalibrate(
 ) -> None:
     """Sets running statistics to the moments of a whole data set (`recalibrate`).
 
-    The layers that `where` means train while `call` runs; all else, such as dropout,
+    The layers that `where` selects train while `call` runs; all else, such as dropout,
     stays in the mode that the model is in.
 
     Args:
         model: the module, whose statistics are changed in place, at the end.
         batches: any iterable of anything `call` takes.
         call: `call(model, batch)` runs the model on a batch.
-        where: whether the layer at a path is meant; others keep their statistics.
+        where: whether to take the layer at a path; others keep their statistics.
         options: as in `jaxnorm.models.recalibrate`, which says what is raised.
 
     >>> import jax.numpy as jnp
@@ -137,16 +139,17 @@ def recalibrate(
         return variables(twin)["batch_stats"]
 
     arrays = variables(model) | {"state": state}
-    stats = jaxnorm.models.recalibrate(apply, arrays, batches, where=where, **options)
+    stats = models.recalibrate(apply, arrays, batches, where=where, **options)
     update(model, {"batch_stats": stats})
 
 
-def _by_names(items: Iterable[tuple[tuple, Any]]) -> dict[tuple[str, ...], Any]:
-    """`items` by their paths in strings, as those of checkpoints are."""
+def _by_names(items: Iterable[tuple[Path, Any]]) -> dict[tuple[str, ...], Any]:
+    """`items` by their paths, whose parts are strings as in checkpoints."""
     return {tuple(map(str, path)): value for path, value in items}
 
 
-def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
+def _check_reads_marks(path: Path, module: nnx.Module) -> None:
+    """Raises ValueError unless `module` is a norm of jaxnorm with statistics."""
     if not isinstance(module, (Norm, BatchNorm)):
         raise ValueError(
             f"the layer at {path_of(path)!r} is {class_of(module)}, which does not "
@@ -156,23 +159,23 @@ def _check_reads_marks(path: tuple, module: nnx.Module) -> None:
         )
 
 
-def _of_shape(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
-    """`value` as an array; raises unless it is of the shape of `held`."""
+def _of_shape(name: str, path: Path, value: Any, variable: Any) -> Array:
+    """`value` as an array; raises ValueError unless `variable` is of its shape."""
     array = as_array(f"{name} at {path_of(path)!r}", value)
-    if array.shape != held.shape:
+    if array.shape != variable.shape:
         raise ValueError(
             f"{name} at {path_of(path)!r} are of shape {array.shape}, but those of the "
-            f"model are {held.shape}"
+            f"model are {variable.shape}"
         )
     return array
 
 
-def _fitting(name: str, path: tuple, value: Any, held: nnx.Variable) -> Array:
-    """A copy of `value` to write into `held`."""
-    array = _of_shape(name, path, value, held)
-    if jnp.iscomplexobj(array) and not jnp.issubdtype(held.dtype, jnp.complexfloating):
+def _fitting(name: str, path: Path, value: Any, variable: Any) -> Array:
+    """A copy of `value` to write into `variable`."""
+    array, dtype = _of_shape(name, path, value, variable), variable.dtype
+    if jnp.iscomplexobj(array) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"{name} at {path_of(path)!r} are complex, but those of the model are "
-            f"{held.dtype}"
+            f"{dtype}"
         )
-    return jnp.array(array, held.dtype)
+    return jnp.array(array, dtype)

@@ -182,7 +182,7 @@ CONVENTIONS = {"flax": FLAX, "haiku": HAIKU, "keras": KERAS, "torch": TORCH}
 
 
 def convention(framework: str) -> Convention:
-    """That of `framework`; raises ValueError if there is none."""
+    """The convention of `framework`; raises ValueError if there is none."""
     if not isinstance(framework, str) or framework not in CONVENTIONS:
         raise ValueError(
             f"framework must be one of {list(CONVENTIONS)}, got {shown(framework)}"
@@ -241,23 +241,25 @@ def norm_settings(
             f"arguments of {framework} are {list(table.arguments)}, got {unknown}: "
             "leave out those that do not change how a norm computes"
         )
-    given = {
+    settings = {
         table.arguments[k]: None if v is None else _CHECKS[table.arguments[k]](k, v)
         for k, v in arguments.items()
     }
-    if given.get("epsilon") is None:
-        given["epsilon"] = table.epsilon[method]
+    if settings.get("epsilon") is None:
+        settings["epsilon"] = table.epsilon[method]
     if method in ("BatchNorm", "RunningInstanceNorm"):
-        given |= _of_running_statistics(table, given.get("momentum", table.momentum))
-        if given["momentum"] is None and not table.new_weight:
+        momentum = settings.get("momentum", table.momentum)
+        settings |= _of_running_statistics(table, momentum)
+        if settings["momentum"] is None and not table.new_weight:
             raise ValueError(
                 f"momentum must be a number in {framework}, and has no default in "
                 "Haiku: give it under the framework's name for it"
             )
-    return given
+    return settings
 
 
 def _of_running_statistics(table: Convention, momentum: float | None) -> dict[str, Any]:
+    """The settings of running statistics, with the framework's `momentum`."""
     if table.new_weight and momentum is not None:
         momentum = 1 - momentum
     return {"momentum": momentum, "unbiased": table.unbiased}

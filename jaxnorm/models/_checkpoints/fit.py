@@ -1,4 +1,4 @@
-"""What does it take for a leaf and an array to fit?"""
+"""When do a leaf of a model and an array of a checkpoint fit?"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def fail(problems: list[str], what: str, fix: str) -> None:
 
 
 def key_in(leaf: Leaf, found: Mapping[str, Any]) -> str | None:
-    """The first of the keys of a leaf that there is."""
+    """The first of the keys of a leaf that is in `found`."""
     return next((key for key in leaf.keys if key in found), None)
 
 

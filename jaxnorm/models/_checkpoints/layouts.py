@@ -21,6 +21,6 @@ def relayout(kernel: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def _labels(layout: str, ndim: int) -> list[str]:
-    """A label for each axis: of space, its number."""
+    """A label for each axis; those of space are numbered."""
     space = [str(i) for i in range(ndim - 2)]
     return [v for c in layout.upper() for v in (space if c == "S" else [c])]

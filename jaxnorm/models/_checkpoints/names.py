@@ -17,7 +17,7 @@ Kinds = Callable[[str], str | None] | Mapping[str, str] | None
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of a model, and where a checkpoint has it.
+    """An array of a model, and its place in a checkpoint.
 
     Attributes:
         path: such as "params/Conv_0/kernel".
@@ -47,16 +47,16 @@ def leaves(
         for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]
     ]
     _check_collections({path[0] if path else "" for path, _ in found})
-    for name, given in (("rename", rename), ("kinds", kinds)):
-        if not isinstance(given, Mapping) and given is not None:
-            check_function(name, given)
+    for name, argument in (("rename", rename), ("kinds", kinds)):
+        if not isinstance(argument, Mapping) and argument is not None:
+            check_function(name, argument)
     layers: dict[str, set[str]] = {}
     for (_, *layer, name), _ in found:
         layers.setdefault("/".join(layer), set()).add(name)
     _check_paths("rename", rename, layers, _within)
     _check_paths("kinds", kinds, layers, str.__eq__)
 
-    def leaf(path, value):
+    def leaf(path: list[str], value: Any) -> Leaf:
         collection, *layer, name = path
         layer = "/".join(layer)
         kernelled = not layers[layer].isdisjoint(("kernel", "embedding"))
@@ -66,7 +66,7 @@ def leaves(
         if table.collections:
             place.insert(0, table.collections[collection])
 
-        def key(name):
+        def key(name: str) -> str:
             return table.separator.join([v for v in place if v] + [name])
 
         return Leaf(
@@ -83,7 +83,7 @@ def leaves(
 
 
 def _shaped(value: Any) -> Any:
-    """`value`, or a plain number as an array."""
+    """`value`, as an array if it is a plain number."""
     return value if hasattr(value, "ndim") else np.asarray(value)
 
 
@@ -111,7 +111,7 @@ def flatten(checkpoint: Mapping[Any, Any], separator: str) -> dict[str, Any]:
 
 
 def nest(checkpoint: Mapping[str, Any], table: Convention) -> dict[str, Any]:
-    """The keys of `checkpoint` as nested as the framework has them."""
+    """The arrays of `checkpoint` in mappings nested as the framework has them."""
     if table.collections is None:
         return dict(checkpoint)
     out: dict[str, Any] = {}
@@ -143,6 +143,7 @@ def _source_name(layer: str, rename: Renamed, separator: str) -> str:
 
 
 def _checked_name(layer: str, name: Any) -> str:
+    """The name that `rename` gives a layer; raises TypeError unless it is a string."""
     if not isinstance(name, str):
         raise TypeError(
             f"`rename` must give {layer!r} a string for a name, got {shown(name)}"
@@ -151,6 +152,7 @@ def _checked_name(layer: str, name: Any) -> str:
 
 
 def _kind(layer: str, kinds: Kinds) -> str:
+    """The kind of the kernel of a layer; raises ValueError for an unknown one."""
     if kinds is None:
         return "conv"
     kind = kinds.get(layer) if isinstance(kinds, Mapping) else kinds(layer)
@@ -169,6 +171,7 @@ def _within(start: str, layer: str) -> bool:
 
 
 def _check_collections(names: set[str]) -> None:
+    """Raises ValueError unless these are the collections of a model's variables."""
     others = sorted(names - {"params", "batch_stats"})
     if others or not names:
         raise ValueError(
@@ -179,16 +182,16 @@ def _check_collections(names: set[str]) -> None:
 
 
 def _check_paths(
-    argument: str,
-    given: Any,
+    name: str,
+    argument: Any,
     layers: Mapping[str, Any],
-    means: Callable[[str, str], bool],
+    matches: Callable[[str, str], bool],
 ) -> None:
-    """Raises ValueError for paths in `given`, if a mapping, of no layer."""
-    paths = given if isinstance(given, Mapping) else ()
-    wrong = [path for path in paths if not any(means(path, v) for v in layers)]
+    """Raises ValueError if the argument is a mapping with paths of no layer."""
+    paths = argument if isinstance(argument, Mapping) else ()
+    wrong = [path for path in paths if not any(matches(path, v) for v in layers)]
     if wrong:
         raise ValueError(
-            f"`{argument}` holds {wrong}, but the layers of the model are "
+            f"`{name}` holds {wrong}, but the layers of the model are "
             f"{list(layers)}: give their paths, without the collection"
         )

@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint into the tree of a model."""
+"""How do the arrays of a checkpoint become the variables of a model?"""
 
 import difflib
 import math
@@ -28,7 +28,7 @@ from jaxnorm.models._paths import Tree, Where, check_variables, copied
 
 
 def nowhere(path: str) -> bool:
-    """Means nothing."""
+    """False, for a layer or key of any name."""
     return False
 
 
@@ -97,8 +97,8 @@ def from_checkpoint(
     table = convention(framework)
     check_checkpoint("checkpoint", checkpoint)
     check_variables(template, "template")
-    for name, given in (("keep", keep), ("ignore", ignore)):
-        check_function(name, given)
+    for name, argument in (("keep", keep), ("ignore", ignore)):
+        check_function(name, argument)
     found = flatten(checkpoint, table.separator)
     model = leaves(template, table, rename, kinds)
     kept = [leaf for leaf in model if keep(leaf.layer)]
@@ -134,7 +134,7 @@ def from_checkpoint(
 def _not_read(
     found: Mapping[str, Any], wanted: list[Leaf], kept: list[Leaf], ignore: Where
 ) -> tuple[list[str], list[str], list[str]]:
-    """The keys that are not read: those to be dropped, ignored, and to complain of."""
+    """The keys that are dropped, those that are ignored, and those left unused."""
     read = {key_in(leaf, found) for leaf in wanted}
     extras = {key for leaf in wanted for key in leaf.extras}
     of_kept = {key for leaf in kept for key in (*leaf.keys, *leaf.extras)}
@@ -146,7 +146,7 @@ def _not_read(
 
 
 def _found_key(leaf: Leaf, found: Mapping[str, Any], unused: list[str]) -> str:
-    """The key of a leaf, or a Misfit that names keys like it that would fit."""
+    """The key of a leaf; raises Misfit, which names keys like it, if there is none."""
     key = key_in(leaf, found)
     if key is None and leaf.name in MARKS:
         raise Misfit("is a mark of `jaxnorm.models.freeze`: freeze what is returned")
@@ -160,7 +160,7 @@ def _found_key(leaf: Leaf, found: Mapping[str, Any], unused: list[str]) -> str:
 
 
 def _read(leaf: Leaf, table: Convention, key: str, value: Any) -> tuple[Any, str]:
-    """The value of a leaf, in a new array, and how it was changed."""
+    """The value of a leaf in a new array, and how it was changed."""
     array, shape, dtype = as_numpy(key, value), leaf.value.shape, leaf.value.dtype
     if not any(
         jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind)

@@ -1,4 +1,4 @@
-"""What became of each array?"""
+"""What became of each array of a checkpoint?"""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Mapped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `from_checkpoint` did; prints as a table.
+    """What became of each array in `from_checkpoint`; prints as a table.
 
     Attributes:
         mapped: the leaves that were read.

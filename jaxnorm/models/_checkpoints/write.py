@@ -1,4 +1,4 @@
-"""The tree of a model into the arrays of a checkpoint."""
+"""How do the variables of a model become the arrays of a checkpoint?"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +31,7 @@ def to_checkpoint(
     kinds: Kinds = None,
     template: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The checkpoint of another framework, of the variables of a Flax model.
+    """The variables of a Flax model as a checkpoint of another framework.
 
     The inverse of `from_checkpoint`, bit for bit, where dtypes are the same. A norm of
     torch gets the `num_batches_tracked` of its "count", or 0: torch has no use for it
@@ -88,8 +88,10 @@ def to_checkpoint(
         out, misfits = _fitted_to(like, out, table)
         problems += misfits
     if table.numpy_only:
-        kept = {k for k, v in (like or {}).items() if isinstance(v, np.ndarray | Array)}
-        out = {k: v if k in kept else as_torch_takes(v) for k, v in out.items()}
+        of_numpy = {
+            k for k, v in (like or {}).items() if isinstance(v, np.ndarray | Array)
+        }
+        out = {k: v if k in of_numpy else as_torch_takes(v) for k, v in out.items()}
     fail(
         problems,
         f"the variables cannot become a {framework} checkpoint",
@@ -127,7 +129,7 @@ def _written(
 def _fitted_to(
     like: Mapping[str, Any], out: Mapping[str, Any], table: Convention
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """`out` in the order, shapes and dtypes of `like`; and what does not fit."""
+    """`out` in the order, shapes and dtypes of `like`, and the problems with it."""
     problems = [f"the template lacks {key!r}" for key in out if key not in like]
     problems += [f"the model has nothing for {key!r}" for key in like if key not in out]
     fitted = {}

@@ -6,25 +6,30 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Leaf
+from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Variable
+
+Form = tuple[np.ndarray, np.ndarray]  # a and b of each feature
 
 
 def affine_image(
-    steps: Sequence[Flow], values: Mapping[Leaf, Any], features: np.ndarray, moved: bool
-) -> tuple[np.ndarray, np.ndarray] | None:
+    steps: Sequence[Flow],
+    values: Mapping[Variable, Any],
+    feature_ones: np.ndarray,
+    moved: bool,
+) -> Form | None:
     """(a, b) of each feature, if `steps` make `a * x + b` of x; else None.
 
-    The features are those along the axis of `features`, of what the steps make, or of
-    x, from where the steps may have `moved` it.
+    `feature_ones` vary along the axis of the features alone. They are of the shape of
+    what the steps make; or of x, if the steps may have `moved` the axis.
     """
     before = _shape(steps[0].parent)
     lanes = [np.ones([1] * len(before)), np.zeros([1] * len(before))]
-    lanes += [features] * moved
+    lanes += [feature_ones] * moved
     for step in steps:
         lanes = _image(step, lanes, values)
         if lanes is None:
             return None
-    across = (lanes[2] if moved else features).shape
+    across = (lanes[2] if moved else feature_ones).shape
     a, b = lanes[:2]
     for v in (a, b):
         if any(n not in (1, most) for n, most in zip(v.shape, across, strict=True)):
@@ -33,12 +38,12 @@ def affine_image(
 
 
 def _image(
-    step: Flow, lanes: list[np.ndarray], values: Mapping[Leaf, Any]
+    step: Flow, lanes: list[np.ndarray], values: Mapping[Variable, Any]
 ) -> list[np.ndarray] | None:
-    """`lanes`, a and b and maybe features, after one step; axes of size 1 broadcast."""
-    name, (a, b, *features) = step.eqn.primitive.name, lanes
+    """a, b and maybe `feature_ones` after one step; axes of size 1 broadcast."""
+    name, (a, b, *rest) = step.eqn.primitive.name, lanes
     if name == "neg":
-        return [-a, -b, *features]
+        return [-a, -b, *rest]
     if name == "convert_element_type":
         return lanes
     if name not in ARITHMETIC:
@@ -47,14 +52,14 @@ def _image(
     (known,) = (v for v in step.args if isinstance(v, Known))
     k = _compact(known.evaluate(values), a.ndim)
     if name == "add":
-        return [a, b + k, *features]
+        return [a, b + k, *rest]
     if name == "sub" and step.args[1] is known:
-        return [a, b - k, *features]
+        return [a, b - k, *rest]
     if name == "sub":
-        return [-a, k - b, *features]
+        return [-a, k - b, *rest]
     with np.errstate(all="ignore"):
         k = k if name == "mul" else 1 / k
-        return [a * k, b * k, *features]
+        return [a * k, b * k, *rest]
 
 
 def _compact(value: Any, ndim: int) -> np.ndarray:
@@ -68,9 +73,9 @@ def _compact(value: Any, ndim: int) -> np.ndarray:
 
 
 def _moved(step: Flow, value: np.ndarray) -> np.ndarray | None:
-    """`value`, that varies along one axis at most, with its axes where `step` has them.
+    """`value` after a step that moves axes.
 
-    None where that axis does not stay one.
+    None if it varies along several of them, or along one that does not stay one.
     """
     name, before, after = step.eqn.primitive.name, _shape(step.parent), _shape(step)
     if name == "transpose":
@@ -89,6 +94,7 @@ def _moved(step: Flow, value: np.ndarray) -> np.ndarray | None:
 
 
 def _shape(flow: Flow | None) -> tuple[int, ...]:
+    """The shape of the array that is a value."""
     assert flow is not None
     return flow.aval.shape
 

@@ -8,7 +8,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import as_epsilon, optional
-from jaxnorm.models._folding.layer import Layer, fold_input, fold_output
+from jaxnorm.models._folding.layer import LayerParams, fold_input, fold_output
 from jaxnorm.models._folding.norm import affine_form
 from jaxnorm.models._folding.pair import Pair, as_pairs
 from jaxnorm.models._paths import (
@@ -66,12 +66,12 @@ def fold(
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
     optional(as_epsilon)("epsilon", epsilon)
     nodes = _nodes(params)
-    norms = {path: own for path, own in layers(stats).items() if path}
-    chosen = as_pairs(pairs)
-    _check_pairs(chosen, nodes, norms)
-    for pair in chosen:
+    norms = {path: v for path, v in layers(stats).items() if path}
+    pairs = as_pairs(pairs)
+    _check_pairs(pairs, nodes, norms)
+    for pair in pairs:
         _check_dicts(pair.norm, params, stats)
-    for pair in chosen:
+    for pair in pairs:
         node, norm = nodes[pair.layer], nodes.get(pair.norm, {})
         layer = _folded(pair, node, norm, norms[pair.norm], epsilon)
         params = _with(params, pair.layer, layer)
@@ -84,12 +84,12 @@ def fold(
 
 def _folded(
     pair: Pair,
-    layer: Layer,
+    layer: LayerParams,
     params: Mapping[str, ArrayLike],
     stats: Mapping[str, ArrayLike],
     epsilon: float | None,
 ) -> dict[str, ArrayLike]:
-    """The layer of `pair`, with its norm in it; errors name both."""
+    """The layer of `pair` that also does the work of its norm; errors name both."""
     epsilon = epsilon if pair.epsilon is None else pair.epsilon
     try:
         if epsilon is None:
@@ -112,7 +112,7 @@ def _folded(
 def _check_pairs(
     pairs: list[Pair], nodes: Mapping[str, Any], norms: Mapping[str, Any]
 ) -> None:
-    """Raises unless each path is there, once."""
+    """Raises ValueError unless each path is that of one layer or norm, in one pair."""
     kernels = [path for path, node in nodes.items() if "kernel" in node]
     if not pairs:
         raise ValueError(
@@ -138,7 +138,7 @@ def _check_pairs(
 
 
 def _check_dicts(path: str, *trees: Tree) -> None:
-    """Raises where the node at `path` is within a list or tuple."""
+    """Raises ValueError where the node at `path` is within a list or tuple."""
     for tree in trees:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
         has = any(path_name(at).startswith(f"{path}/") for at, _ in leaves)
@@ -158,7 +158,7 @@ def _nodes(tree: Tree, path: str = "") -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _with(tree: Tree, path: str, node: Layer) -> Tree:
+def _with(tree: Tree, path: str, node: LayerParams) -> Tree:
     """`tree` with `node` at `path`, if it has that; an empty one leaves nothing."""
     keys = keys_at([tree], path)
     return tree if keys is None else set_at(tree, keys, node)

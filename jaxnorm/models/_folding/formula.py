@@ -1,4 +1,4 @@
-"""Which norm is it whose formula a chain of equations computes?"""
+"""Of which norm do some equations compute the formula, and with which epsilon?"""
 
 import math
 from collections.abc import Sequence
@@ -6,68 +6,74 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from jaxnorm.models._folding.affine import affine_image, ones_along
+from jaxnorm.models._folding.affine import Form, affine_image, ones_along
 from jaxnorm.models._folding.trace import Trace
-from jaxnorm.models._folding.values import ARITHMETIC, Flow, Leaf
+from jaxnorm.models._folding.values import ARITHMETIC, Flow, Variable
 
 
 def norm_applied(
     trace: Trace,
     steps: Sequence[Flow],
-    bias: Leaf | None,
-    features: np.ndarray,
+    bias: Variable | None,
+    feature_ones: np.ndarray,
     moved: bool = False,
 ) -> tuple[str, float] | None:
     """The norm that `steps` apply to a value plus `bias`, and its epsilon, if they do.
 
-    For `features` and `moved` see `affine_image`.
+    For `feature_ones` and `moved` see `affine_image`.
     """
     norm = _norm(trace, steps, bias)
     if norm is None:
         return None
-    epsilon = _epsilon(trace, steps, norm, bias, features, moved)
+    epsilon = _epsilon(trace, steps, norm, bias, feature_ones, moved)
     return None if epsilon is None else (norm, epsilon)
 
 
-def bias_of(trace: Trace, flow: Flow) -> Leaf | None:
+def bias_of(trace: Trace, flow: Flow) -> Variable | None:
     """The bias of the layer that gives `flow`, if it has one."""
     assert flow.layer is not None
-    bias = Leaf("params", flow.layer.path, "bias")
-    return bias if bias in trace.leaves else None
+    bias = Variable("params", flow.layer.path, "bias")
+    return bias if bias in trace.variables else None
 
 
-def _own(trace: Trace, norm: str) -> dict[str, Leaf]:
+def _norm_variables(trace: Trace, norm: str) -> dict[str, Variable]:
     """The variables that evaluation by running statistics takes, by their names."""
     names = {"scale": "params", "bias": "params"}
     names |= {"mean": "batch_stats", "var": "batch_stats"}
-    leaves = {name: Leaf(kind, norm, name) for name, kind in names.items()}
-    return {name: leaf for name, leaf in leaves.items() if leaf in trace.leaves}
+    variables = {name: Variable(kind, norm, name) for name, kind in names.items()}
+    return {
+        name: variable
+        for name, variable in variables.items()
+        if variable in trace.variables
+    }
 
 
 def shifts(trace: Trace, norm: str) -> bool:
-    return not {"bias", "mean"}.isdisjoint(_own(trace, norm))
+    """Whether the norm has a bias or a mean, and so maps 0 to something else."""
+    return not {"bias", "mean"}.isdisjoint(_norm_variables(trace, norm))
 
 
-def _norm(trace: Trace, steps: Sequence[Flow], bias: Leaf | None) -> str | None:
-    """The norm whose variables, and the layer's bias, are those of `steps`, and of no
-    other part of the computation."""
-    taken = {leaf for step in steps for leaf in step.leaves}
+def _norm(trace: Trace, steps: Sequence[Flow], bias: Variable | None) -> str | None:
+    """The norm whose variables, with the layer's bias, are those that `steps` read, and
+    that no other part of the computation reads."""
+    taken = {variable for step in steps for variable in step.variables}
     expected = set() if bias is None else {bias}
-    paths = {leaf.path for leaf in taken - expected}
+    paths = {variable.path for variable in taken - expected}
     if len(paths) != 1:
         return None
     (norm,) = paths
     if not norm:
         return None  # the variables are those of one norm, without a layer
-    own = _own(trace, norm)
-    if "var" not in own or taken != expected | {*own.values()}:
+    known = {*_norm_variables(trace, norm).values()}
+    if Variable("batch_stats", norm, "var") not in known or taken != expected | known:
         return None
-    if not all(trace.readers[leaf] <= {*steps} for leaf in taken):
+    if not all(trace.readers[variable] <= {*steps} for variable in taken):
         return None
-    within = [v for v in trace.leaves if f"{v.path}/".startswith(f"{norm}/")]
-    others = {*within} - {*own.values()}
-    return None if any(trace.readers[leaf] for leaf in others) else norm
+    within = [v for v in trace.variables if f"{v.path}/".startswith(f"{norm}/")]
+    others = {*within} - known
+    return None if any(trace.readers[variable] for variable in others) else norm
 
 
 def adds_bias(trace: Trace, flow: Flow) -> bool:
@@ -75,12 +81,12 @@ def adds_bias(trace: Trace, flow: Flow) -> bool:
     bias, step = bias_of(trace, flow), trace.step_after(flow)
     if bias is None:
         return True
-    if step is None or trace.readers[bias] != {step} or step.leaves != {bias}:
+    if step is None or trace.readers[bias] != {step} or step.variables != {bias}:
         return False
     assert flow.layer is not None
     values = _drawn(trace, [bias], np.random.default_rng(0))
-    features = ones_along(flow.aval, flow.layer.output_axis)
-    form = affine_image([step], values, features, moved=True)
+    feature_ones = ones_along(flow.aval, flow.layer.output_axis)
+    form = affine_image([step], values, feature_ones, moved=True)
     return form is not None and _close(form, (1, values[bias]), 1, 1e-4)
 
 
@@ -88,8 +94,8 @@ def _epsilon(
     trace: Trace,
     steps: Sequence[Flow],
     norm: str,
-    bias: Leaf | None,
-    features: np.ndarray,
+    bias: Variable | None,
+    feature_ones: np.ndarray,
     moved: bool,
 ) -> float | None:
     """The epsilon with which `steps` are the norm, of a value with `bias`, or None.
@@ -97,21 +103,24 @@ def _epsilon(
     Where the variance is 0, the epsilon is what there is to see. With it the formula
     has to hold for variances around it, and for others.
     """
-    own, rng = _own(trace, norm), np.random.default_rng(0)
-    leaves = [*own.values(), *([] if bias is None else [bias])]
+    named, rng = _norm_variables(trace, norm), np.random.default_rng(0)
+    variables = [*named.values(), *([] if bias is None else [bias])]
     avals = [v.aval for step in steps for v in (*step.eqn.invars, *step.eqn.outvars)]
     rounds = any(jnp.finfo(v.dtype).bits < 32 for v in avals)
     if rounds and any(_by_a_constant(step) for step in steps):
         return None  # which could be as near to 1 as half precision can tell
     tolerance = 0.05 if rounds else 1e-4
 
-    def trial(unit: float, low: float, high: float):
-        values = _drawn(trace, leaves, rng)
-        var = unit * rng.uniform(low, high, values[own["var"]].shape)
-        values[own["var"]] = jnp.asarray(var, values[own["var"]].dtype)
-        exact = {name: np.asarray(values[leaf], float) for name, leaf in own.items()}
+    def trial(unit: float, low: float, high: float) -> tuple[Form | None, Any, Any]:
+        values, var = _drawn(trace, variables, rng), named["var"]
+        drawn = unit * rng.uniform(low, high, values[var].shape)
+        values[var] = jnp.asarray(drawn, values[var].dtype)
+        exact = {
+            name: np.asarray(values[variable], float)
+            for name, variable in named.items()
+        }
         added = 0 if bias is None else np.asarray(values[bias], float)
-        return affine_image(steps, values, features, moved), exact, added
+        return affine_image(steps, values, feature_ones, moved), exact, added
 
     form, exact, _ = trial(0, 0, 0)
     if form is None:
@@ -132,10 +141,13 @@ def _epsilon(
 
 
 def _by_a_constant(step: Flow) -> bool:
-    return step.eqn.primitive.name in ARITHMETIC and not step.leaves
+    """Whether the step is arithmetic with what is no variable."""
+    return step.eqn.primitive.name in ARITHMETIC and not step.variables
 
 
-def _close(form: Any, expected: tuple, size: Any, tolerance: float) -> bool:
+def _close(
+    form: Form | None, expected: tuple[Any, Any], size: Any, tolerance: float
+) -> bool:
     """Whether `form` is the (a, b) expected, where terms of `size` add up to b."""
     if form is None or form[0].shape != np.broadcast_shapes(*map(np.shape, expected)):
         return False
@@ -145,13 +157,15 @@ def _close(form: Any, expected: tuple, size: Any, tolerance: float) -> bool:
     )
 
 
-def _drawn(trace: Trace, leaves: Sequence[Leaf], rng: np.random.Generator) -> dict:
-    """Random values for `leaves`, far enough from 0 to divide by."""
+def _drawn(
+    trace: Trace, variables: Sequence[Variable], rng: np.random.Generator
+) -> dict[Variable, Array]:
+    """Random values for `variables`, far enough from 0 to divide by."""
     return {
-        leaf: jnp.asarray(
-            rng.uniform(0.5, 2, trace.leaves[leaf].shape)
-            * rng.choice([-1, 1], trace.leaves[leaf].shape),
-            trace.leaves[leaf].dtype,
+        variable: jnp.asarray(
+            rng.uniform(0.5, 2, trace.variables[variable].shape)
+            * rng.choice([-1, 1], trace.variables[variable].shape),
+            trace.variables[variable].dtype,
         )
-        for leaf in leaves
+        for variable in variables
     }

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.models._folding.values import Flow, Known, Layer, Value
+from jaxnorm.models._folding.values import Flow, Known, LayerCall, Value, Variable
 
 MOVES = ("reshape", "transpose", "rev", "squeeze", "broadcast_in_dim", "copy")
 
@@ -16,10 +16,12 @@ def is_real(aval: Any) -> bool:
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
-def layer_of(eqn: Any, args: Sequence[Value], leaves: Mapping) -> Layer | None:
-    """The layer that the equation is, if its kernel is one of `leaves`, moved about.
+def layer_of(
+    eqn: Any, args: Sequence[Value], variables: Mapping[Variable, Any]
+) -> LayerCall | None:
+    """The layer that the equation is, if its kernel is one of `variables`, moved about.
 
-    With `leaves` come their shapes and dtypes.
+    With `variables` come their shapes and dtypes.
     """
     name = eqn.primitive.name
     if name not in ("dot_general", "conv_general_dilated"):
@@ -28,22 +30,22 @@ def layer_of(eqn: Any, args: Sequence[Value], leaves: Mapping) -> Layer | None:
     kernel, data = args[side], args[1 - side]
     if not isinstance(kernel, Known) or not isinstance(data, Flow):
         return None
-    if [(v.collection, v.name) for v in kernel.leaves] != [("params", "kernel")]:
+    if [(v.collection, v.name) for v in kernel.variables] != [("params", "kernel")]:
         return None
     if not is_real(eqn.outvars[0].aval):
         return None
-    (leaf,) = kernel.leaves
-    places = _places(kernel, leaves[leaf])
+    (variable,) = kernel.variables
+    places = _places(kernel, variables[variable])
     axes = (_product_axes if name == "dot_general" else _conv_axes)(eqn, side)
     if places is None or axes is None:
         return None
-    kernel_output = _stored_axis(places, axes.kernel_output, leaves[leaf].shape)
+    kernel_output = _stored_axis(places, axes.kernel_output, variables[variable].shape)
     if kernel_output is None:
         return None
-    kernel_input = _stored_axis(places, axes.kernel_input, leaves[leaf].shape)
-    return Layer(
-        path=leaf.path,
-        kernel=leaf,
+    kernel_input = _stored_axis(places, axes.kernel_input, variables[variable].shape)
+    return LayerCall(
+        path=variable.path,
+        kernel=variable,
         data=data,
         data_axis=axes.data,
         kernel_input=kernel_input,
@@ -55,7 +57,7 @@ def layer_of(eqn: Any, args: Sequence[Value], leaves: Mapping) -> Layer | None:
 
 
 class _Axes(NamedTuple):
-    """Where the features of a layer are: in its kernel as used, input and output."""
+    """The axes of a layer's features: in its kernel as it is used, input and output."""
 
     kernel_output: int
     kernel_input: int | None  # None where there are several
@@ -86,27 +88,27 @@ def _conv_axes(eqn: Any, side: int) -> _Axes | None:
 
 def _product_axes(eqn: Any, side: int) -> _Axes | None:
     contracted, batch = eqn.params["dimension_numbers"]
-    own, others = contracted[side], contracted[1 - side]
-    free = {*range(eqn.invars[side].aval.ndim)} - {*own}
+    of_kernel, of_data = contracted[side], contracted[1 - side]
+    free = {*range(eqn.invars[side].aval.ndim)} - {*of_kernel}
     if any(batch) or len(free) != 1:
         return None
     last = eqn.outvars[0].aval.ndim - 1
-    one = len(own) == 1
+    one = len(of_kernel) == 1
     return _Axes(
         kernel_output=free.pop(),
-        kernel_input=own[0] if one else None,
-        data=others[0] if one else None,
+        kernel_input=of_kernel[0] if one else None,
+        data=of_data[0] if one else None,
         output=last if side == 1 else 0,
     )
 
 
-def _places(kernel: Known, leaf: Any) -> np.ndarray | None:
-    """Where each element of `kernel` is in its leaf; None if it is not that, moved."""
-    if kernel.leaf is not None:
-        return np.arange(math.prod(leaf.shape)).reshape(leaf.shape)
+def _places(kernel: Known, variable: Any) -> np.ndarray | None:
+    """The place of each element of `kernel` in its variable, if it is that, moved."""
+    if kernel.variable is not None:
+        return np.arange(math.prod(variable.shape)).reshape(variable.shape)
     if kernel.eqn is None or len(kernel.args) != 1:
         return None
-    places, name = _places(kernel.args[0], leaf), kernel.eqn.primitive.name
+    places, name = _places(kernel.args[0], variable), kernel.eqn.primitive.name
     after = kernel.eqn.outvars[0].aval
     if places is None or after.size != places.size:
         return None
@@ -120,16 +122,16 @@ def _places(kernel: Known, leaf: Any) -> np.ndarray | None:
 def _stored_axis(
     places: np.ndarray, axis: int | None, shape: tuple[int, ...]
 ) -> int | None:
-    """The axis of a leaf of `shape` that became `axis`, from the last; None if none."""
+    """The axis of a variable of `shape` that became `axis`, from the last; or None."""
     if axis is None:
         return None
     stored = np.empty(places.size, int)
     stored[places.ravel()] = _counted(places.shape, axis).ravel()
     stored = stored.reshape(shape)
-    for own in range(-1, -len(shape) - 1, -1):
-        same_size = shape[own] == places.shape[axis]
-        if same_size and (stored == _counted(shape, own)).all():
-            return own
+    for found in range(-1, -len(shape) - 1, -1):
+        same_size = shape[found] == places.shape[axis]
+        if same_size and (stored == _counted(shape, found)).all():
+            return found
     return None
 
 

@@ -1,4 +1,4 @@
-"""What are the kernel and bias of a layer that does the work of a norm, too?"""
+"""What are the kernel and bias of a layer that also does the work of a norm?"""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,11 @@ from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm.models._leaves import array_of, boxed_like, unboxed
 from jaxnorm.models._paths import check_tree, copied
 
-Layer = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
+LayerParams = Mapping[str, ArrayLike]  # {"kernel"} or {"kernel", "bias"}
 
 
 def fold_output(
-    layer: Layer, a: ArrayLike, b: ArrayLike, *, axis: int = -1
+    layer: LayerParams, a: ArrayLike, b: ArrayLike, *, axis: int = -1
 ) -> dict[str, ArrayLike]:
     """The layer whose output is `a * y + b`, where that of `layer` is `y`.
 
@@ -56,7 +56,7 @@ def fold_output(
 
 
 def fold_input(
-    layer: Layer,
+    layer: LayerParams,
     a: ArrayLike,
     b: ArrayLike,
     *,
@@ -64,7 +64,7 @@ def fold_input(
     groups: int = 1,
     padded: bool | None = None,
 ) -> dict[str, ArrayLike]:
-    """The layer that makes of `x` what `layer` makes of `a * x + b`.
+    """The layer whose output for `x` is that of `layer` for `a * x + b`.
 
         kernel_of_b = sum(kernel * b)    # over space and input features
         kernel = kernel * a              # along the input features
@@ -120,7 +120,9 @@ def fold_input(
     return _layer(layer, jnp.moveaxis(folded, -2, axis), _bias(layer, added) + added)
 
 
-def _arrays(layer: Layer, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array, Array]:
+def _arrays(
+    layer: LayerParams, a: ArrayLike, b: ArrayLike
+) -> tuple[Array, Array, Array]:
     """Kernel, a and b in the dtype to compute in; raises unless a and b fit."""
     check_tree(layer, "layer")
     if "kernel" not in layer:
@@ -152,21 +154,25 @@ def _axis(kernel: Array, axis: int) -> int:
     return axis % kernel.ndim
 
 
-def _check_features(kernel: Array, features: int, axis: int, groups: int = 1) -> None:
+def _check_features(
+    kernel: Array, num_features: int, axis: int, groups: int = 1
+) -> None:
+    """Raises ValueError unless the kernel has this many features along `axis`."""
     size = kernel.shape[axis]
-    if size * groups == features:
+    if size * groups == num_features:
         return
     fix = "fold it into the layer beside it, and pass axis= for a transposed kernel"
-    if features % size == 0 and features > size:
-        fix += f", or groups={features // size} for a norm before a grouped convolution"
+    if num_features % size == 0 and num_features > size:
+        groups_that_fit = num_features // size
+        fix += f", or groups={groups_that_fit} for a norm before a grouped convolution"
     raise ValueError(
-        f"the norm has {features} features, but axis {axis} of a kernel of shape "
+        f"the norm has {num_features} features, but axis {axis} of a kernel of shape "
         f"{kernel.shape} with groups={groups} is for {size * groups}: {fix}"
     )
 
 
 def _check_zero(b: Array) -> None:
-    """Raises unless `b` is known to be 0."""
+    """Raises ValueError unless `b` is known to be 0."""
     if not isinstance(b, Tracer) and not b.any():
         return
     raise ValueError(
@@ -188,7 +194,7 @@ def _by_group(kernel: Array, axis: int, groups: int) -> Array:
     return kernel.reshape((*kernel.shape[:-1], groups, -1))
 
 
-def _bias(layer: Layer, like: Array) -> Array:
+def _bias(layer: LayerParams, like: Array) -> Array:
     """The bias of `layer`, or 0, in the dtype and shape of `like`."""
     bias = array_of("bias", layer.get("bias", jnp.zeros_like(like)))
     if bias.shape != like.shape:
@@ -199,8 +205,8 @@ def _bias(layer: Layer, like: Array) -> Array:
     return bias.astype(like.dtype)
 
 
-def _layer(layer: Layer, kernel: Array, bias: Array) -> dict[str, ArrayLike]:
-    """`layer` with these, in its own dtypes and boxes."""
+def _layer(layer: LayerParams, kernel: Array, bias: Array) -> dict[str, ArrayLike]:
+    """`layer` with this kernel and bias, in the dtypes and boxes of its own."""
     new = {k: v for k, v in layer.items() if k not in ("kernel", "bias")}
     for k, v in {"kernel": kernel, "bias": bias}.items():
         old = layer.get(k, unboxed(layer["kernel"]))

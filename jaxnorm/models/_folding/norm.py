@@ -18,7 +18,7 @@ def affine_form(
     *,
     epsilon: float,
 ) -> tuple[Array, Array]:
-    """What a batch norm is in evaluation: `a * x + b` for each feature.
+    """The a and b of a batch norm in evaluation, `a * x + b` for each feature.
 
         a = scale / sqrt(var + epsilon)
         b = bias - mean * a
@@ -62,15 +62,15 @@ def affine_form(
         )
     check_known("epsilon", as_epsilon("epsilon", epsilon))
     named = {k: {**params, **stats}.get(k) for k in ("scale", "bias", "mean", "var")}
-    held = {k: array_of(k, v) for k, v in named.items() if v is not None}
-    shapes = {k: v.shape for k, v in held.items()}
+    arrays = {k: array_of(k, v) for k, v in named.items() if v is not None}
+    shapes = {k: v.shape for k, v in arrays.items()}
     if len({*shapes.values()}) > 1:
         raise ValueError(
             f"the parameters and statistics of a norm are of one shape, got {shapes}: "
             "take both from one layer, and one row of a table of domains or steps"
         )
-    wide = at_least_float32(promote(*(v.dtype for v in held.values())))
-    held = {k: v.astype(wide) for k, v in held.items()}
-    a = held.get("scale", 1) / jnp.sqrt(held["var"] + epsilon)
-    b = held.get("bias", 0) - held.get("mean", 0) * a
+    wide = at_least_float32(promote(*(v.dtype for v in arrays.values())))
+    arrays = {k: v.astype(wide) for k, v in arrays.items()}
+    a = arrays.get("scale", 1) / jnp.sqrt(arrays["var"] + epsilon)
+    b = arrays.get("bias", 0) - arrays.get("mean", 0) * a
     return a, b

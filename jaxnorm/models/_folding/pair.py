@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 def as_pairs(pairs: Mapping[str, str] | Iterable[Sequence[Any]]) -> list[Pair]:
-    """What `fold` takes as `pairs`, as a list of `Pair`; else raises TypeError."""
+    """The argument `pairs` of `fold` as a list; raises TypeError for another kind."""
     if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes | Pair):
         raise TypeError(
             f"pairs must be a list of pairs or a mapping, got {shown(pairs)}: "
@@ -44,7 +44,7 @@ def as_pairs(pairs: Mapping[str, str] | Iterable[Sequence[Any]]) -> list[Pair]:
 
 
 def _as_pair(pair: Any) -> Pair:
-    """A `Pair` of what `pair` holds."""
+    """One of `pairs` as a `Pair`; raises TypeError for another kind."""
     listed = isinstance(pair, Sequence) and not isinstance(pair, str | bytes)
     if listed and 2 <= len(pair) <= len(Pair._fields):
         made = Pair(*cast(Iterable[Any], pair))

@@ -1,4 +1,4 @@
-"""Which norm does nothing but scale and shift what one layer gives or takes?"""
+"""Which norm only scales and shifts the output, or the input, of one layer?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from jaxnorm.models._folding.formula import (
 )
 from jaxnorm.models._folding.pair import Pair
 from jaxnorm.models._folding.trace import Trace
-from jaxnorm.models._folding.values import Flow, Known, Value, leaf_at
+from jaxnorm.models._folding.values import Flow, Known, Value, variable_at
 from jaxnorm.models._leaves import is_box
 from jaxnorm.models._paths import Tree, check_variables
 
@@ -23,7 +23,7 @@ from jaxnorm.models._paths import Tree, check_variables
 def find_pairs(
     apply: Callable[..., Any], variables: Mapping[str, Tree], *args: Any, **kwargs: Any
 ) -> list[Pair]:
-    """The pairs of layer and norm that `fold` can fold, found in a trace of the model.
+    """The pairs of a layer and a norm that `fold` can fold, found by tracing a model.
 
     What counts is what the model computes, not the order in which its layers are
     declared or named. A pair is a layer with a "kernel" and a norm such that
@@ -72,28 +72,27 @@ def find_pairs(
     _check_apply(apply)
     check_variables(variables)
     flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
-    given, tree = jax.tree.flatten((args, kwargs))
+    values, tree = jax.tree.flatten((args, kwargs))
 
     def call(variables: Any, arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)
-        leaves = [next(rest) if _is_array(v) else v for v in given]
-        args, kwargs = tree.unflatten(leaves)
+        args, kwargs = tree.unflatten(next(rest) if _is_array(v) else v for v in values)
         return apply(variables, *args, **kwargs)
 
-    closed = jax.make_jaxpr(call)(variables, [v for v in given if _is_array(v)])
-    leaves = [leaf_at(path) for path, _ in flat]
-    inputs = closed.jaxpr.invars
-    trace = Trace({leaf: v.aval for leaf, v in zip(leaves, inputs, strict=False)})
-    values: list[Value] = [Known(frozenset([leaf]), leaf=leaf) for leaf in leaves]
-    values += [Flow(v.aval) for v in inputs[len(leaves) :]]
+    closed = jax.make_jaxpr(call)(variables, [v for v in values if _is_array(v)])
+    found = [variable_at(path) for path, _ in flat]
+    invars = closed.jaxpr.invars
+    trace = Trace({v: u.aval for v, u in zip(found, invars, strict=False)})
+    inputs: list[Value] = [Known(frozenset([v]), variable=v) for v in found]
+    inputs += [Flow(u.aval) for u in invars[len(found) :]]
     consts = [Known(frozenset(), value=v) for v in closed.consts]
     with jax.ensure_compile_time_eval():  # also while something else is traced
-        trace.read_by(Flow(None), trace.run(closed.jaxpr, consts, values))
+        trace.read_by(Flow(None), trace.run(closed.jaxpr, consts, inputs))
         return _pairs(trace)
 
 
 def _check_apply(apply: Any) -> None:
-    """Raises unless `apply` is a function, and not a model that has one."""
+    """Raises TypeError unless `apply` is a function, which a model is not."""
     if any(c.__module__.startswith("flax.nnx") for c in type(apply).__mro__):
         raise TypeError(
             f"apply must be a function of the variables, got {type(apply).__name__}, "
@@ -107,12 +106,13 @@ def _check_apply(apply: Any) -> None:
     check_function("apply", apply)
 
 
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+def _is_array(value: Any) -> bool:
+    """Whether `value` is an array, or says the shape and dtype of one."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _pairs(trace: Trace) -> list[Pair]:
-    """For each layer the norm after it, or else the one before it."""
+    """Each layer with the norm after it, or else with the one before it, if any."""
     found = {flow: _output_pair(trace, flow) for flow in trace.layers}
     taken = {pair.norm for pair in found.values() if pair is not None}
     for flow in [flow for flow, pair in found.items() if pair is None]:
@@ -128,10 +128,10 @@ def _output_pair(trace: Trace, flow: Flow) -> Pair | None:
     if layer is None or trace.readers[layer.kernel] != {flow}:
         return None
     bias = bias_of(trace, flow)
-    features = ones_along(flow.aval, layer.output_axis)
+    feature_ones = ones_along(flow.aval, layer.output_axis)
     while at is not None:
         steps.append(at)
-        applied = norm_applied(trace, steps, bias, features, moved=True)
+        applied = norm_applied(trace, steps, bias, feature_ones, moved=True)
         if applied is not None:
             return Pair(layer.path, *applied, axis=layer.kernel_output)
         at = trace.step_after(at)
@@ -146,11 +146,11 @@ def _input_pair(trace: Trace, flow: Flow) -> Pair | None:
     in_place = {layer.kernel_input, layer.kernel_output} == {-1, -2}
     if layer.data_axis is None or not in_place or not adds_bias(trace, flow):
         return None
-    features = ones_along(layer.data.aval, layer.data_axis)
+    feature_ones = ones_along(layer.data.aval, layer.data_axis)
     reader, at = flow, layer.data
     while at.parent is not None and at.users == [reader]:
         steps.insert(0, at)
-        applied = norm_applied(trace, steps, None, features)
+        applied = norm_applied(trace, steps, None, feature_ones)
         if applied is not None and not (layer.padded and shifts(trace, applied[0])):
             how = {"groups": layer.groups, "padded": layer.padded}
             return Pair(layer.path, *applied, True, layer.kernel_input, **how)

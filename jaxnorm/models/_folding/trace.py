@@ -1,4 +1,4 @@
-"""What does a model compute from its variables alone, and who reads what?"""
+"""What does a model compute from its variables alone, and what reads which of them?"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, Literal
 
 from jaxnorm.models._folding.kernels import MOVES, is_real, layer_of
-from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Leaf, Value
+from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Value, Variable
 
 _CALLS = {
     "jit": "jaxpr",
@@ -25,10 +25,10 @@ SAME = ("sharding_constraint", "reshard", "name")  # the value as it is
 class Trace:
     """Follows every value of a computation, and notes who reads it."""
 
-    def __init__(self, leaves: Mapping[Leaf, Any]):
-        self.leaves = leaves
+    def __init__(self, variables: Mapping[Variable, Any]):
+        self.variables = variables
         self.layers: list[Flow] = []
-        self.readers: dict[Leaf, set[Flow]] = defaultdict(set)
+        self.readers: dict[Variable, set[Flow]] = defaultdict(set)
 
     def run(
         self, jaxpr: Jaxpr, consts: Sequence[Value], args: Sequence[Value]
@@ -37,7 +37,7 @@ class Trace:
         inputs = [*jaxpr.constvars, *jaxpr.invars]
         env: dict[Any, Value] = dict(zip(inputs, [*consts, *args], strict=True))
 
-        def read(v) -> Value:
+        def read(v: Any) -> Value:
             if isinstance(v, Literal):
                 return Known(frozenset(), value=v.val)
             return env[v]
@@ -57,16 +57,16 @@ class Trace:
             return self.run(getattr(inner, "jaxpr", inner), consts, args)
         known = [a for a in args if isinstance(a, Known)]
         if len(known) == len(args) and not eqn.effects:
-            leaves = frozenset().union(*(a.leaves for a in known))
+            variables = frozenset().union(*(a.variables for a in known))
             return [
-                Known(leaves, eqn=eqn, args=known, index=i)
+                Known(variables, eqn=eqn, args=known, index=i)
                 for i in range(len(eqn.outvars))
             ]
         outs = [Flow(v.aval) for v in eqn.outvars]
         if _is_affine(eqn, args):
             outs[0].eqn, outs[0].args = eqn, args
             outs[0].parent = next(a for a in args if isinstance(a, Flow))
-        layer = layer_of(eqn, args, self.leaves)
+        layer = layer_of(eqn, args, self.variables)
         if layer is not None:
             outs[0].layer = layer
             self.layers.append(outs[0])
@@ -74,12 +74,13 @@ class Trace:
         return outs
 
     def read_by(self, reader: Flow, args: Sequence[Value]) -> None:
+        """Notes that `reader` is computed from `args`."""
         for arg in args:
             if isinstance(arg, Flow):
                 arg.users.append(reader)
             else:
-                for leaf in arg.leaves:
-                    self.readers[leaf].add(reader)
+                for variable in arg.variables:
+                    self.readers[variable].add(reader)
 
     def step_after(self, flow: Flow) -> Flow | None:
         """The affine image of `flow`, if nothing else is computed from it."""

@@ -9,7 +9,7 @@ from jax import Array
 from jaxnorm.models._paths import path_name
 
 
-class Leaf(NamedTuple):
+class Variable(NamedTuple):
     """A variable by its collection, the path of its layer, and its name."""
 
     collection: str
@@ -17,32 +17,37 @@ class Leaf(NamedTuple):
     name: str
 
 
-def leaf_at(path: tuple) -> Leaf:
-    """The leaf at a path of JAX's through all collections."""
+def variable_at(path: tuple[Any, ...]) -> Variable:
+    """The variable at a path of JAX's through all collections."""
     names = [path_name((key,)) for key in path]
-    return Leaf(names[0], "/".join(names[1:-1]), names[-1])
+    return Variable(names[0], "/".join(names[1:-1]), names[-1])
 
 
 @dataclasses.dataclass(eq=False)
 class Known:
-    """A value that depends on variables alone: a leaf, a constant, or `eqn` of args."""
+    """A value that depends on variables alone: one of them, a constant, or what `eqn`
+    makes of `args`."""
 
-    leaves: frozenset[Leaf]
-    leaf: Leaf | None = None
+    variables: frozenset[Variable]
+    variable: Variable | None = None
     value: Any = None
     eqn: Any = None
     args: "Sequence[Known]" = ()
     index: int = 0
 
-    def evaluate(self, leaves: Mapping[Leaf, Array], memo: dict | None = None) -> Any:
-        """The value, given those of the leaves."""
+    def evaluate(
+        self,
+        values: Mapping[Variable, Array],
+        memo: "dict[Known, Sequence[Any]] | None" = None,
+    ) -> Any:
+        """The value where the variables have these `values`."""
         memo = {} if memo is None else memo
-        if self.leaf is not None:
-            return leaves[self.leaf]
+        if self.variable is not None:
+            return values[self.variable]
         if self.eqn is None:
             return self.value
         if self not in memo:
-            args = [a.evaluate(leaves, memo) for a in self.args]
+            args = [a.evaluate(values, memo) for a in self.args]
             out = self.eqn.primitive.bind(*args, **self.eqn.params)
             memo[self] = out if self.eqn.primitive.multiple_results else [out]
         return memo[self][self.index]
@@ -60,13 +65,13 @@ class Flow:
     parent: "Flow | None" = None
     eqn: Any = None
     args: "Sequence[Known | Flow]" = ()
-    layer: "Layer | None" = None
+    layer: "LayerCall | None" = None
     users: "list[Flow]" = dataclasses.field(default_factory=list)
 
     @property
-    def leaves(self) -> frozenset[Leaf]:
+    def variables(self) -> frozenset[Variable]:
         """The variables that take part in this one equation."""
-        known = (a.leaves for a in self.args if isinstance(a, Known))
+        known = (a.variables for a in self.args if isinstance(a, Known))
         return frozenset().union(*known)
 
 
@@ -74,11 +79,11 @@ Value = Known | Flow
 
 
 @dataclasses.dataclass(eq=False)
-class Layer:
-    """A convolution or product of `data` with a kernel, and its axes of features."""
+class LayerCall:
+    """A convolution or product of `data` with a kernel, and where the features are."""
 
     path: str
-    kernel: Leaf
+    kernel: Variable
     data: Flow
     data_axis: int | None
     kernel_input: int | None  # axes of the kernel as it is stored

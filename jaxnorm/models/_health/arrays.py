@@ -1,4 +1,4 @@
-"""Which scales, and which moments of a fresh batch, belong to each layer?"""
+"""Which scale, and which moments of a fresh batch, belong to each layer?"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,8 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxnorm._marks import BATCH, MARKS, shape_of
-from jaxnorm.models._paths import Tree, check_layers, layers, path_name
+from jaxnorm.models._paths import Tree, check_layers, path_name
+from jaxnorm.models._paths import layers as all_layers
 
 
 def check_known(*trees: Tree | None) -> None:
@@ -21,50 +22,51 @@ def check_known(*trees: Tree | None) -> None:
             )
 
 
-def scales_of(found: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
-    """{"scale"} of the layers that have one; there may be none."""
+def scales_of(layers: Mapping[str, Any], params: Tree | None) -> dict[str, Any]:
+    """{"scale"} of each layer that has one in `params`, by its path."""
     if params is None:
         return {}
     check_layers(params, "params")
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     by_path = {path_name(path): value for path, value in leaves}
-    names = {path: f"{path}/scale".lstrip("/") for path in found}
+    names = {path: f"{path}/scale".lstrip("/") for path in layers}
     scales = {p: {"scale": by_path[k]} for p, k in names.items() if k in by_path}
     if not scales and any(
-        _shifted(k, name) for k in by_path for name in names.values()
+        _is_below(k, name) for k in by_path for name in names.values()
     ):
         raise ValueError(
-            f"params hold no scale for any of the layers {list(found)}: pass those of "
+            f"params hold no scale for any of the layers {list(layers)}: pass those of "
             'the same model, variables["params"], with no other tree around them, or '
             "leave them out"
         )
     for path, scale in scales.items():
-        features = shape_of(found[path])
-        if not _broadcasts(np.shape(scale["scale"]), features):
+        shape = shape_of(layers[path])
+        if not _broadcasts(np.shape(scale["scale"]), shape):
             raise ValueError(
                 f"the scale of {path!r} has shape {np.shape(scale['scale'])}, but the "
-                f"statistics {features}: take both from one model"
+                f"statistics {shape}: take both from one model"
             )
     return scales
 
 
-def _shifted(a: str, b: str) -> bool:
-    """Whether one path is the other one below something."""
+def _is_below(a: str, b: str) -> bool:
+    """Whether one of two paths ends in the other."""
     return a.endswith(f"/{b}") or b.endswith(f"/{a}")
 
 
-def batches_of(found: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
-    """The moments of a fresh batch, {"mean", "var", "size"} as far as known."""
+def batches_of(layers: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
+    """The moments of a fresh batch, {"mean", "var", "size"} as far as known, of each
+    layer."""
     if fresh is not None:
         check_layers(fresh, "fresh")
-    source = found if fresh is None else layers(fresh)
-    missing = [path for path in found if path not in source]
+    source = layers if fresh is None else all_layers(fresh)
+    missing = [path for path in layers if path not in source]
     if missing:
         raise ValueError(
             f"fresh lacks the layers {missing}, it holds {list(source)}: take it from "
             "the same model, or leave layers out with `where`"
         )
-    source = {path: source[path] for path in found}
+    source = {path: source[path] for path in layers}
     batches = {p: _pooled(stats) for p, stats in source.items() if BATCH[0] in stats}
     empty = batches and not any(np.any(m["size"]) for m in batches.values())
     if fresh is None and empty:
@@ -77,17 +79,19 @@ def batches_of(found: Mapping[str, Any], fresh: Tree | None) -> dict[str, Any]:
     if fresh is not None and not batches:
         batches = source
     for path, moments in batches.items():
-        _check_batch(path, found[path], moments)
+        _check_batch(path, layers[path], moments)
     return batches
 
 
 def _pooled(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The moments that a layer has gathered."""
     return {k: stats[f"batch_{k}"] for k in ("mean", "var", "size")}
 
 
 def _check_batch(
     path: str, stats: Mapping[str, Any], moments: Mapping[str, Any]
 ) -> None:
+    """Raises ValueError unless the moments have the shape of the statistics."""
     shape = shape_of(stats)
     for name, value in moments.items():
         fits = _broadcasts if name == "size" else tuple.__eq__
@@ -100,6 +104,7 @@ def _check_batch(
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether arrays of `shape` broadcast to the shape `to`."""
     try:
         return np.broadcast_shapes(shape, to) == to
     except ValueError:
@@ -107,7 +112,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def as_float64(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """`arrays` but the marks, of whatever is wide enough for them all."""
+    """`arrays` without marks, in double precision."""
     return {
         k: np.asarray(v, np.complex128 if np.iscomplexobj(v) else np.float64)
         for k, v in arrays.items()

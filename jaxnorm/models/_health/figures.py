@@ -1,4 +1,4 @@
-"""What do the statistics of one layer, and a fresh batch, amount to in figures?"""
+"""Which figures sum up the statistics of a layer, and its fresh batch?"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def layer_health(
     """The figures of one layer, without findings."""
     var = stats.get("var", np.array([]))
     valid = _valid("var", var)
-    known = {} if batch is None else _of_batch(stats, batch, limits)
+    known = {} if batch is None else _batch_figures(stats, batch, limits)
     return LayerHealth(
         path=path,
         features=int(np.prod(shape_of(stats))),
@@ -34,6 +34,7 @@ def layer_health(
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
+    """The least, median and greatest of the finite values, under `name`."""
     values = values[np.isfinite(values)]
     of = {"min": np.min, "median": np.median, "max": np.max}
     return {
@@ -42,17 +43,18 @@ def _spread(name: str, values: np.ndarray) -> dict[str, Any]:
 
 
 def _infinite(values: np.ndarray) -> int:
+    """How many values are infinite or NaN."""
     return int((~np.isfinite(values)).sum())
 
 
 def _valid(name: str, values: np.ndarray) -> np.ndarray:
-    """`values`, with NaN in place of those that no mean or variance can have."""
+    """The values of a statistic, with NaN in place of those that it cannot have."""
     possible = np.isfinite(values) & ((name == "mean") | (np.real(values) >= 0))
     return np.where(possible, values, np.nan)
 
 
 def _never_updated(stats: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Where all statistics of a feature are those that `init_stats` makes."""
+    """Whether the statistics of each feature are those that `init_stats` makes."""
     if "count" in stats:
         return stats["count"] == 0
     initial = [stats[k] == v for k, v in (("mean", 0), ("var", 1)) if k in stats]
@@ -83,11 +85,11 @@ def _output_deviation(
 
 
 def _trusted(batch: Mapping[str, np.ndarray], limits: Limits) -> np.ndarray:
-    """Where a fresh batch is large enough, or its size not known."""
+    """Whether a fresh batch has enough elements of each feature, if it is known."""
     return batch.get("size", np.array(np.inf)) >= limits.least
 
 
-def _of_batch(
+def _batch_figures(
     stats: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], limits: Limits
 ) -> dict[str, Any]:
     """The figures that need a fresh batch."""
@@ -112,7 +114,7 @@ def _of_batch(
 def _drifts(
     stats: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], epsilon: float
 ) -> dict[str, np.ndarray]:
-    """How far the batch is off, in running deviations: its mean, its deviation."""
+    """The differences of a batch's mean and deviation, in running deviations."""
     if "var" not in stats:
         return {}
     stats, batch = ({k: _valid(k, v) for k, v in t.items()} for t in (stats, batch))

@@ -27,7 +27,7 @@ from jaxnorm.models._paths import (
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """The report of `health`: one row per layer, and ways to show them.
+    """The report of `health`: a row of figures and findings for each layer.
 
     `print` shows a table, and `rich.print` one in colours.
     """
@@ -69,7 +69,7 @@ def health(
     drift: float = 0.5,
     least: int = 16,
 ) -> Health:
-    """What is wrong with the running statistics of each layer of a model.
+    """A report on what is wrong with the running statistics of each layer of a model.
 
     | Rule | Found where |
     |---|---|
@@ -98,7 +98,7 @@ def health(
         fresh: the same tree after a training pass with statistics that pool the moments
             of its batches; one batch of the training tells whether it is large enough.
             Or else moments by layer: "mean", "var" or both, and "size" if known.
-        where: whether the layer at a path, such as "Block_0/BatchNorm_1", is meant.
+        where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
         epsilon: what the layers add to the variance.
         dead: deviation of an output that counts as constant.
         drift: differences up to here are none, in deviations.
@@ -109,7 +109,7 @@ def health(
         `figure()`, and a table by `print` or `rich.print`.
 
     Raises:
-        ValueError: if `where` means no layer, `params` hold their scales at other
+        ValueError: if `where` selects no layer, `params` hold their scales at other
             paths, `fresh` lacks a layer or holds no batch, a limit is not as it should
             be, or shapes differ.
         TypeError: for what is no tree of arrays, limits that are no numbers, and under
@@ -128,22 +128,22 @@ def health(
     """  # noqa: E501
     if not as_epsilon("epsilon", epsilon) > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}: give the layers'")
-    given = {"dead": dead, "drift": drift, "least": least}
-    limits = Limits(epsilon, *(as_epsilon(k, v) for k, v in given.items()))
-    found = select_layers(batch_stats, where)
+    others = {"dead": dead, "drift": drift, "least": least}
+    limits = Limits(epsilon, *(as_epsilon(k, v) for k, v in others.items()))
+    layers = select_layers(batch_stats, where)
     check_known(batch_stats, params, fresh)
-    scales, batches = scales_of(found, params), batches_of(found, fresh)
-    arrays = jax.device_get((found, scales, batches))
-    found, scales, batches = ({p: as_float64(v) for p, v in t.items()} for t in arrays)
+    scales, batches = scales_of(layers, params), batches_of(layers, fresh)
+    arrays = jax.device_get((layers, scales, batches))
+    layers, scales, batches = ({p: as_float64(v) for p, v in t.items()} for t in arrays)
     rows = [
         layer_health(path, stats, scales.get(path, {}), batches.get(path), limits)
-        for path, stats in sorted(found.items(), key=_by_number)
+        for path, stats in sorted(layers.items(), key=_by_number)
     ]
     rows = [dataclasses.replace(r, findings=findings(r, limits)) for r in rows]
     return Health(tuple(rows), limits)
 
 
 def _by_number(item: tuple[str, Any]) -> list[tuple[int, str]]:
-    """Sorts "Block_10" after "Block_9"."""
+    """The key that sorts "Block_10" after "Block_9"."""
     parts = re.split(r"(\d+)", item[0])
     return [(int(v), "") if v.isdigit() else (-1, v) for v in parts]

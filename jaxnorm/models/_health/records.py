@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """From where on `health` finds something; its arguments of the same names."""
+    """The limits beyond which `health` finds something, which are its arguments."""
 
     epsilon: float = 1e-5
     dead: float = 1e-3
@@ -15,7 +15,7 @@ class Limits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is wrong with a layer (the rule, and how much) and what to do about it."""
+    """One thing that is wrong with a layer: the rule, how much of it, and the fix."""
 
     rule: str
     detail: str
@@ -25,10 +25,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class LayerHealth:
-    """The figures of one layer: numbers of features, or of what else is said.
+    """The figures of one layer; counts are of features, where nothing else is said.
 
-    Those of means are of absolute values. None is what the layer does not keep, or
-    what only a fresh batch could tell.
+    Figures of means are of their absolute values. None stands for what the layer does
+    not keep, or what only a fresh batch could tell.
     """
 
     path: str

@@ -115,12 +115,14 @@ def _name_layers(ax: Any, rows: Sequence[LayerHealth]) -> None:
 
 
 def _state(row: LayerHealth) -> str:
+    """The state of a layer, which has a colour."""
     if not row.findings:
         return "good"
     return "severe" if any(f.severe for f in row.findings) else "warning"
 
 
 def _cells(row: LayerHealth) -> tuple[str, ...]:
+    """The cells of a layer's row, by `COLUMNS`."""
     figures = (
         row.features,
         row.var_min,

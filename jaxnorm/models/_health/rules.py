@@ -1,4 +1,4 @@
-"""What is wrong with a layer of these figures, and what is to be done about it?"""
+"""What do the figures of a layer say is wrong with it, and what is to be done?"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ DRIFTED_SHARE = 0.05
 
 
 class Rule(NamedTuple):
-    """Something to find, the words for how much of it there is, and what to do."""
+    """Something that can be wrong with a layer, how much of it there is, and a fix."""
 
     name: str
     detail: Callable[[LayerHealth, Limits], str]  # "" where there is none
@@ -21,6 +21,7 @@ class Rule(NamedTuple):
 
 
 def _features(count: int, row: LayerHealth) -> str:
+    """A number of features in words; "" for 0."""
     if not count:
         return ""
     share = f"all {count}" if count == row.features else f"{count} of {row.features}"

@@ -1,0 +1,100 @@
+"""Programs of blocks of models: a bottleneck of ResNet, a transformer, a scan."""
+
+import jax
+from jax import lax
+from norm_programs import LAYERS, Layer, Program, array
+
+HEAD = 128
+
+
+def bottleneck(shape, library):
+    """A residual block of ResNet: three convolutions, each with batch norm and ReLU."""
+    *space, width = shape
+    inner = width // 4
+    layer = Layer(library, "BatchNorm", "relu", use_running_average=False, momentum=0.9)
+    narrow, wide = layer.variables(*space, inner), layer.variables(*space, width)
+    params, stats = zip(narrow, narrow, wide, strict=True)
+    weights = (
+        array(1, 1, width, inner),
+        array(3, 3, inner, inner),
+        array(1, 1, inner, width),
+    )
+
+    def step(x, weights, params, stats, last):
+        def block(x, weights, params):
+            y, updates = x, []
+            for i in range(3):
+                shortcut = x if i == 2 else None
+                y, update = layer(params[i], stats[i], conv(y, weights[i]), shortcut)
+                updates.append(update)
+            return y, updates
+
+        z, pull, updates = jax.vjp(block, x, weights, params, has_aux=True)
+        return updates, pull(conv(z, last))
+
+    last = array(1, 1, width, width)
+    return [Program(step, (array(*shape), weights, params, stats, last))]
+
+
+def conv(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def transformer(kind: str, shape, library):
+    """A block of a transformer: causal attention and an MLP, a norm before each."""
+    width = shape[-1]
+    layer = Layer(library, kind)
+    params, _ = layer.variables(*shape)
+    weights = (
+        array(width, 3 * width),
+        array(width, width),
+        array(width, 4 * width),
+        array(4 * width, width),
+    )
+
+    def step(x, weights, params, last):
+        def block(x, weights, params):
+            qkv, out, up, down = weights
+            y, _ = layer(params[0], {}, x)
+            x = x + attention(y @ qkv) @ out
+            y, _ = layer(params[1], {}, x)
+            return x + jax.nn.gelu(y @ up) @ down
+
+        z, pull = jax.vjp(block, x, weights, params)
+        return pull(z @ last)
+
+    args = (array(*shape), weights, (params, params), array(width, width))
+    return [Program(step, args)]
+
+
+def attention(qkv):
+    heads = qkv.reshape(*qkv.shape[:2], 3, -1, HEAD)
+    q, k, v = (heads[:, :, i] for i in range(3))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+    return y.reshape(*qkv.shape[:2], -1)
+
+
+def scanned(kind: str, shape, library):
+    """Forward pass and gradient of a `lax.scan` over pre-norm layers, without remat."""
+    layer = Layer(library, kind)
+    width = shape[-1]
+    params, _ = layer.variables(*shape)
+    stacked = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct((LAYERS, *v.shape), v.dtype), params
+    )
+
+    def step(x, weights, params, dy):
+        def net(x, weights, params):
+            def body(x, of_layer):
+                w, params = of_layer
+                return x + layer(params, {}, x)[0] @ w, None
+
+            return lax.scan(body, x, (weights, params))[0]
+
+        y, pull = jax.vjp(net, x, weights, params)
+        return y, pull(dy)
+
+    args = (array(*shape), array(LAYERS, width, width), stacked, array(*shape))
+    return [Program(step, args)]

@@ -1,0 +1,121 @@
+"""The cases whose passes over memory are counted."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+from model_programs import bottleneck, scanned, transformer
+from norm_programs import (
+    DTYPE,
+    Layer,
+    Library,
+    Program,
+    alone,
+    inference,
+    sandwich,
+    split,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled and counted, and the passes over `x` that it needs at least.
+
+    `quantity` is "passes" over an array of `shape`, the "kept" residuals of the forward
+    pass, or the "temporaries" of a loop per layer, all in units of that array. Where
+    there are `products`, the floor holds if these are kernels of their own.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    floor: float | None
+    programs: Callable[[Library], list[Program]]
+    quantity: str = "passes"
+    products: bool = True
+
+    @property
+    def unit(self) -> int:
+        return math.prod(self.shape) * DTYPE.dtype.itemsize
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {'x'.join(map(str, self.shape))}"
+
+
+def cases() -> Iterator[Case]:
+    """All cases, in the order of the table."""
+
+    def norm(kind, activation=None, **options):
+        return lambda library: Layer(library, kind, activation, **options)
+
+    training = {"use_running_average": False, "momentum": 0.9}
+    batch = norm("BatchNorm", **training)
+    batch_relu = norm("BatchNorm", "relu", **training)
+    layer, rms = norm("LayerNorm"), norm("RMSNorm")
+    group = norm("GroupNorm", num_groups=32)
+    group_silu = norm("GroupNorm", "silu", num_groups=32)
+    images, rows, maps = (256, 28, 28, 512), (8192, 4096), (16, 64, 64, 320)
+
+    for name, kind, make, shape, floor in (
+        ("BN", "BatchNorm", batch, images, 8),
+        ("BN + ReLU", "BatchNorm", batch_relu, images, 8),
+        ("BN + ReLU", "BatchNorm", batch_relu, (256, 28, 28, 128), 8),
+        ("BN + ReLU", "BatchNorm", batch_relu, (256, 14, 14, 256), 8),
+        # Forward x twice and r; backward x, dy twice, dx, dr; a bit per element thrice.
+        ("BN + add + ReLU", "BatchNorm", batch_relu, images, 10 + 3 / 16),
+        ("LN", "LayerNorm", layer, rows, 5),
+        ("RMS", "RMSNorm", rms, rows, 5),
+        ("GN", "GroupNorm", group, maps, 8),
+        ("GN + SiLU", "GroupNorm", group_silu, maps, 8),
+    ):
+        programs = functools.partial(sandwich, make, shape, "add" in name)
+        yield Case(f"{name}, train", kind, shape, floor, programs)
+
+    # The cotangent is there from the start, so that one kernel can write y and dx.
+    first = (256, 512, 28, 28)
+    programs = functools.partial(alone, norm("BatchNorm", axis=1, **training), first)
+    name = "BN channels first, train"
+    yield Case(name, "BatchNorm", first, 7, programs, products=False)
+
+    running = norm("BatchNorm", use_running_average=True)
+    for name, kind, make, shape, floor in (
+        ("BN", "BatchNorm", running, images, 2),
+        ("LN", "LayerNorm", layer, rows, 2),
+        ("RMS", "RMSNorm", rms, rows, 2),
+        ("GN", "GroupNorm", group, maps, 3),
+    ):
+        programs = functools.partial(inference, make, shape)
+        name = f"{name}, inference"
+        yield Case(name, kind, shape, floor, programs, products=False)
+
+    for name, kind, make, shape, floor in (
+        ("BN", "BatchNorm", batch, images, 8),
+        ("BN + ReLU", "BatchNorm", batch_relu, images, 8),
+        ("LN", "LayerNorm", layer, rows, 5),
+        ("RMS", "RMSNorm", rms, rows, 5),
+        ("GN", "GroupNorm", group, maps, 8),
+        ("GN + SiLU", "GroupNorm", group_silu, maps, 8),
+    ):
+        programs = functools.partial(split, make, shape)
+        yield Case(f"{name}, split", kind, shape, floor, programs, products=False)
+        yield Case(f"{name}, kept", kind, shape, 1, programs, "kept", False)
+
+    for shape in ((32, 56, 56, 256), (32, 28, 28, 512)):
+        programs = functools.partial(bottleneck, shape)
+        yield Case("ResNet bottleneck, train", "BatchNorm", shape, None, programs)
+
+    for name, kind in (("LN", "LayerNorm"), ("RMS", "RMSNorm")):
+        # Sequences so short that XLA's attention, which writes its scores to memory,
+        # does not outweigh all else.
+        shape = (64, 128, 2048)
+        programs = functools.partial(transformer, kind, shape)
+        name = f"transformer block, {name}, train"
+        yield Case(name, kind, shape, None, programs)
+
+    for name, kind in (("LN", "LayerNorm"), ("RMS", "RMSNorm")):
+        shape = (8192, 2048)
+        programs = functools.partial(scanned, kind, shape)
+        name = f"scan, {name}, temporaries"
+        yield Case(name, kind, shape, None, programs, "temporaries")
