@@ -65,13 +65,14 @@ WRONG = {
 }
 
 
+LAYERS = {LINEN: nn.Dense(4), NNX: nnx.Linear(6, 4, rngs=nnx.Rngs(0))}
+
+
 def made(api, name, **kwargs):
     """A module of this name."""
     given = dict(NEEDED.get(name, {}))
     if name in WRAPPERS:
-        given["layer_instance"] = nn.Dense(4)
-        if api is not LINEN:
-            given["layer_instance"] = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+        given["layer_instance"] = LAYERS[api]
     elif name == "Norm":
         given["norm"] = jaxnorm.BatchNorm()
     if api is not LINEN:
