@@ -86,7 +86,8 @@ def call(module, x):
     """The output, of random variables where the module has none of its own."""
     if isinstance(module, nnx.Module):
         return module(x)
-    kwargs = {"update_stats": True} if isinstance(module, nn.SpectralNorm) else {}
+    kwargs: dict[str, Any] = {}
+    kwargs |= {"update_stats": True} if isinstance(module, nn.SpectralNorm) else {}
     return module.init_with_output(jax.random.key(0), x, **kwargs)[0]
 
 

@@ -4,6 +4,7 @@ The numbers are tested for both APIs in test_norm_modules.py.
 """
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,8 @@ def test_attributes_can_be_set():
         ln.bias = None
     run = nnx.jit(lambda layers, x: [call(layer, x) for layer in layers])
     assert_close(*run(bns, x))
-    assert_close(*[plain(bn) for bn in bns])
+    a, b = (plain(bn) for bn in bns)
+    assert_close(a, b)
     y, expected = run(lns, x)
     assert y.dtype == expected.dtype
     assert_close(y, expected, 0.1)
@@ -222,6 +224,7 @@ def test_sharding_metadata(name):
         variants[1]["bias_metadata"] = {"out_sharding": (None,), "tag": "bias"}
     mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
     makers = [ours, generic] if name == "BatchNorm" else [ours]
+    layer = found = None
     with jax.set_mesh(mesh):
         for kwargs in variants:
             reference = theirs(name, **kwargs)
@@ -311,7 +314,7 @@ def test_running_statistics_are_not_cast_down():
 
 def test_parameters_along_several_axes():
     """Which Flax has in Linen only."""
-    kwargs = {"reduction_axes": (1, 3), "feature_axes": (1, 3)}
+    kwargs: dict[str, Any] = {"reduction_axes": (1, 3), "feature_axes": (1, 3)}
     norm, shape = jaxnorm.LayerNorm(**kwargs), (3, FEATURES)
     layer = NNX.ours("Norm", norm=norm, num_features=shape)
     layers = layer, LINEN.theirs("LayerNorm", **kwargs)
@@ -461,7 +464,8 @@ def test_transforms_are_flax(transformed):
 
     assert_close(*run(layers, x), tolerance=1e-4)
     # One update also under remat, which runs the forward pass twice.
-    assert_close(*[plain(layer) for layer in layers])
+    a, b = (plain(layer) for layer in layers)
+    assert_close(a, b)
 
 
 def test_remat_updates_once():

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -458,7 +459,7 @@ def test_axis_index_groups_are_flax(api):
     variables = reference.variables(x)
 
     def run(layer, **kwargs):
-        specs = {"in_specs": (P(), P("d")), "out_specs": (P("d"), P())}
+        specs: dict[str, Any] = {"in_specs": (P(), P("d")), "out_specs": (P("d"), P())}
         layer = layer.with_(axis_name="d", **kwargs)
         mapped = jax.shard_map(layer.apply, mesh=mesh, **specs, check_vma=not kwargs)
         return jax.jit(mapped)(variables, x)
@@ -603,7 +604,8 @@ def test_unbiased_running_variance(api):
 def test_cumulative_average(api):
     """momentum=None: each batch counts the same, and those without values not."""
     layer, batches = api.ours("BatchNorm", momentum=None), []
-    variables = layer.init(sample())
+    x, variables = sample(), layer.init(sample())
+    stats = variables["batch_stats"]
     assert set(variables["batch_stats"]) == {"mean", "var", "count"}
     for step in range(4):
         x = sample(seed=step)

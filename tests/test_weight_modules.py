@@ -46,7 +46,7 @@ def layer_of_both(name, *linen, shape, **kwargs):
     """A layer of Linen, and how to make that of NNX, for inputs of 3 features."""
     args = 3, *linen
     return (
-        getattr(nn, {"Linear": "Dense"}.get(name, name))(*linen, **kwargs),
+        getattr(nn, "Dense" if name == "Linear" else name)(*linen, **kwargs),
         functools.partial(getattr(nnx, name), *args, **kwargs),
         shape,
     )
@@ -149,7 +149,7 @@ def place(variables, path):
     return variables["batch_stats"], "/".join(["layer_instance", *path[1]])
 
 
-def wrapped(api, name, layer="dense", lib=None, **kwargs):
+def wrapped(api, name, layer: Any = "dense", lib=None, **kwargs) -> Any:
     """The wrapper `name` of a layer, of jaxnorm's unless `lib` is Flax's."""
     linen, alike, _ = LAYERS[layer] if isinstance(layer, str) else (layer, layer, None)
     kwargs["layer_instance"] = linen if api is LINEN else alike
