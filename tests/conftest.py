@@ -51,31 +51,43 @@ QUICK = known(QUICK)
 optimize(False)
 
 
-def pytest_collection_modifyitems(items):
-    """Optimized tests of a file in a row: no program is compiled in turns."""
-    files = {item.path: i for i, item in reversed([*enumerate(items)])}
-    items.sort(key=lambda item: (files[item.path], is_optimized(item)))
-
-
 def is_optimized(item):
     return item.get_closest_marker("optimized") is not None
 
 
-@pytest.fixture(autouse=True)
-def compilation(request):
-    """Values do not depend on optimizations, but where the mark `optimized` says so."""
-    optimize(is_optimized(request.node))
+class Compilation:
+    """Compiles for each test as it is marked, and forgets programs once they are many.
+
+    A program takes about a megabyte.
+    """
+
+    most = 400
+    programs = 0
+
+    def count(self, event, duration, **_):
+        self.programs += event.endswith("backend_compile_duration")
+
+    def pytest_collection_modifyitems(self, items):
+        """Optimized tests of a file in a row: no program is compiled in turns."""
+        files = {item.path: i for i, item in reversed([*enumerate(items)])}
+        items.sort(key=lambda item: (files[item.path], is_optimized(item)))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        optimize(is_optimized(item))
+        if self.programs > self.most:
+            self.programs = 0
+            jax.clear_caches()
+            gc.collect()
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)  # or the C library keeps it
 
 
-@pytest.fixture(autouse=True, scope="module")
-def memory():
-    """What a file has compiled goes with it."""
-    yield
-    optimize(False)
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # or the C library keeps it
+def pytest_configure(config):
+    """For the doctests, too, which are in no folder of this file's."""
+    compilation = Compilation()
+    jax.monitoring.register_event_duration_secs_listener(compilation.count)
+    config.pluginmanager.register(compilation)
 
 
 @pytest.fixture

@@ -170,12 +170,16 @@ def test_derivatives_of_every_mode_and_order(name, masked):
     with jax.enable_x64(True):
         p, q = (problem(row, dtype=jnp.float64, seed=s) for s in (0, 1))
         wide = functools.partial(jax.tree.map, lambda v: v.astype(np.float64))
-        x, v = ({"x": r.x, "params": wide(r.params)} for r in (p, q))
+        x, v = (
+            {"x": r.x, "params": wide(r.params), "epsilon": e}
+            for r, e in ((p, np.float64(0.1)), (q, np.float64(1)))
+        )
         weights = p.cotangent.astype(np.float64)
         mask = p.mask if masked else None
 
         def f(a):
-            y = output(row.norm, a["x"], a["params"], p.stats, mask)
+            norm = changed(row.norm, epsilon=a["epsilon"])
+            y = output(norm, a["x"], a["params"], p.stats, mask)
             return (y * weights).sum()
 
         assert_derivatives(f, x, v, 1e-4)
