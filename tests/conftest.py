@@ -64,7 +64,7 @@ class Compilation:
     most = 400
     programs = 0
 
-    def count(self, event, duration, **_):
+    def count(self, event, duration_secs, **kwargs):
         self.programs += event.endswith("backend_compile_duration")
 
     def pytest_collection_modifyitems(self, items):
