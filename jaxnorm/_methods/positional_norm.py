@@ -78,7 +78,7 @@ def positional_norm(
         axis_index_groups=axis_index_groups,
     )
     x = as_floating(x)
-    problem = norm.single_value_problem(x.shape, False)
+    problem = norm.single_value_problem(x.shape, by_batch=True)
     if problem:
         raise ValueError(problem)
     return norm.normalize_by_batch(x, {}, mask=mask, dtype=None)
