@@ -212,7 +212,7 @@ def require(stats: Mapping[str, ArrayLike], names: Iterable[str]) -> None:
 def check(stats: Mapping[str, ArrayLike], axes: Axes, names: tuple[str, ...]) -> None:
     """Raises ValueError unless `stats` holds `names`, each in the features' shape."""
     require(stats, names)
-    check_instance("axes", axes, Axes, "jaxnorm._axes.keep")
+    check_instance("axes", axes, Axes, "jaxnorm.Axes.keep")
     for k in names:
         shape = as_array(f"stats[{k!r}]", stats[k]).shape
         if shape != axes.feature_shape:

@@ -41,7 +41,7 @@ def aligned(mask: Array, shape: tuple[int, ...]) -> Array:
 
 def check_axes(axes: Axes, shape: tuple[int, ...]) -> None:
     """Raises unless `axes` are those of an array of `shape`."""
-    check_instance("axes", axes, Axes, "jaxnorm._axes.keep")
+    check_instance("axes", axes, Axes, "jaxnorm.Axes.keep")
     if axes.shape != shape:
         raise ValueError(f"axes are for an array of shape {axes.shape}, got {shape}")
 

@@ -311,7 +311,7 @@ def test_what_people_pass_by_habit():
         ),
         (
             lambda: norm.moments(x, -1),
-            r"axes must be a jaxnorm.Axes, as jaxnorm._axes.keep makes it, got -1",
+            r"axes must be a jaxnorm.Axes, as jaxnorm\.Axes\.keep makes it, got -1",
         ),
         (
             lambda: norm.LayerNorm()(x, {}, {}, dtype="int8"),
