@@ -134,8 +134,9 @@ class Norm(Settings, abc.ABC):
         With `use_running_average` (which may be traced) a method with running
         statistics normalizes by these and returns them as they are. `mask` is boolean,
         or 0 and 1, and broadcasts to `x`: what it excludes counts for nothing and comes
-        out as 0. Integers are read as float32. `inputs` are what the method's `inputs`
-        name, such as the domain of each example; few methods have any.
+        out as 0. Integers are read as float32. `inputs` are what `required_inputs` and
+        `optional_inputs` name, such as the domain of each example; few methods have
+        any.
 
         Raises ValueError or TypeError where shapes, dtypes or settings do not fit, and
         where each variance would be that of a single value.
@@ -205,18 +206,18 @@ class Norm(Settings, abc.ABC):
 
         `options` are the activation, residual and implementation of `normalize`.
         """
-        how = {"mask": mask, "dtype": dtype, **self.reduction, **options}
-        return normalize(x, params, self.axes(x.shape), **how)
-
-    @property
-    def reduction(self) -> dict[str, Any]:
-        """Arguments of `normalize` that are settings of every norm."""
-        return {
-            "epsilon": self.epsilon,
-            "center": self.center,
-            "axis_name": self.axis_name,
-            "axis_index_groups": self.axis_index_groups,
-        }
+        return normalize(
+            x,
+            params,
+            self.axes(x.shape),
+            epsilon=self.epsilon,
+            center=self.center,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            dtype=dtype,
+            **options,
+        )
 
     @final
     def batch_moments(self, x: Array, mask: ArrayLike | None) -> Moments:

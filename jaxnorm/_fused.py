@@ -108,12 +108,13 @@ def pooled_moments_tangent(
 def standardize_by_own(
     reduction: Reduction, operands: Operands
 ) -> tuple[Array, Moments]:
+    """Standardizes x by its own moments, pooled over devices; returns both."""
     _, m = both_moments(reduction, operands)
     return normalized(reduction, operands, operands.line(m, reduction)), m
 
 
 @standardize_by_own.defjvp
-def _normalize_jvp(
+def _standardize_by_own_jvp(
     reduction: Reduction, primals: tuple[Operands], tangents: tuple[Operands]
 ) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
     (operands,), (change,) = primals, tangents

@@ -127,8 +127,6 @@ def sharded_as(first: str) -> Callable[[F], F]:
     def decorated(f: Any) -> Any:
         @functools.wraps(f)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not on_explicit_mesh(args, kwargs):
-                return f(*args, **kwargs)
             like = args[0] if args else kwargs.get(first)
             return automatically(
                 lambda args, kwargs: f(*args, **kwargs), args, kwargs, like=like

@@ -24,9 +24,8 @@ class StatefulNorm(Norm):
 
     momentum: float | None = 0.99
     counts_batches: ClassVar[bool] = False  # whether momentum=None averages all batches
-    keeps_moments: ClassVar[bool] = (
-        False  # whether the statistics are moments of the data
-    )
+    # Whether the statistics are moments of the data.
+    keeps_moments: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,7 +174,6 @@ class RunningNorm(StatefulNorm):
     keeps_moments = True
     stat_names: ClassVar[tuple[str, ...]] = ("mean", "var")
 
-    @abc.abstractmethod
     def by_batch(
         self,
         x: Array,
@@ -186,7 +184,8 @@ class RunningNorm(StatefulNorm):
         dtype: DTypeLike | None,
     ) -> tuple[Array, Moments]:
         """Normalizes by the batch; returns the moments that the running ones follow,
-        one of each per feature."""
+        one of each per feature. Over `axes`, unless a method says otherwise."""
+        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
     def init_stats(
         self, feature_shape: Shape, dtype: DTypeLike = jnp.float32

@@ -9,7 +9,6 @@ from jaxnorm._activation import add_and_activate
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import ActivatedNorm, Params, Stats
 from jaxnorm._moments import Moments
-from jaxnorm._normalize import normalize
 from jaxnorm._stateful import RunningNorm
 from jaxnorm._working import as_mask
 
@@ -44,8 +43,8 @@ class BatchNorm(ActivatedNorm, RunningNorm):
         residual: ArrayLike | None = None,
     ) -> tuple[Array, Moments]:
         what_follows = {"activation": self.activation, "residual": residual}
-        how = {"mask": mask, "dtype": dtype, **self.reduction, **what_follows}
-        return normalize(x, params, self.axes(x.shape), **how)
+        how = {"mask": mask, "dtype": dtype, **what_follows}
+        return self.normalize_by_batch(x, params, **how)
 
     def evaluate(
         self,

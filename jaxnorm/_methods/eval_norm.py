@@ -11,7 +11,7 @@ from jaxnorm._arguments import as_share
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, mix
+from jaxnorm._moments import mix
 from jaxnorm._reduce import moments
 from jaxnorm._stateful import RunningNorm
 
@@ -42,17 +42,6 @@ class EvalNorm(RunningNorm):
 
     def axes(self, shape: Shape) -> Axes:
         return Axes.keep(shape, self.axis)
-
-    def by_batch(
-        self,
-        x: Array,
-        params: Params,
-        stats: Stats,
-        *,
-        mask: ArrayLike | None,
-        dtype: DTypeLike | None,
-    ) -> tuple[Array, Moments]:
-        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
     @one_rounding
     def evaluate(

@@ -11,7 +11,6 @@ from jaxnorm import _running as running
 from jaxnorm._arguments import as_array
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
-from jaxnorm._moments import Moments
 from jaxnorm._stateful import RunningNorm
 
 
@@ -56,17 +55,6 @@ class RecurrentBatchNorm(RunningNorm):
         stats = super().init_stats(feature_shape, dtype)
         shape = (self.max_steps, *feature_shape)
         return {k: jnp.broadcast_to(v, shape) for k, v in stats.items()}
-
-    def by_batch(
-        self,
-        x: Array,
-        params: Params,
-        stats: Stats,
-        *,
-        mask: ArrayLike | None,
-        dtype: DTypeLike | None,
-    ) -> tuple[Array, Moments]:
-        return self.normalize_by_batch(x, params, mask=mask, dtype=dtype)
 
     def train(
         self,

@@ -61,7 +61,7 @@ class Norm(Checked, nn.Module):
     ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0.
 
-        `inputs` are what the norm's `inputs` name, such as the domain of each example.
+        `inputs` are what `norm` takes beside `x`, such as the domain of each example.
         """
         flag = self.norm.has_stats and _merged_flag(self, use_running_average)
         return _apply(self, self.norm, x, flag, mask, refuse, inputs)

@@ -101,7 +101,7 @@ class Norm(nnx.Module):
     ) -> Array:
         """Returns `x` normalized; what `mask` excludes comes out as 0.
 
-        `inputs` are what the norm's `inputs` name, such as the domain of each example.
+        `inputs` are what `norm` takes beside `x`, such as the domain of each example.
         """
         flag = self.norm.has_stats and merged_flag(self, use_running_average)
         return apply(self, self.norm, x, flag, mask, refuse, inputs)
