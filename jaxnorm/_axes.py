@@ -70,6 +70,16 @@ class Axes(NamedTuple):
         reduce = tuple(self.origin[a] for a in plain)
         return _unfolded(self.shape, reduce, self.feature)
 
+    def with_leading(self, size: int) -> "Axes":
+        """These axes of arrays with another axis before, which is kept."""
+        return Axes(
+            (size, *self.shape),
+            (size, *self.working_shape),
+            (0, *(a + 1 for a in self.origin)),
+            tuple(a + 1 for a in self.reduce),
+            tuple(a + 1 for a in self.feature),
+        )
+
     @property
     def reduce_in_order(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The reduced axes in two parts: those without features, then those with.

@@ -39,6 +39,11 @@ def abs_square(x: Array) -> Array:
     return jnp.square(x)
 
 
+def rstd(var: Array, epsilon: Array) -> Array:
+    """`1 / sqrt(var + epsilon)`, and NaN where the variance is infinite."""
+    return lax.rsqrt(overflow_as_nan(var + epsilon))
+
+
 def overflow_as_nan(square: Array) -> Array:
     """`square`, with NaN for infinity: what is divided by it would be 0, and look like
     a result, where the square of a number is past the largest of its dtype.

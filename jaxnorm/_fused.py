@@ -1,4 +1,4 @@
-"""The derivative of a whole norm: statistics, and what they do to x, in one rule."""
+"""A whole norm, statistics and what they do to x, as one rule of derivatives."""
 
 import functools
 from collections.abc import Callable
@@ -6,26 +6,23 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import zero_from_primal
 
 from jaxnorm import _devices as devices
-from jaxnorm._axes import Axes
 from jaxnorm._devices import Peers
 from jaxnorm._moments import Moments
-from jaxnorm._reduce import moments, moments_tangent, row_moments
-from jaxnorm._standardize import Line, apply_line, standardize_tangent
-from jaxnorm._working import from_working, to_working
+from jaxnorm._primitives import _moment_formulas as formulas
+from jaxnorm._primitives import affine, columns
+from jaxnorm._primitives._operation import Reduction
+from jaxnorm._primitives.affine import TANGENT, Change, Line, Stood, without_bias
+from jaxnorm._primitives.columns import Centered, Terms
+from jaxnorm._primitives.rows import ROW_NORM
+from jaxnorm._reduce import moments_of
+from jaxnorm._standardize import is_of_columns, standardized
+from jaxnorm._working import to_working
 
 T = TypeVar("T")
-
-
-class Reduction(NamedTuple):
-    """The static part of a normalization: axes, centering, and dtype of the result."""
-
-    axes: Axes
-    center: bool
-    dtype: jnp.dtype  # of the result
 
 
 class Operands(NamedTuple):
@@ -47,17 +44,93 @@ class Operands(NamedTuple):
         return Line(m.mean, residue, m.rstd(self.epsilon), self.scale, self.bias)
 
 
+def standardize_by_own(
+    reduction: Reduction, operands: Operands
+) -> tuple[Array, Moments]:
+    """Standardizes x by its own moments, pooled over devices; returns both."""
+    axes = reduction.axes
+    x, mask, peers, epsilon, scale, bias, _ = operands
+    if axes.of_rows and mask is None and peers is None:
+        y, *m = ROW_NORM(reduction, x, epsilon, scale, bias)
+        mean, var, residue = m
+        return y, Moments(mean, var, axes.size, residue)
+    return _by_moments(reduction, operands)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_moments(reduction: Reduction, operands: Operands) -> tuple[Array, Moments]:
+    _, m = both_moments(reduction, operands)
+    return _normalized(reduction, operands, operands.line(m, reduction)), m
+
+
+@_by_moments.defjvp
+def _by_moments_jvp(
+    reduction: Reduction, primals: tuple[Operands], tangents: tuple[Operands]
+) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
+    (operands,), (change,) = primals, tangents
+    own, m = both_moments(reduction, operands)
+    line = operands.line(m, reduction)
+    y = _normalized(reduction, operands, line)
+    small = is_of_columns(reduction.axes, operands.x, line)
+    tangent = _column_tangent if small else _any_tangent
+    dy, dmean, dvar = tangent(reduction, operands, own, m, line, change)
+    return (y, m), (dy, moments_change(m, dmean, dvar))
+
+
 def both_moments(reduction: Reduction, operands: Operands) -> tuple[Moments, Moments]:
     """The moments of `x`, and those pooled over devices."""
-    axes, center, _ = reduction
-    own = moments(operands.x, axes, mask=operands.mask, center=center)
+    own = moments_of(reduction, operands.x, operands.mask)
     return own, devices.pooled(own, operands.peers)
 
 
-def normalized(reduction: Reduction, operands: Operands, line: Line) -> Array:
-    axes, _, dtype = reduction
+def _normalized(reduction: Reduction, operands: Operands, line: Line) -> Array:
+    axes, _, dtype, implementation = reduction
+    return standardized(axes, dtype, operands.x, operands.mask, line, implementation)
+
+
+def _column_tangent(
+    reduction: Reduction,
+    operands: Operands,
+    own: Moments,
+    m: Moments,
+    line: Line,
+    change: Operands,
+) -> tuple[Array, Array, Array]:
+    """By two sums and a line, which in the transpose are two sums and a line, too.
+
+    The tangent of x goes through the sums to the line, and is multiplied there: so
+    that, transposed, y's cotangent goes as it is to the line that makes that of x.
+    """
     x, mask = operands.x, operands.mask
-    return from_working(apply_line(x, mask, line, axes), mask, axes, dtype)
+    smalls = (line.slope, own.mean, *(v for v in (line.shift,) if v is not None))
+    each = columns.each_feature(reduction.axes)
+    shape = jnp.broadcast_shapes(each, *(v.shape for v in smalls))
+    mean, gain = (jnp.broadcast_to(v, shape) for v in (own.mean, line.slope))
+    found = columns.sums(reduction, Centered(x, mask, mean, gain), change.x)
+    dmean, dvar = columns.of_sums(reduction, own.size, own.residue, found)
+    dmean, dvar = _pooled_tangent(operands, own, m, dmean, dvar)
+    dline = line_change(line, dmean, dvar, change)
+    terms = Terms(found.array, *affine.line_tangent(line, dline))
+    dy = columns.line(reduction, Centered(x, mask, m.mean, None), terms)
+    return dy, dmean, dvar
+
+
+def _any_tangent(
+    reduction: Reduction,
+    operands: Operands,
+    own: Moments,
+    m: Moments,
+    line: Line,
+    change: Operands,
+) -> tuple[Array, Array, Array]:
+    """With the tangent of x widened once, so that its uses are summed before they are
+    rounded."""
+    dx = widened_tangent(reduction, change.x, operands.mask)
+    dmean, dvar = pooled_moments_tangent(reduction, operands, own, m, dx)
+    dline = line_change(line, dmean, dvar, change)
+    stood = without_bias(Stood(operands.x, operands.mask, line))
+    (dy,) = TANGENT(reduction, stood, Change(dx, dline))
+    return dy, dmean, dvar
 
 
 def recomputed(tangent: Callable[..., T]) -> Callable[..., T]:
@@ -90,86 +163,24 @@ def pooled_moments_tangent(
     read: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array]:
     """The tangents of the mean and variance, pooled; the sums take x as `read`."""
+    axes, center, *_ = reduction
 
     def tangent(
         x: Array, mask: Array | None, own: Moments, dx: Array
     ) -> tuple[Array, Array]:
-        return moments_tangent(reduction.axes, reduction.center, read(x), mask, own, dx)
+        mean, _, size, residue = own
+        x = read(x)
+        return formulas.tangent(axes, center, x, mask, mean, residue, size, dx)
 
     dmean, dvar = recomputed(tangent)(operands.x, operands.mask, own, dx)
+    return _pooled_tangent(operands, own, m, dmean, dvar)
+
+
+def _pooled_tangent(
+    operands: Operands, own: Moments, m: Moments, dmean: Array, dvar: Array
+) -> tuple[Array, Array]:
     if operands.peers is None:
         return dmean, dvar
     # Not within what is computed again, where a collective may know no axis any more.
     offset = (own.mean - m.mean) + (own.residue - m.residue)
     return devices.pooled_tangent(operands.peers, offset, own.size, m.size, dmean, dvar)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def standardize_by_own(
-    reduction: Reduction, operands: Operands
-) -> tuple[Array, Moments]:
-    """Standardizes x by its own moments, pooled over devices; returns both."""
-    _, m = both_moments(reduction, operands)
-    return normalized(reduction, operands, operands.line(m, reduction)), m
-
-
-@standardize_by_own.defjvp
-def _standardize_by_own_jvp(
-    reduction: Reduction, primals: tuple[Operands], tangents: tuple[Operands]
-) -> tuple[tuple[Array, Moments], tuple[Array, Moments]]:
-    (operands,), (change,) = primals, tangents
-    axes, _, dtype = reduction
-    own, m = both_moments(reduction, operands)
-    line = operands.line(m, reduction)
-    y = normalized(reduction, operands, line)
-    dx = widened_tangent(reduction, change.x, operands.mask)
-    if axes.of_rows and operands.mask is None and operands.peers is None:
-        tangent = recomputed(functools.partial(_row_tangent, reduction))
-        change = change._replace(x=dx, mask=None, peers=None)
-        dy, dmean, dvar = tangent(operands.x, own, operands.epsilon, line, change)
-    else:
-        dmean, dvar = pooled_moments_tangent(reduction, operands, own, m, dx)
-        dline = line_change(line, dmean, dvar, change)
-        tangent = recomputed(functools.partial(standardize_tangent, axes, dtype))
-        dy = tangent(operands.x, operands.mask, line, dx, dline)
-    return (y, m), (dy, moments_change(m, dmean, dvar))
-
-
-def _row_tangent(
-    reduction: Reduction,
-    x: Array,
-    own: Moments,
-    epsilon: Array,
-    line: Line,
-    change: Operands,
-) -> tuple[Array, Array, Array]:
-    """The tangents of y, mean and variance of rows: the chain rule, all in one."""
-    axes, center, dtype = reduction
-    x, m, rstd = _rows_again(reduction, x, own, line.rstd, epsilon)
-    dmean, dvar = moments_tangent(axes, center, x, None, m, change.x)
-    residue = m.residue if center else None
-    line = line._replace(mean=m.mean, residue=residue, rstd=rstd)
-    dline = line_change(line, dmean, dvar, change)
-    dy = standardize_tangent(axes, dtype, x, None, line, change.x, dline)
-    return dy, dmean, dvar
-
-
-def _rows_again(
-    reduction: Reduction, x: Array, own: Moments, rstd: Array, epsilon: Array
-) -> tuple[Array, Moments, Array]:
-    """On a GPU, the moments of rows once more, and about a pivot.
-
-    The forward pass then is one kernel, which reads x once as nothing but its result
-    leaves it; and the backward pass, which reads x anyway, takes all its sums along
-    rows in one pass, as none of them needs another.
-    """
-
-    def again(x: Array) -> tuple[Array, Moments, Array]:
-        x = lax.optimization_barrier(x)  # or they would be the forward pass's
-        m = row_moments(x, reduction.axes, reduction.center)
-        return x, m, m.rstd(epsilon)
-
-    def same(x: Array) -> tuple[Array, Moments, Array]:
-        return x, own, rstd
-
-    return lax.platform_dependent(x, cuda=again, rocm=again, default=same)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -17,7 +17,7 @@ from jaxnorm._exact import (
     abs_square,
     drop_last_bit,
     join_size,
-    overflow_as_nan,
+    rstd,
     split_size,
     two_sum,
 )
@@ -42,8 +42,7 @@ class Moments(NamedTuple):
 
     def rstd(self, epsilon: ArrayLike) -> Array:
         """`1 / sqrt(var + epsilon)`, and NaN where the variance is infinite."""
-        square = self.var + jnp.asarray(epsilon, self.var.dtype)
-        return lax.rsqrt(overflow_as_nan(square))
+        return rstd(self.var, jnp.asarray(epsilon, self.var.dtype))
 
     def broadcast_to(self, shape: tuple[int, ...]) -> "Moments":
         """Each of the four as an array of `shape`, to be split alike."""

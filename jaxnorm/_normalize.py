@@ -15,8 +15,9 @@ from jaxnorm._arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm._axes import Axes
 from jaxnorm._devices import Peers
 from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype
-from jaxnorm._fused import Operands, Reduction, standardize_by_own
+from jaxnorm._fused import Operands, standardize_by_own
 from jaxnorm._moments import Moments, like_moments
+from jaxnorm._primitives._operation import Reduction
 from jaxnorm._rectify import rectify
 from jaxnorm._reduce import moments
 from jaxnorm._sharding import automatically, on_explicit_mesh
@@ -74,7 +75,8 @@ def normalize(
     implementation = as_implementation("implementation", implementation)
     check_activation(activation, residual, x)
     wide = at_least_float32(x.dtype)
-    reduction = Reduction(axes, as_bool("center", center), out_dtype(x, dtype))
+    center, dtype = as_bool("center", center), out_dtype(x, dtype)
+    reduction = Reduction(axes, center, dtype, implementation)
     peers = devices.peers(axis_name, axis_index_groups)
     mask = as_mask(mask, x.shape)
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
@@ -112,7 +114,7 @@ def _by_kernels(
     """The same by kernels; raises ValueError if they do not fit."""
     from jaxnorm import _kernels as kernels  # not loaded for those who need none
 
-    axes, center, dtype = reduction
+    axes, center, dtype, _ = reduction
     problem = kernels.why_unfit(
         implementation, axes, x, dtype, center, activation, (scale, bias)
     )

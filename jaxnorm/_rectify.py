@@ -11,7 +11,6 @@ from jaxnorm._activation import pack, unpack
 from jaxnorm._axes import Axes
 from jaxnorm._fused import (
     Operands,
-    Reduction,
     both_moments,
     line_change,
     moments_change,
@@ -20,7 +19,9 @@ from jaxnorm._fused import (
     widened_tangent,
 )
 from jaxnorm._moments import Moments
-from jaxnorm._standardize import Line, affine, apply_line, line_tangent
+from jaxnorm._primitives._operation import Reduction
+from jaxnorm._primitives.affine import Line, affine, apply_line, line_tangent
+from jaxnorm._sharding import vary_together
 from jaxnorm._working import from_working, to_working
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def rectify(reduction: Reduction, operands: Operands) -> tuple[Array, Moments]:
 
 
 def _rectified(reduction: Reduction, operands: Operands, line: Line) -> Array:
-    axes, _, dtype = reduction
+    axes, _, dtype, _ = reduction
     x, mask, residual = operands.x, operands.mask, operands.residual
     y = apply_line(x, mask, line, axes)
     y = y if residual is None else y + to_working(residual, mask, axes)
@@ -88,7 +89,7 @@ def _rectify_tangent(
     The sums take x and the cotangent before it, the rest after it: a compiler that saw
     both together would write the gated cotangent to memory to share it.
     """
-    axes, _, dtype = reduction
+    axes, _, dtype, _ = reduction
     positive = _positive(axes, x, mask, signs, line)
 
     def gated(v: Array) -> Array:
@@ -96,7 +97,7 @@ def _rectify_tangent(
         return jnp.where(positive, v, jnp.zeros((), v.dtype))
 
     line = line._replace(rstd=line.rstd.astype(line.mean.dtype))
-    changes = line_tangent(x, line, dline)
+    changes = vary_together(x, *line_tangent(line, dline))
     direct = affine(line.rstd, line.scale, None) * dx
     if dresidual is not None:
         direct = direct + to_working(dresidual, mask, axes)

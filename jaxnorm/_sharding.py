@@ -42,6 +42,22 @@ def vary_together(like: Array, *arrays: Array | None) -> list[Any]:
     return marked
 
 
+def vary_alike(*trees: Any) -> Any:
+    """`trees`, with their arrays marked as varying over all mesh axes that one of them
+    varies over; those of each tree together, so that none depends on another tree."""
+    varying = [_varying(v) for v in jax.tree.leaves(trees)]
+    union = frozenset().union(*varying)
+    if all(names == union for names in varying):
+        return trees
+    like = lax.pcast(jnp.zeros(()), tuple(union), to="varying")
+
+    def marked(tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, vary_together(like, *leaves))
+
+    return tuple(map(marked, trees))
+
+
 def axes_gained(v: Array, like: Array) -> tuple[str, ...]:
     """The mesh axes that `like` varies over and `v` does not."""
     return tuple(sorted(_varying(like) - _varying(v)))

@@ -17,7 +17,7 @@ def to_working(x: Array, mask: Array | None, axes: Axes) -> Array:
     """`x` in its working shape, in at least float32, with masked elements read as 0."""
     if mask is not None:
         # Before any arithmetic: a NaN masked later would still poison gradients.
-        x = jnp.where(aligned(mask, axes.shape), x, jnp.zeros((), x.dtype))
+        x = jnp.where(mask, x, jnp.zeros((), x.dtype))
     return x.astype(at_least_float32(x.dtype)).reshape(axes.working_shape)
 
 
@@ -47,7 +47,7 @@ def check_axes(axes: Axes, shape: tuple[int, ...]) -> None:
 
 
 def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
-    """`mask` as booleans; raises if it does not broadcast to `shape`."""
+    """`mask` as booleans, of the rank of `shape`; raises unless it broadcasts to it."""
     if mask is None:
         return None
     given = _of_zeros_and_ones(mask)
@@ -58,7 +58,7 @@ def as_mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
             f"{shape}: each of its axes must be 1 or that of the input, from the last "
             "on; add axes of 1 at its end to mask whole examples"
         )
-    return jnp.asarray(given.astype(bool))
+    return aligned(jnp.asarray(given.astype(bool)), shape)
 
 
 def _of_zeros_and_ones(mask: Any) -> Array | np.ndarray:

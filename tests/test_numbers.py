@@ -25,7 +25,7 @@ from norms import (
 
 import jaxnorm
 from jaxnorm._axes import Axes
-from jaxnorm._reduce import _about_a_pivot
+from jaxnorm._primitives._moment_formulas import about_a_pivot
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 every_norm = pytest.mark.parametrize("name", NORMS)
@@ -354,7 +354,7 @@ def test_pooling_sets_is_the_moments_of_their_union():
 def test_moments_about_a_pivot_of_nothing_are_zero():
     """What runs where there is no CPU: an empty shard that still has positions."""
     axes = Axes.keep((0, 5, 3), -1)
-    for value in _about_a_pivot(axes, jnp.zeros(axes.shape), None, 0):
+    for value in about_a_pivot(axes, jnp.zeros(axes.shape)):
         np.testing.assert_array_equal(value, np.zeros((1, 1, 3)))
 
 

@@ -1,0 +1,171 @@
+"""Moments of any axes, and the line through each element: `line` and `sums`, which are
+each other's transposes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxnorm._axes import Axes
+from jaxnorm._dtypes import at_least_float32
+from jaxnorm._primitives import _moment_formulas as formulas
+from jaxnorm._primitives._operation import Linear, Operation, Reduction
+from jaxnorm._working import from_working, to_working
+
+Struct = jax.ShapeDtypeStruct
+
+
+class Centered(NamedTuple):
+    """What a line is through: `x - mean`, and what its other array is multiplied by."""
+
+    x: Array
+    mask: Array | None
+    mean: Array
+    gain: Array | None
+
+
+class Terms(NamedTuple):
+    """What a line adds up; where it is transposed, their cotangents."""
+
+    array: Any
+    slope: Any
+    shift: Any
+
+
+def _line(reduction: Reduction, centered: Centered, terms: Terms) -> tuple[Array, ...]:
+    """`(x - mean) * slope + shift + array * gain`, and 0 where the mask is false."""
+    axes, dtype = reduction.axes, reduction.dtype
+    x, mask, mean, gain = centered
+    parts = []
+    if terms.slope is not None:
+        parts.append((to_working(x, mask, axes) - mean) * terms.slope)
+    if terms.shift is not None:
+        parts.append(terms.shift)
+    if terms.array is not None:
+        array = to_working(terms.array, mask, axes)
+        parts.append(array if gain is None else array * gain)
+    y = sum(parts[1:], start=parts[0])
+    return (from_working(jnp.broadcast_to(y, axes.working_shape), mask, axes, dtype),)
+
+
+def _line_results(reduction: Reduction, *_: Any) -> list[Struct]:
+    return [Struct(reduction.axes.shape, reduction.dtype)]
+
+
+class _Line(Linear):
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        """In one line where nothing but `x` and the mean change what it is through."""
+        (centered, terms), (moving, dterms) = operands, changes
+        simple = terms.array is None and moving.gain is None
+        if not simple or terms.slope is None:
+            return super().tangent(static, operands, changes, out)
+        shift = dterms.shift
+        if moving.mean is not None:
+            less = -terms.slope * moving.mean
+            shift = less if shift is None else shift + less
+        if moving.x is not None:
+            centered = centered._replace(gain=terms.slope)
+        return self(static, centered, Terms(moving.x, dterms.slope, shift))
+
+
+LINE = _Line("line", "sums", _line, _line_results)
+
+
+def line(reduction: Reduction, centered: Centered, terms: Terms) -> Array:
+    """`(x - mean) * slope + shift + array * gain` in the dtype of `reduction`.
+
+    Its transpose is `sums`. All but `x` and `array` broadcast against `x` in its
+    working shape, and are small.
+    """
+    shapes = [v.shape for v in (*centered[2:], *terms[1:]) if v is not None]
+    shape = jnp.broadcast_shapes(*shapes)
+    shape = (*[1] * (len(reduction.axes.working_shape) - len(shape)), *shape)
+    mean, gain, slope, shift = (
+        None if v is None else jnp.broadcast_to(v, shape)
+        for v in (*centered[2:], *terms[1:])
+    )
+    centered = centered._replace(mean=mean, gain=gain)
+    return LINE(reduction, centered, Terms(terms.array, slope, shift))[0]
+
+
+def sums(reduction: Reduction, centered: Centered, array: Array) -> Terms:
+    """`(array * gain, sum of array * (x - mean), sum of array)`.
+
+    The first is in the dtype of `reduction`, or None if there is no gain; the sums are
+    of the shape of the mean.
+    """
+    x, _, mean, gain = centered
+    small = Struct(mean.shape, mean.dtype)
+    spread = None if gain is None else Struct(x.shape, reduction.dtype)
+    reduction = reduction._replace(dtype=array.dtype)
+    return LINE.pull_back(reduction, centered, [array], Terms(spread, small, small))
+
+
+def _moments_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
+    wide = at_least_float32(x.dtype)
+    shape = reduction.axes.stats_shape
+    mean = Struct(shape, wide)
+    return [mean, Struct(shape, jnp.finfo(wide).dtype), mean]
+
+
+class _Moments(Operation):
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        (x, mask, size), (dx, *_) = operands, changes
+        mean, _, residue = out
+        dmean, dvar = moments_tangent(static, x, mask, size, mean, residue, dx)
+        return [dmean, dvar, jnp.zeros_like(residue)]
+
+
+MOMENTS = _Moments(
+    "moments", formulas.of_any(formulas.about_the_mean), _moments_results
+)
+
+
+def moments_tangent(
+    reduction: Reduction,
+    x: Array,
+    mask: Array | None,
+    size: Any,
+    mean: Array,
+    residue: Array,
+    dx: Array,
+) -> tuple[Array, Array]:
+    """The tangents of the mean and the variance of `x`."""
+    axes, center, *_ = reduction
+    if jnp.iscomplexobj(x):
+
+        def complex_tangent(x: Array, mean: Array, residue: Array, dx: Array) -> Any:
+            dx = to_working(dx, mask, axes)
+            return formulas.tangent(axes, center, x, mask, mean, residue, size, dx)
+
+        again = jax.checkpoint(complex_tangent, prevent_cse=False)
+        return again(x, mean, residue, dx)
+    fine = jnp.broadcast_to(mean, each_feature(axes))
+    found = sums(reduction, Centered(x, mask, fine, None), dx)
+    return of_sums(reduction, size, residue, found)
+
+
+def each_feature(axes: Axes) -> tuple[int, ...]:
+    """The shape of statistics taken without the reduction over features, if there is
+    another; sums of these are then small."""
+    plain, features = axes.reduce_in_order
+    return axes._replace(reduce=plain or features).stats_shape
+
+
+def of_sums(
+    reduction: Reduction, size: Any, residue: Array, found: Terms
+) -> tuple[Array, Array]:
+    """The tangents of mean and variance, from the sums of those of x."""
+    axes = reduction.axes
+    shape = axes.stats_shape
+    along = tuple(a for a, n in enumerate(found.shift.shape) if n != shape[a])
+    count = formulas.count_of(axes, size, found.shift.dtype)
+    both = found.shift, found.slope
+    mean, half = (v.sum(along, keepdims=True) / count for v in both)
+    dmean = mean if reduction.center else jnp.zeros_like(mean)
+    return dmean, 2 * (half - residue * dmean)

@@ -1,0 +1,138 @@
+"""Rows that are normalized by their own moments, in one pass, and their gradient."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxnorm import _exact as exact
+from jaxnorm._dtypes import at_least_float32
+from jaxnorm._primitives import _moment_formulas as formulas
+from jaxnorm._primitives import affine
+from jaxnorm._primitives._operation import Linear, Operation, Reduction
+from jaxnorm._primitives.affine import Change, Line, Stood
+from jaxnorm._working import from_working, to_working
+
+Struct = jax.ShapeDtypeStruct
+
+
+class Row(NamedTuple):
+    """Rows, what they are normalized with, and their moments."""
+
+    x: Array
+    epsilon: Array
+    scale: Array | None
+    mean: Array
+    var: Array
+    residue: Array
+
+
+class RowChange(NamedTuple):
+    """The tangents of what the norm of rows is of, or their cotangents."""
+
+    x: Any
+    epsilon: Any
+    scale: Any
+    bias: Any
+
+
+def norm(
+    centered: Callable[..., Any],
+    reduction: Reduction,
+    x: Array,
+    epsilon: Array,
+    scale: Array | None,
+    bias: Array | None,
+) -> tuple[Array, ...]:
+    """The norm of rows, and their moments by the formula `centered`."""
+    axes, dtype = reduction.axes, reduction.dtype
+    m = formulas.of_any(centered)(reduction, x, None, None)
+    mean, var, residue = m
+    line = Line(mean, residue if reduction.center else None, None, scale, bias)
+    line = line._replace(rstd=exact.rstd(var, epsilon))
+    y = affine.apply_line(x, None, line, axes)
+    return from_working(y, None, axes, dtype), *m
+
+
+def tangent(
+    again: Callable[..., Row],
+    rows: Callable[..., Array],
+    reduction: Reduction,
+    row: Row,
+    change: RowChange,
+) -> tuple[Array, ...]:
+    """The tangents of y, mean and variance of rows: the chain rule, all in one."""
+    axes, center, *_ = reduction
+    x, epsilon, scale, mean, var, residue = again(reduction, row)
+    wide = at_least_float32(x.dtype)
+    dx = None if change.x is None else to_working(change.x, None, axes).astype(wide)
+    if dx is None:
+        dmean, dvar = jnp.zeros_like(mean), jnp.zeros_like(var)
+    else:
+        m = x, None, mean, residue
+        dmean, dvar = formulas.tangent(axes, center, *m, None, dx)
+    rstd = exact.rstd(var, epsilon)
+    dsquare = dvar if change.epsilon is None else dvar + change.epsilon
+    line = Line(mean, residue if center else None, rstd, scale, None)
+    dline = Line(dmean, None, -0.5 * rstd**3 * dsquare, change.scale, change.bias)
+    (dy,) = affine.tangent(rows, reduction, Stood(x, None, line), Change(dx, dline))
+    return dy, dmean, dvar
+
+
+def as_given(reduction: Reduction, row: Row) -> Row:
+    return row
+
+
+def moments_again(reduction: Reduction, row: Row) -> Row:
+    """On a GPU, the moments of rows once more, and about a pivot.
+
+    The forward pass then is one kernel, which reads x once as nothing but its result
+    leaves it; and the backward pass, which reads x anyway, takes all its sums along
+    rows in one pass, as none of them needs another.
+    """
+    x = lax.optimization_barrier(row.x)  # or they would be the forward pass's
+    formula = formulas.of_any(formulas.about_a_pivot_apart)
+    mean, var, residue = formula(reduction, x, None, None)
+    return row._replace(x=x, mean=mean, var=var, residue=residue)
+
+
+def _moment_results(reduction: Reduction, x: Any) -> list[Struct]:
+    wide = at_least_float32(x.dtype)
+    mean = Struct(reduction.axes.stats_shape, wide)
+    return [mean, Struct(mean.shape, jnp.finfo(wide).dtype), mean]
+
+
+def _norm_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
+    y = Struct(reduction.axes.shape, reduction.dtype)
+    return [y, *_moment_results(reduction, x)]
+
+
+def _tangent_results(reduction: Reduction, row: Row, _: Any) -> list[Struct]:
+    y = Struct(reduction.axes.shape, reduction.dtype)
+    return [y, *_moment_results(reduction, row.x)[:2]]
+
+
+ROW_TANGENT = Linear(
+    "row_tangent",
+    "row_gradient",
+    functools.partial(tangent, as_given, affine.by_sums),
+    _tangent_results,
+)
+
+
+class _RowNorm(Operation):
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        x, epsilon, scale, _ = operands
+        row = Row(x, epsilon, scale, *out[1:])
+        dy, dmean, dvar = ROW_TANGENT(static, row, RowChange(*changes))
+        return [dy, dmean, dvar, jnp.zeros_like(row.residue)]
+
+
+ROW_NORM = _RowNorm(
+    "row_norm", functools.partial(norm, formulas.about_the_mean), _norm_results
+)
