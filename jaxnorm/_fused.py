@@ -110,7 +110,7 @@ def _column_tangent(
     dmean, dvar = columns.of_sums(reduction, own.size, own.residue, found)
     dmean, dvar = _pooled_tangent(operands, own, m, dmean, dvar)
     dline = line_change(line, dmean, dvar, change)
-    terms = Terms(found.array, *affine.line_tangent(line, dline))
+    terms = Terms(found.array, *affine.line_tangent(line, dline), found.rest)
     dy = columns.line(reduction, Centered(x, mask, m.mean, None), terms)
     return dy, dmean, dvar
 

@@ -14,21 +14,28 @@ from norms import MOMENTS, assert_close, changed, expected, problem
 from test_activation import NAMES as ACTIVATED
 
 import jaxnorm
+from jaxnorm._primitives._operation import Operation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @pytest.fixture(params=PLATFORMS)
 def platform(request, monkeypatch):
-    """Takes what is meant for a platform wherever there is a choice."""
+    """Takes the formulas that are meant for a platform wherever there is a choice."""
 
     def chosen(*args, default, **choices):
         return choices.get(request.param, default)(*args)
 
     jax.clear_caches()  # what has been traced has chosen
     monkeypatch.setattr(lax, "platform_dependent", chosen)
+    before = [(op, op.formulas.get("cpu")) for op in Operation.every.values()]
+    kernels = {op: op.kernels.get("cpu") for op in Operation.every.values()}
+    for op in Operation.every.values():
+        op.lower("cpu", formula=op.formulas.get(request.param))
     yield request.param
     monkeypatch.undo()
+    for op, formula in before:
+        op.lower("cpu", formula=formula, kernel=kernels[op])
     jax.clear_caches()
 
 

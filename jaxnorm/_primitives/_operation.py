@@ -47,6 +47,7 @@ class Kernel(NamedTuple):
 
     formula: Formula
     why_unfit: Callable[..., str | None]
+    name: Callable[[], str]
 
 
 class Operation:
@@ -56,8 +57,11 @@ class Operation:
     are arrays like x; all others, but for scalars, have the rank of its working shape.
     """
 
+    every: dict[Primitive, "Operation"] = {}
+
     def __init__(self, name: str, formula: Formula, results: Callable[..., Sequence]):
         self.formula, self.results = formula, results
+        self.formulas: dict[str, Formula] = {}
         self.kernels: dict[str, Kernel] = {}
         self.primitive = Primitive(f"jaxnorm_{name}")
         self.primitive.multiple_results = True
@@ -66,23 +70,32 @@ class Operation:
         batching.primitive_batchers[self.primitive] = self._batch
         ad.primitive_jvps[self.primitive] = self._jvp
         self._lower_by(formula)
+        self.every[self.primitive] = self
 
     def __call__(self, static: Static, *operands: Tree) -> list[Array]:
         leaves, tree = jax.tree.flatten(vary_alike(*operands))
         return self.primitive.bind(*leaves, tree=tree, static=static)
 
     def lower(
-        self, *platforms: str, formula: Formula | None = None, kernel: Any = None
+        self,
+        *platforms: str,
+        formula: Formula | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         """What these platforms compute instead of the formula; a kernel, where it
         serves, before that."""
+        formula = formula or self.formula
         for platform in platforms:
+            self.formulas[platform] = formula
             if kernel is not None:
                 self.kernels[platform] = kernel
-            self._lower_by(formula or self.formula, platform, kernel)
+            self._lower_by(formula, platform, kernel)
 
     def _lower_by(
-        self, formula: Formula, platform: str | None = None, kernel: Any = None
+        self,
+        formula: Formula,
+        platform: str | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         plain = mlir.lower_fun(_flat(formula, self.primitive.name))
         ours = kernel and mlir.lower_fun(_flat(kernel.formula, self.primitive.name))
@@ -294,6 +307,17 @@ def _linear_tangent(
         again = jax.checkpoint(along, prevent_cse=False)
         parts.append(jax.jvp(again, tuple(at), tuple(moving))[1])
     return [sum(vs[1:], start=vs[0]) for vs in zip(*parts, strict=True)]
+
+
+def formula_of(eqn: Any) -> Any:
+    """The formula that an equation stands for, as a jaxpr; None if it is no operation
+    of ours."""
+    op = Operation.every.get(eqn.primitive)
+    if op is None:
+        return None
+    structs = [_struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    flat = _flat(op.formula, op.primitive.name)
+    return jax.make_jaxpr(functools.partial(flat, **eqn.params))(*structs)
 
 
 def why_not_here(ctx: Any) -> str | None:

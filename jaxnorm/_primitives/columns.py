@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.interpreters import ad
 
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import at_least_float32
@@ -31,6 +32,7 @@ class Terms(NamedTuple):
     array: Any
     slope: Any
     shift: Any
+    rest: Any = None  # of the array, that its dtype cannot hold
 
 
 def _line(reduction: Reduction, centered: Centered, terms: Terms) -> tuple[Array, ...]:
@@ -45,6 +47,8 @@ def _line(reduction: Reduction, centered: Centered, terms: Terms) -> tuple[Array
     if terms.array is not None:
         array = to_working(terms.array, mask, axes)
         parts.append(array if gain is None else array * gain)
+    if terms.rest is not None:
+        parts.append(to_working(terms.rest, mask, axes))
     y = sum(parts[1:], start=parts[0])
     return (from_working(jnp.broadcast_to(y, axes.working_shape), mask, axes, dtype),)
 
@@ -80,15 +84,15 @@ def line(reduction: Reduction, centered: Centered, terms: Terms) -> Array:
     Its transpose is `sums`. All but `x` and `array` broadcast against `x` in its
     working shape, and are small.
     """
-    shapes = [v.shape for v in (*centered[2:], *terms[1:]) if v is not None]
+    smalls = *centered[2:], terms.slope, terms.shift
+    shapes = [v.shape for v in smalls if v is not None]
     shape = jnp.broadcast_shapes(*shapes)
     shape = (*[1] * (len(reduction.axes.working_shape) - len(shape)), *shape)
     mean, gain, slope, shift = (
-        None if v is None else jnp.broadcast_to(v, shape)
-        for v in (*centered[2:], *terms[1:])
+        None if v is None else jnp.broadcast_to(v, shape) for v in smalls
     )
     centered = centered._replace(mean=mean, gain=gain)
-    return LINE(reduction, centered, Terms(terms.array, slope, shift))[0]
+    return LINE(reduction, centered, terms._replace(slope=slope, shift=shift))[0]
 
 
 def sums(reduction: Reduction, centered: Centered, array: Array) -> Terms:
@@ -100,8 +104,39 @@ def sums(reduction: Reduction, centered: Centered, array: Array) -> Terms:
     x, _, mean, gain = centered
     small = Struct(mean.shape, mean.dtype)
     spread = None if gain is None else Struct(x.shape, reduction.dtype)
-    reduction = reduction._replace(dtype=array.dtype)
-    return LINE.pull_back(reduction, centered, [array], Terms(spread, small, small))
+    within = reduction._replace(dtype=array.dtype)
+    found = LINE.pull_back(within, centered, [array], Terms(spread, small, small))
+    if gain is None or reduction.dtype == gain.dtype:
+        return found
+    return found._replace(rest=REST(reduction, gain, array)[0])
+
+
+def _rest(reduction: Reduction, gain: Array, array: Array) -> tuple[Array]:
+    """What rounding cuts off `array * gain`."""
+    axes, dtype = reduction.axes, reduction.dtype
+    whole = to_working(array, None, axes) * gain
+    return ((whole - whole.astype(dtype)).reshape(axes.shape),)
+
+
+def _rest_results(reduction: Reduction, gain: Any, array: Any) -> list[Struct]:
+    return [Struct(array.shape, gain.dtype)]
+
+
+class _Rest(Operation):
+    """Formally 0, as the rounded product formally is the product: it has no transpose,
+    and in the forward mode it keeps the product from being rounded before the sum."""
+
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        (gain, _), (_, change) = operands, changes
+        return (
+            [jnp.zeros_like(out[0])] if change is None else self(static, gain, change)
+        )
+
+
+REST = _Rest("rest", _rest, _rest_results)
+ad.primitive_transposes[REST.primitive] = lambda _, *leaves, **__: [None] * len(leaves)
 
 
 def _moments_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:

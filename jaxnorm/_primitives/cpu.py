@@ -61,6 +61,10 @@ def _reduced(shape: Shape, small: Shape) -> tuple[int, ...]:
     return tuple(a for a, (n, m) in enumerate(zip(shape, small, strict=True)) if n != m)
 
 
+def _name() -> str:
+    return f"a kernel for {library.name()}"
+
+
 def _why_unfit(axes: Axes, mask: Any, *arrays: Any) -> str | None:
     names = {jnp.dtype(v.dtype).name for v in arrays if v is not None}
     unknown = sorted(names - {*DTYPES})
@@ -108,7 +112,7 @@ def _moments(
     return (mean, var, residue) if center else (zero, var, zero)
 
 
-MOMENTS = Kernel(_moments, _moments_unfit)
+MOMENTS = Kernel(_moments, _moments_unfit, _name)
 
 
 def _sums_unfit(
@@ -145,13 +149,12 @@ def _sums(
         wide = array.astype(mean.dtype).reshape(axes.working_shape)
         wide = wide if gain is None else wide * gain
         spread = wide.reshape(axes.shape).astype(like.array.dtype)
-    found = Terms(spread, slope, shift)
-    return tuple(
-        v for v, wanted in zip(found, like, strict=True) if wanted is not None
-    )
+    rest = None if like.rest is None else array.astype(like.rest.dtype)
+    found = Terms(spread, slope, shift, rest)
+    return tuple(v for v, wanted in zip(found, like, strict=True) if wanted is not None)
 
 
-SUMS = Kernel(_sums, _sums_unfit)
+SUMS = Kernel(_sums, _sums_unfit, _name)
 
 
 class RowView(NamedTuple):
@@ -217,7 +220,7 @@ def _params(found: RowView, dtype: DTypeLike, *params: Any) -> list[Array]:
     ]
 
 
-ROW_NORM = Kernel(_row_norm, _row_norm_unfit)
+ROW_NORM = Kernel(_row_norm, _row_norm_unfit, _name)
 
 
 def _row_gradient_unfit(
@@ -283,4 +286,4 @@ def _as_like(v: Any, struct: Struct) -> Array:
     return v.astype(struct.dtype)
 
 
-ROW_GRADIENT = Kernel(_row_gradient, _row_gradient_unfit)
+ROW_GRADIENT = Kernel(_row_gradient, _row_gradient_unfit, _name)

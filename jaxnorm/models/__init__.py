@@ -28,6 +28,8 @@ from jaxnorm.models._health.health import Health as Health
 from jaxnorm.models._health.health import health as health
 from jaxnorm.models._health.records import Finding as Finding
 from jaxnorm.models._health.records import LayerHealth as LayerHealth
+from jaxnorm.models._implementations import Implementation as Implementation
+from jaxnorm.models._implementations import implementations as implementations
 from jaxnorm.models._paths import layers as layers
 from jaxnorm.models._quantize import (
     quantization_aware_layer as quantization_aware_layer,
@@ -39,6 +41,7 @@ from jaxnorm.models._split import split as split
 __all__ = [
     "Finding",
     "Health",
+    "Implementation",
     "LayerHealth",
     "Pair",
     "accumulate",
@@ -59,6 +62,7 @@ __all__ = [
     "frozen",
     "frozen_labels",
     "health",
+    "implementations",
     "join",
     "layers",
     "merge",

@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.extend.core import Jaxpr, Literal
 
+from jaxnorm._primitives._operation import formula_of
 from jaxnorm.models._folding.kernels import MOVES, is_real, layer_of
 from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Value, Variable
 
@@ -51,7 +52,7 @@ class Trace:
         """The outputs of one equation."""
         if eqn.primitive.name in SAME:
             return args
-        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, "")) or formula_of(eqn)
         if inner is not None:
             consts = [Known(frozenset(), value=v) for v in getattr(inner, "consts", ())]
             return self.run(getattr(inner, "jaxpr", inner), consts, args)
