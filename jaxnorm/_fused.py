@@ -10,6 +10,7 @@ from jax import Array
 from jax.custom_derivatives import zero_from_primal
 
 from jaxnorm import _devices as devices
+from jaxnorm._axes import Axes
 from jaxnorm._devices import Peers
 from jaxnorm._moments import Moments
 from jaxnorm._primitives import _moment_formulas as formulas
@@ -48,13 +49,24 @@ def standardize_by_own(
     reduction: Reduction, operands: Operands
 ) -> tuple[Array, Moments]:
     """Standardizes x by its own moments, pooled over devices; returns both."""
+    rows = reduction.axes.as_rows
+    if rows is None or operands.mask is not None or operands.peers is not None:
+        return _by_moments(reduction, operands)
+    return _of_rows(reduction, rows, operands)
+
+
+def _of_rows(
+    reduction: Reduction, rows: Axes, operands: Operands
+) -> tuple[Array, Moments]:
     axes = reduction.axes
-    x, mask, peers, epsilon, scale, bias, _ = operands
-    if axes.of_rows and mask is None and peers is None:
-        y, *m = ROW_NORM(reduction, x, epsilon, scale, bias)
-        mean, var, residue = m
-        return y, Moments(mean, var, axes.size, residue)
-    return _by_moments(reduction, operands)
+    scale, bias = (
+        None if v is None else v.reshape(*v.shape[: len(rows.working_shape) - 1], -1)
+        for v in (operands.scale, operands.bias)
+    )
+    reduction = reduction._replace(axes=rows)
+    y, *m = ROW_NORM(reduction, operands.x, operands.epsilon, scale, bias)
+    mean, var, residue = (v.reshape(axes.stats_shape) for v in m)
+    return y, Moments(mean, var, axes.size, residue)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -17,6 +17,7 @@ from jaxnorm._sharding import vary_alike
 
 Formula = Callable[..., tuple[Any, ...]]
 Tree = Any
+Results = Callable[..., Sequence[jax.ShapeDtypeStruct]]
 
 
 class Reduction(NamedTuple):
@@ -59,7 +60,7 @@ class Operation:
 
     every: dict[Primitive, "Operation"] = {}
 
-    def __init__(self, name: str, formula: Formula, results: Callable[..., Sequence]):
+    def __init__(self, name: str, formula: Formula, results: Results):
         self.formula, self.results = formula, results
         self.formulas: dict[str, Formula] = {}
         self.kernels: dict[str, Kernel] = {}
@@ -98,7 +99,9 @@ class Operation:
         kernel: Kernel | None = None,
     ) -> None:
         plain = mlir.lower_fun(_flat(formula, self.primitive.name))
-        ours = kernel and mlir.lower_fun(_flat(kernel.formula, self.primitive.name))
+        ours = plain
+        if kernel is not None:
+            ours = mlir.lower_fun(_flat(kernel.formula, self.primitive.name))
 
         def rule(ctx: Any, *operands: Any, tree: Any, static: Static) -> Any:
             # Bare, as within a kernel nothing is mapped over a mesh.
@@ -185,7 +188,7 @@ class Linear(Operation):
     cotangent that is None is 0.
     """
 
-    def __init__(self, name: str, transposed: str, formula: Formula, results: Callable):
+    def __init__(self, name: str, transposed: str, formula: Formula, results: Results):
         super().__init__(name, formula, results)
         self.adjoint = _Transposed(transposed, self)
         ad.primitive_transposes[self.primitive] = self._transpose
@@ -306,7 +309,7 @@ def _linear_tangent(
         )
         again = jax.checkpoint(along, prevent_cse=False)
         parts.append(jax.jvp(again, tuple(at), tuple(moving))[1])
-    return [sum(vs[1:], start=vs[0]) for vs in zip(*parts, strict=True)]
+    return [functools.reduce(jnp.add, vs) for vs in zip(*parts, strict=True)]
 
 
 def formula_of(eqn: Any) -> Any:

@@ -98,12 +98,13 @@ def _moments(
 ) -> tuple[Array, ...]:
     axes, center = reduction.axes, reduction.center
 
-    def each_of(axes: Axes, x: Array) -> tuple[Array, ...]:
+    def each_of(axes: Axes, x: Array) -> formulas.MeanVarResidue:
         found = view(axes.working_shape, axes.reduce)
         assert found is not None
         small = Struct(axes.stats_shape, at_least_float32(x.dtype))
         call = jax.ffi.ffi_call("jaxnorm_moments", (small, small, small))
-        return call(x, center=center, **found.attributes)
+        mean, var, residue = call(x, center=center, **found.attributes)
+        return mean, var, residue
 
     if axes.per_feature == axes:
         return each_of(axes, x)
@@ -211,7 +212,7 @@ def _row_norm(
     )
     params = _params(found, wide, scale, bias)
     attributes = found.attributes(center, scale, bias)
-    return call(x, epsilon.astype(wide), *params, **attributes)
+    return tuple(call(x, epsilon.astype(wide), *params, **attributes))
 
 
 def _params(found: RowView, dtype: DTypeLike, *params: Any) -> list[Array]:

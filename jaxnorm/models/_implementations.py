@@ -12,20 +12,20 @@ from jaxnorm._primitives._operation import Operation, why_unfit
 
 
 class Implementation(NamedTuple):
-    """What computes one operation on one kind of array, `count` times."""
+    """What computes one operation on one kind of array, `times` in all."""
 
     operation: str
     shape: tuple[int, ...]
     dtype: str
     kernel: str | None  # its name, or None for XLA's formula
     reason: str | None  # why there is no kernel
-    count: int
+    times: int
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
-        times = f"{self.count} times " if self.count > 1 else ""
+        often = f"{self.times} times " if self.times > 1 else ""
         by = self.kernel or f"XLA's formula, as {self.reason}"
-        return f"{times}{self.operation} of {self.dtype} {shape}: {by}"
+        return f"{often}{self.operation} of {self.dtype} {shape}: {by}"
 
 
 class Implementations(tuple[Implementation, ...]):
@@ -56,7 +56,7 @@ bfloat16, float16, float64, not complex64
     found = collections.Counter(
         _of_operation(op, platform, eqn) for op, eqn in _operations(closed.jaxpr)
     )
-    return Implementations(v._replace(count=n) for v, n in found.items())
+    return Implementations(v._replace(times=n) for v, n in found.items())
 
 
 def _operations(jaxpr: Jaxpr) -> Iterator[tuple[Operation, Any]]:

@@ -1,0 +1,113 @@
+#include "columns.h"
+
+#include "ffi.h"
+
+namespace jaxnorm {
+namespace {
+
+template <class T>
+void moments(ThreadPool& pool, const View& v, const Tasks& tasks, bool center, const T* x,
+             Wide<T>* mean, Wide<T>* var, Wide<T>* residue) {
+  using A = Wide<T>;
+  std::vector<Set> parts(tasks.lengths() * v.sets());
+  parallel(pool, tasks.count(), v.size(), [&](int64_t i) {
+    const Task task = tasks[i];
+    Set* sets = &parts[task.index * v.sets() + task.outer * v.kept + task.channels.begin];
+    (v.inner > 1 ? run_of_moments<T> : column_moments<T>)(v, x, task, center, sets);
+  });
+  for (int64_t s = 0; s < v.sets(); ++s) {
+    Set whole = parts[s];
+    for (int64_t part = 1; part < tasks.lengths(); ++part) whole.join(parts[part * v.sets() + s]);
+    mean[s] = A(whole.mean);
+    residue[s] = A(whole.mean - double(mean[s]));
+    var[s] = whole.size ? A(whole.squares / double(whole.size)) : A(0);
+    if (!(var[s] >= 0)) var[s] = var[s] < 0 ? A(0) : var[s];  // NaN stays
+  }
+}
+
+Error Moments(ThreadPool pool, AnyBuffer x, Result mean, Result var, Result residue, int64_t outer,
+              int64_t length, int64_t kept, int64_t inner, bool center) {
+  const View view{outer, length, kept, inner};
+  if (!view.sets()) return Error::Success();
+  return of_type(x.element_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = Wide<T>;
+    moments(pool, view, Tasks(view), center, data<T>(x), data<A>(mean), data<A>(var),
+            data<A>(residue));
+    return Error::Success();
+  });
+}
+
+template <class T, class G>
+void sums(ThreadPool& pool, const View& v, const Tasks& tasks, const T* x, const G* g,
+          const Wide<T>* mean, Wide<T>* plain, Wide<T>* tilted) {
+  std::vector<double> parts(2 * tasks.lengths() * v.sets(), 0.0);
+  parallel(pool, tasks.count(), v.size(), [&](int64_t i) {
+    const Task task = tasks[i];
+    const int64_t at = task.index * v.sets() + task.outer * v.kept + task.channels.begin;
+    (v.inner > 1 ? run_of_sums<T, G> : column_sums<T, G>)(v, x, g, mean, task, &parts[2 * at]);
+  });
+  for (int64_t s = 0; s < v.sets(); ++s) {
+    double a = 0, b = 0;
+    for (int64_t part = 0; part < tasks.lengths(); ++part) {
+      a += parts[2 * (part * v.sets() + s)];
+      b += parts[2 * (part * v.sets() + s) + 1];
+    }
+    plain[s] = Wide<T>(a), tilted[s] = Wide<T>(b);
+  }
+}
+
+Error Sums(ThreadPool pool, AnyBuffer x, AnyBuffer g, AnyBuffer mean, Result plain, Result tilted,
+           int64_t outer, int64_t length, int64_t kept, int64_t inner) {
+  const View view{outer, length, kept, inner};
+  if (!view.sets()) return Error::Success();
+  return of_type(x.element_type(), [&](auto of_x) {
+    return of_type(g.element_type(), [&](auto of_g) {
+      using T = typename decltype(of_x)::type;
+      using G = typename decltype(of_g)::type;
+      using A = Wide<T>;
+      if constexpr (!std::is_same_v<A, Wide<G>>) {
+        return unknown("float64 does not mix with other types");
+      } else {
+        sums(pool, view, Tasks(view), data<T>(x), data<G>(g), data<A>(mean), data<A>(plain),
+             data<A>(tilted));
+        return Error::Success();
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace jaxnorm
+
+using namespace jaxnorm;
+
+#pragma GCC visibility push(default)  // all that is seen from outside
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_moments, Moments,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<int64_t>("outer")
+                                  .Attr<int64_t>("length")
+                                  .Attr<int64_t>("kept")
+                                  .Attr<int64_t>("inner")
+                                  .Attr<bool>("center"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_sums, Sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<int64_t>("outer")
+                                  .Attr<int64_t>("length")
+                                  .Attr<int64_t>("kept")
+                                  .Attr<int64_t>("inner"));
+
+#pragma GCC visibility pop
