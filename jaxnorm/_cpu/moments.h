@@ -9,7 +9,6 @@ namespace jaxnorm {
 
 // Elements that are summed in the type of the sums before they are added up as doubles.
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kLanes = 32;
 
 // The means and squared deviations of many sets, all of `size` numbers.
 struct Sets {
@@ -36,7 +35,7 @@ inline void join(Sets& sets, int64_t count, int64_t n, const MeanOf& mean, const
 }
 
 // Sums of f(i) and g(i) over i < n, in lanes that do not wait for each other.
-template <class A, class F>
+template <class A, int64_t kLanes = 32, class F>
 inline void sum_pair(int64_t n, const F& terms, double& first, double& second) {
   first = second = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -58,7 +57,8 @@ template <class A>
 inline void run_moments(const A* __restrict x, int64_t n, A& mean, double& off, double& squares) {
   const A first = x[0];
   double sum, none;
-  sum_pair<A>(n, [=](int64_t i, A& a, A&) { a += x[i] - first; }, sum, none);
+  // One sum alone waits less where there are more lanes.
+  sum_pair<A, 64>(n, [=](int64_t i, A& a, A&) { a += x[i] - first; }, sum, none);
   const A about = mean = first + A(sum / double(n));
   sum_pair<A>(n, [=](int64_t i, A& a, A& b) {
     const A e = x[i] - about;
