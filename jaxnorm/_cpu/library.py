@@ -65,13 +65,11 @@ def _load() -> tuple[str, str | None]:
 
 def _files() -> dict[str, Path]:
     """The libraries that there are, the best first."""
-    found = {
-        level: folder / f"kernels-{level}.so"
-        for level in LEVELS
-        for folder in reversed(_folders())
-        if (folder / f"kernels-{level}.so").exists()
-    }
-    return found
+    for folder in _folders():
+        paths = {level: folder / f"kernels-{level}.so" for level in LEVELS}
+        if found := {level: path for level, path in paths.items() if path.exists()}:
+            return found
+    return {}
 
 
 def _folders() -> list[Path]:
