@@ -9,19 +9,29 @@ template <class T>
 void moments(ThreadPool& pool, const View& v, const Tasks& tasks, bool center, const T* x,
              Wide<T>* mean, Wide<T>* var, Wide<T>* residue) {
   using A = Wide<T>;
-  std::vector<Set> parts(tasks.lengths() * v.sets());
+  if (!v.size()) {
+    for (A* to : {mean, var, residue}) std::fill(to, to + v.sets(), A(0));
+    return;
+  }
+  const int64_t sets = v.sets(), lengths = tasks.lengths();
+  std::vector<double> means(lengths * sets), squares(lengths * sets);
   parallel(pool, tasks.count(), v.size(), [&](int64_t i) {
     const Task task = tasks[i];
-    Set* sets = &parts[task.index * v.sets() + task.outer * v.kept + task.channels.begin];
-    (v.inner > 1 ? run_of_moments<T> : column_moments<T>)(v, x, task, center, sets);
+    const int64_t at = task.index * sets + task.outer * v.kept + task.channels.begin;
+    (v.inner > 1 ? run_of_moments<T> : column_moments<T>)(v, x, task, center,
+                                                          {&means[at], &squares[at]});
   });
-  for (int64_t s = 0; s < v.sets(); ++s) {
-    Set whole = parts[s];
-    for (int64_t part = 1; part < tasks.lengths(); ++part) whole.join(parts[part * v.sets() + s]);
-    mean[s] = A(whole.mean);
-    residue[s] = A(whole.mean - double(mean[s]));
-    var[s] = whole.size ? A(whole.squares / double(whole.size)) : A(0);
-    if (!(var[s] >= 0)) var[s] = var[s] < 0 ? A(0) : var[s];  // NaN stays
+  Sets whole{means.data(), squares.data(), tasks.part_of_length(0).size() * v.inner};
+  for (int64_t p = 1; p < lengths; ++p) {
+    const double *mean_of = &means[p * sets], *square_of = &squares[p * sets];
+    join(whole, sets, tasks.part_of_length(p).size() * v.inner,
+         [=](int64_t s) { return mean_of[s]; }, [=](int64_t s) { return square_of[s]; });
+  }
+  for (int64_t s = 0; s < sets; ++s) {
+    mean[s] = A(means[s]);
+    residue[s] = A(means[s] - double(mean[s]));
+    var[s] = A(squares[s] / double(whole.size));
+    if (var[s] < 0) var[s] = 0;  // NaN stays
   }
 }
 
@@ -41,19 +51,22 @@ Error Moments(ThreadPool pool, AnyBuffer x, Result mean, Result var, Result resi
 template <class T, class G>
 void sums(ThreadPool& pool, const View& v, const Tasks& tasks, const T* x, const G* g,
           const Wide<T>* mean, Wide<T>* plain, Wide<T>* tilted) {
-  std::vector<double> parts(2 * tasks.lengths() * v.sets(), 0.0);
+  if (!v.size()) {
+    for (Wide<T>* to : {plain, tilted}) std::fill(to, to + v.sets(), Wide<T>(0));
+    return;
+  }
+  const int64_t sets = v.sets(), lengths = tasks.lengths();
+  std::vector<double> plains(lengths * sets, 0.0), tilts(lengths * sets, 0.0);
   parallel(pool, tasks.count(), v.size(), [&](int64_t i) {
     const Task task = tasks[i];
-    const int64_t at = task.index * v.sets() + task.outer * v.kept + task.channels.begin;
-    (v.inner > 1 ? run_of_sums<T, G> : column_sums<T, G>)(v, x, g, mean, task, &parts[2 * at]);
+    const int64_t at = task.index * sets + task.outer * v.kept + task.channels.begin;
+    (v.inner > 1 ? run_of_sums<T, G> : column_sums<T, G>)(v, x, g, mean, task,
+                                                          {&plains[at], &tilts[at]});
   });
-  for (int64_t s = 0; s < v.sets(); ++s) {
-    double a = 0, b = 0;
-    for (int64_t part = 0; part < tasks.lengths(); ++part) {
-      a += parts[2 * (part * v.sets() + s)];
-      b += parts[2 * (part * v.sets() + s) + 1];
-    }
-    plain[s] = Wide<T>(a), tilted[s] = Wide<T>(b);
+  for (int64_t s = 0; s < sets; ++s) {
+    for (int64_t p = 1; p < lengths; ++p)
+      plains[s] += plains[p * sets + s], tilts[s] += tilts[p * sets + s];
+    plain[s] = Wide<T>(plains[s]), tilted[s] = Wide<T>(tilts[s]);
   }
 }
 

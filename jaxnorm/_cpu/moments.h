@@ -8,25 +8,32 @@
 namespace jaxnorm {
 
 // Elements that are summed in the type of the sums before they are added up as doubles.
-constexpr int64_t kBlock = 8192;
+constexpr int64_t kBlock = 2048;
 constexpr int64_t kLanes = 32;
 
-// Of `size` numbers; the sum of squares is that of their deviations from the mean.
-struct Set {
-  double mean = 0, squares = 0;
+// The means and squared deviations of many sets, all of `size` numbers.
+struct Sets {
+  double *mean, *squares;
   int64_t size = 0;
-
-  // Chan, Golub and LeVeque (1983).
-  void join(double other_mean, double other_squares, int64_t n) {
-    if (!n) return;
-    const double weight = double(n) / double(size + n), away = other_mean - mean;
-    squares = size ? squares + other_squares + away * away * double(size) * weight
-                   : other_squares;
-    mean = size ? mean + away * weight : other_mean;
-    size += n;
-  }
-  void join(const Set& other) { join(other.mean, other.squares, other.size); }
 };
+
+// The union of each set with another of n numbers (Chan, Golub and LeVeque, 1983).
+template <class MeanOf, class SquaresOf>
+inline void join(Sets& sets, int64_t count, int64_t n, const MeanOf& mean, const SquaresOf& squares) {
+  if (!n) return;
+  double* __restrict to = sets.mean;
+  double* __restrict square = sets.squares;
+  if (!sets.size)
+    for (int64_t i = 0; i < count; ++i) to[i] = mean(i), square[i] = squares(i);
+  const double weight = double(n) / double(sets.size + n), spread = double(sets.size) * weight;
+  if (sets.size)
+    for (int64_t i = 0; i < count; ++i) {
+      const double away = mean(i) - to[i];
+      to[i] += away * weight;
+      square[i] += squares(i) + away * away * spread;
+    }
+  sets.size += n;
+}
 
 // Sums of f(i) and g(i) over i < n, in lanes that do not wait for each other.
 template <class A, class F>

@@ -39,14 +39,14 @@ class Tasks {
 
   int64_t count() const { return view_.outer * lengths_ * channels_; }
   int64_t lengths() const { return lengths_; }
+  Range part_of_length(int64_t i) const { return part(view_.length, lengths_, i); }
 
   Task operator[](int64_t i) const {
     const int64_t channel = i % channels_, rest = i / channels_, index = rest % lengths_;
-    return {rest / lengths_, index, part(view_.length, lengths_, index),
-            part(view_.kept, channels_, channel)};
+    return {rest / lengths_, index, part_of_length(index), part(view_.kept, channels_, channel)};
   }
 
-  static constexpr int64_t kWidth = 512;  // channels whose sums stay in the first cache
+  static constexpr int64_t kWidth = 256;  // channels whose sums stay in the first cache
 
  private:
   View view_;

@@ -235,7 +235,7 @@ def _row_gradient_unfit(
         return "y has no cotangent"
     if row.scale is None and like.scale is not None:
         return "there is a gradient of a scale that is None"
-    if row_view(adjoint.axes, row.scale, like.bias) is None:
+    if row_view(adjoint.axes, row.scale, like.scale, like.bias) is None:
         return "scale and bias are others for each row"
     if dy.dtype not in (row.x.dtype, jnp.float32):
         return f"the kernel of rows does not mix {dy.dtype} and {row.x.dtype}"
@@ -248,7 +248,7 @@ def _row_gradient(
     axes, like = adjoint.axes, jax.tree.unflatten(adjoint.tree, adjoint.like)
     x, epsilon, scale, mean, var, residue = row
     wide = mean.dtype
-    found = row_view(axes, scale, like.bias)
+    found = row_view(axes, scale, like.scale, like.bias)
     assert found is not None
     dy, *dmoments = cotangents
     has_moments = any(v is not None for v in dmoments)
