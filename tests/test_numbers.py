@@ -378,3 +378,23 @@ def test_the_state_is_exact_far_from_zero(name):
     for k, v in call(p.x).items():
         if k in ("mean", "var"):
             np.testing.assert_allclose(v, exact[k], rtol=1e-5)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_tangents_of_complex_moments(center):
+    """d var = 2 / n * the real part of sum(conj(x - mean) * dx)."""
+    rng = np.random.default_rng(0)
+    x, dx = (v @ [1, 1j] for v in rng.standard_normal((2, 50, 3, 2)))
+    axes = Axes.keep(x.shape, -1)
+
+    def both(x):
+        m = jaxnorm.moments(x, axes, center=center)
+        return m.mean, m.var
+
+    arrays = [jnp.asarray(v, jnp.complex64) for v in (x, dx)]
+    _, (dmean, dvar) = jax.jvp(both, *((v,) for v in arrays))
+    away = x - x.mean(0) if center else x
+    exact = 2 * (away.conj() * dx).real.mean(0)
+    np.testing.assert_allclose(dvar[0], exact, rtol=1e-5, atol=1e-6)
+    expected = dx.mean(0) if center else 0
+    np.testing.assert_allclose(dmean[0], expected + np.zeros(3), rtol=1e-5, atol=1e-6)
