@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -153,9 +154,12 @@ def _misfit(implementation: str, problem: str) -> ValueError:
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize_and_activate(
     reduction: Reduction, activation: str | None, operands: Operands
 ) -> tuple[Array, Moments]:
+    """Traced once for all norms alike, with its derivatives; and one program where
+    nothing around it is compiled."""
     if activation == "relu":
         return rectify(reduction, operands)
     y, m = standardize_by_own(reduction, operands._replace(residual=None))
