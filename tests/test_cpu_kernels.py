@@ -322,7 +322,7 @@ def test_results_are_rounded_to_nearest_even(kind):
     """Rows of two numbers 1 and -1, scaled: y is the scale and its negative."""
     rng = np.random.default_rng(0)
     scale = rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 6, 4000)
-    scale = np.float32([*scale, 1e30, 65519.0, 65520.0, np.inf, np.nan])
+    scale = np.array([*scale, 1e30, 65519.0, 65520.0, np.inf, np.nan], np.float32)
     params = jnp.asarray(np.repeat(scale, 2)[None])
     rows = jnp.tile(jnp.asarray([1.0, -1.0], kind), len(scale))[None, None]
     y, *_ = row_norm(rows, jnp.float32(0), params, None, True, True)
@@ -347,3 +347,14 @@ def test_results_are_rounded_to_nearest_even(kind):
 )
 def test_views(shape, reduce, expected):
     assert view(shape, reduce) == (None if expected is None else View(*expected))
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_float64_far_from_zero(name):
+    """Where a mean in float64 is rounded by as much as these batches differ."""
+    v = View(*FAR[name])
+    x = normal(v, "float64", 1e9)
+    mean, var, residue = moments(v, x)
+    near = np.asarray(x) - 1e9  # exact
+    np.testing.assert_allclose(var, near.var((1, 3)), rtol=1e-12)
+    np.testing.assert_allclose((mean - 1e9) + residue, near.mean((1, 3)), atol=1e-12)

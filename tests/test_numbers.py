@@ -391,8 +391,8 @@ def test_tangents_of_complex_moments(center):
         m = jaxnorm.moments(x, axes, center=center)
         return m.mean, m.var
 
-    arrays = [jnp.asarray(v, jnp.complex64) for v in (x, dx)]
-    _, (dmean, dvar) = jax.jvp(both, *((v,) for v in arrays))
+    primal, tangent = (jnp.asarray(v, jnp.complex64) for v in (x, dx))
+    _, (dmean, dvar) = jax.jvp(both, (primal,), (tangent,))
     away = x - x.mean(0) if center else x
     exact = 2 * (away.conj() * dx).real.mean(0)
     np.testing.assert_allclose(dvar[0], exact, rtol=1e-5, atol=1e-6)

@@ -250,3 +250,16 @@ def test_every_platform_lowers_every_operation(platform):
         text = jax.jit(f).trace(fixed, change).lower(lowering_platforms=(platform,))
         assert "stablehlo" in text.as_text()
     assert rows.ROW_NORM.primitive.name == "jaxnorm_row_norm"
+
+
+def test_a_batch_of_epsilons():
+    x, epsilons = normal(3, 8), jnp.asarray([1e-3, 0.1, 1.0])
+
+    def f(x, epsilon):
+        m = jaxnorm.normalize(x, {}, Axes.over(x.shape, -1, -1), epsilon=epsilon)[0]
+        return jnp.sin(m).sum()
+
+    each = [jax.jit(jax.grad(f, (0, 1)))(x, e) for e in epsilons]
+    expected = jax.tree.map(lambda *v: jnp.stack(v), *each)
+    found = jax.jit(jax.vmap(jax.grad(f, (0, 1)), (None, 0)))(x, epsilons)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -28,8 +28,9 @@ void moments(ThreadPool& pool, const View& v, const Tasks& tasks, bool center, c
          [=](int64_t s) { return mean_of[s]; }, [=](int64_t s) { return square_of[s]; });
   }
   for (int64_t s = 0; s < sets; ++s) {
-    mean[s] = A(means[s]);
-    residue[s] = A(means[s] - double(mean[s]));
+    const double pivot = center ? double(load(x[v.first(s / v.kept, s % v.kept)])) : 0;
+    mean[s] = A(pivot + means[s]);
+    residue[s] = A((pivot - double(mean[s])) + means[s]);
     var[s] = A(squares[s] / double(whole.size));
     if (var[s] < 0) var[s] = 0;  // NaN stays
   }

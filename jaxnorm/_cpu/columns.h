@@ -60,10 +60,11 @@ void squares_about(const T* __restrict x, int64_t rows, int64_t lanes, int64_t s
     }
 }
 
-// The moments of each lane of a block, joined to `sets`: the lanes are these in turn.
+// The moments of each lane of a block, joined to `sets`: the lanes are these in turn. Means
+// are those of x - pivot, which doubles hold exactly also where x is one.
 template <class T>
-void block_moments(const T* x, int64_t rows, int64_t lanes, int64_t stride, int64_t channels,
-                   bool center, std::vector<Wide<T>>& scratch, Sets& sets) {
+void block_moments(const T* x, const T* pivot, int64_t rows, int64_t lanes, int64_t stride,
+                   int64_t channels, bool center, std::vector<Wide<T>>& scratch, Sets& sets) {
   using A = Wide<T>;
   scratch.assign(3 * lanes, A(0));
   A *about = scratch.data(), *sum = about + lanes, *squares = sum + lanes;
@@ -76,7 +77,10 @@ void block_moments(const T* x, int64_t rows, int64_t lanes, int64_t stride, int6
   const double each = center ? 1 / double(rows) : 0;
   for (int64_t fold = 0; fold < lanes; fold += channels)
     join(sets, channels, rows,
-         [=](int64_t c) { return double(about[fold + c]) + double(sum[fold + c]) * each; },
+         [=](int64_t c) {
+           const double from = center ? double(load(pivot[c])) : 0;
+           return (double(about[fold + c]) - from) + double(sum[fold + c]) * each;
+         },
          [=](int64_t c) {
            const double off = sum[fold + c];
            return double(squares[fold + c]) - off * off * each;
@@ -88,13 +92,14 @@ template <class T>
 void column_moments(const View& v, const T* x, const Task& task, bool center, Sets sets) {
   const int64_t channels = task.channels.size();
   const T* begin = x + (task.outer * v.length + task.lengths.begin) * v.kept + task.channels.begin;
+  const T* pivot = x + v.first(task.outer, task.channels.begin);
   std::vector<Wide<T>> scratch;
   fold_rows(task.lengths.size(), channels, v.kept, [&](int64_t first, int64_t rows, int64_t lanes) {
     const int64_t stride = lanes == channels ? v.kept : lanes;
     const int64_t most = block_rows(lanes, 1 << 16, sizeof(T));
     for (int64_t r = 0; r < rows; r += most)
-      block_moments(begin + first * v.kept + r * stride, std::min(most, rows - r), lanes, stride,
-                    channels, center, scratch, sets);
+      block_moments(begin + first * v.kept + r * stride, pivot, std::min(most, rows - r), lanes,
+                    stride, channels, center, scratch, sets);
   });
 }
 
@@ -106,6 +111,7 @@ void run_of_moments(const View& v, const T* x, const Task& task, bool center, Se
   const int64_t before = sets.size;
   for (int64_t c = task.channels.begin; c < task.channels.end; ++c) {
     Sets set{sets.mean + c - task.channels.begin, sets.squares + c - task.channels.begin, before};
+    const double pivot = center ? double(load(x[v.first(task.outer, c)])) : 0;
     for (int64_t n = task.lengths.begin; n < task.lengths.end; ++n) {
       const T* run = x + ((task.outer * v.length + n) * v.kept + c) * v.inner;
       for (int64_t i = 0; i < v.inner; i += kBlock) {
@@ -115,7 +121,7 @@ void run_of_moments(const View& v, const T* x, const Task& task, bool center, Se
         double off = 0, squares;
         if (center) run_moments(wide, m, mean, off, squares);
         else squares = run_square(wide, m);
-        join(set, 1, m, [=](int64_t) { return double(mean) + off; },
+        join(set, 1, m, [=](int64_t) { return (double(mean) - pivot) + off; },
              [=](int64_t) { return squares; });
       }
     }

@@ -10,6 +10,10 @@ namespace jaxnorm {
 struct View {
   int64_t outer, length, kept, inner;
 
+  // The place of the first element of a set.
+  int64_t first(int64_t o, int64_t channel) const {
+    return (o * length * kept + channel) * inner;
+  }
   int64_t sets() const { return outer * kept; }
   int64_t set_size() const { return length * inner; }
   int64_t size() const { return sets() * set_size(); }

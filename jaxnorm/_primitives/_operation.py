@@ -174,7 +174,8 @@ class Adjoint(NamedTuple):
         return self.static.implementation
 
     def batched(self, size: int) -> "Adjoint":
-        like = tuple(_struct((size, *v.shape), v.dtype) for v in self.like)
+        ones = (1,) * len(self.axes.working_shape)  # as scalars have, in a batch
+        like = tuple(_struct((size, *(v.shape or ones)), v.dtype) for v in self.like)
         return Adjoint(self.static.batched(size), self.tree, like)
 
 
@@ -240,6 +241,13 @@ class _Transposed(Operation):
         super().__init__(name, transposed(of.formula), lambda static, *_: static.like)
         self.of = of
         ad.primitive_transposes[self.primitive] = self._transpose
+
+    def _batch(
+        self, leaves: Sequence[Array], dims: Sequence[Any], *, tree: Any, static: Any
+    ) -> tuple[Sequence[Array], list[int]]:
+        out, dims = super()._batch(leaves, dims, tree=tree, static=static)
+        pairs = zip(out, static.like, strict=True)
+        return [v if s.shape else v.reshape(-1) for v, s in pairs], dims
 
     def tangent(
         self, static: Any, operands: Tree, changes: Tree, out: list[Array]

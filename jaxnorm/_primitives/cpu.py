@@ -65,6 +65,10 @@ def _name() -> str:
     return f"a kernel for {library.name()}"
 
 
+def _broadcasts(shape: Shape, to: Shape) -> bool:
+    return all(m in (1, n) for m, n in zip(shape, to, strict=True))
+
+
 def _why_unfit(axes: Axes, mask: Any, *arrays: Any) -> str | None:
     names = {jnp.dtype(v.dtype).name for v in arrays if v is not None}
     unknown = sorted(names - {*DTYPES})
@@ -124,9 +128,10 @@ def _sums_unfit(
     like = jax.tree.unflatten(adjoint.tree, adjoint.like)
     if like.slope is None and like.shift is None:
         return "nothing is summed"
-    small = centered.mean.shape
-    if any(v is not None and v.shape != small for v in (like.slope, like.shift)):
-        return "the sums are not of the shape of the mean"
+    shapes = {v.shape for v in (like.slope, like.shift) if v is not None}
+    small = shapes.pop()
+    if shapes or not _broadcasts(centered.mean.shape, small):
+        return "the sums and the mean are of several shapes"
     reduce = _reduced(axes.working_shape, small)
     if view(axes.working_shape, reduce) is None:
         return _no_view(axes, reduce)
@@ -140,9 +145,10 @@ def _sums(
     x, _, mean, gain = centered
     (array,) = cotangents
     like = jax.tree.unflatten(adjoint.tree, adjoint.like)
-    found = view(axes.working_shape, _reduced(axes.working_shape, mean.shape))
+    shape = (like.shift if like.slope is None else like.slope).shape
+    found = view(axes.working_shape, _reduced(axes.working_shape, shape))
     assert found is not None
-    small = Struct(mean.shape, mean.dtype)
+    mean, small = jnp.broadcast_to(mean, shape), Struct(shape, mean.dtype)
     call = jax.ffi.ffi_call("jaxnorm_sums", (small, small))
     shift, slope = call(x, array, mean, **found.attributes)
     spread = None
@@ -194,6 +200,8 @@ def _row_norm_unfit(
 ) -> str | None:
     if row_view(reduction.axes, scale, bias) is None:
         return "scale and bias are others for each row"
+    if epsilon.ndim:
+        return "there are several epsilons"
     if reduction.dtype != x.dtype:
         return f"the kernel of rows does not make {reduction.dtype} of {x.dtype}"
     return _why_unfit(reduction.axes, None, x)
@@ -228,8 +236,8 @@ def _row_gradient_unfit(
     adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
 ) -> str | None:
     like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
-    if like.epsilon is not None:
-        return "the kernel of rows gives no gradient of epsilon"
+    if like.epsilon is not None or row.epsilon.ndim:
+        return "the kernel of rows takes one epsilon, and gives no gradient of it"
     dy, *_ = cotangents
     if dy is None:
         return "y has no cotangent"
@@ -252,8 +260,11 @@ def _row_gradient(
     assert found is not None
     dy, *dmoments = cotangents
     has_moments = any(v is not None for v in dmoments)
-    if has_moments:
-        dmoments = [jnp.zeros_like(mean) if v is None else v for v in dmoments]
+    dmoments = [jnp.zeros((), wide) if v is None else v for v in dmoments]
+    given = mean, var, residue, *dmoments
+    mean, var, residue, *dmoments = (
+        jnp.broadcast_to(v, axes.stats_shape) for v in given
+    )
     wanted = [Struct(found.params, wide) for v in (scale, like.bias) if v is not None]
     call = jax.ffi.ffi_call(
         "jaxnorm_row_gradient", (Struct(axes.shape, x.dtype), *wanted)
