@@ -5,7 +5,8 @@ From the root of the repository, in about ten minutes on two CPU cores:
     pip install -e '.[bench]' && python benchmarks/against_peers.py
 
 All do the same work in one run, checked before it is timed, in an order drawn anew each
-round, so that what else the machine does hits all alike; each uses all cores. A library
+round, so that what else the machine does hits all alike; each uses all cores, and freed
+memory stays with the allocator. A library
 that is not installed is left out. Writes what it ran to benchmarks/results: a table
 (against_peers.md), the data (against_peers.json) and figures.
 
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    environment.keep_freed_memory()
     main()
