@@ -58,9 +58,10 @@ def normalize(
     `activation` is "relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid" or "tanh",
     as in `jax.nn`; `residual` has the shape of `x`.
 
-    `implementation` is "xla", which is the default everywhere, or "triton" or "mosaic"
-    for Pallas kernels for GPUs, which give the same to rounding, but no forward mode
-    and no second derivatives.
+    `implementation` is None for kernels on CPUs where they serve, with all derivatives,
+    and XLA's formula elsewhere; "xla" for XLA's formula everywhere; or "triton" or
+    "mosaic" for Pallas kernels for GPUs, which give the same to rounding, but no
+    forward mode and no second derivatives.
 
     Raises what these three raise, and ValueError or TypeError for another activation,
     a residual of another shape, and kernels that do not fit.

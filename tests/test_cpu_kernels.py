@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxnorm._cpu import library
-from jaxnorm._primitives.cpu import View, view
+from jaxnorm._primitives._views import View, view
 
 pytestmark = pytest.mark.skipif(
     library.problem() is not None, reason=str(library.problem())

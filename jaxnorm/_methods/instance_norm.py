@@ -16,7 +16,8 @@ class InstanceNorm(ActivatedKernelNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+        implementation: "xla" for XLA's formula; "triton" or "mosaic" for kernels for
+            GPUs; None for the kernels for CPUs there, and XLA's formula elsewhere.
         activation: applied to the result, such as "relu".
         axis: the feature axis or axes.
     """
@@ -60,7 +61,8 @@ def instance_norm(
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
         implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask,
-            axis_name or residual, and have no forward mode); None is "xla".
+            axis_name or residual, and have no forward mode); "xla" for XLA's
+            formula; None for the kernels for CPUs there, and else XLA's formula.
 
     Returns:
         y, of the shape and dtype of x; moments are taken in at least float32.

@@ -15,7 +15,8 @@ class RMSNorm(ReductionNorm):
         epsilon: added to the mean square.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "triton" or "mosaic" for kernels for GPUs; None is "xla".
+        implementation: "xla" for XLA's formula; "triton" or "mosaic" for kernels for
+            GPUs; None for the kernels for CPUs there, and XLA's formula elsewhere.
         reduction_axes: the axes that share a mean square.
         feature_axes: the axes that the scale varies along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
@@ -55,7 +56,8 @@ def rms_norm(
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
         implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask
-            or axis_name, and have no forward mode); None is "xla".
+            or axis_name, and have no forward mode); "xla" for XLA's
+            formula; None for the kernels for CPUs there, and else XLA's formula.
 
     Returns:
         y, of the shape and dtype of x; the mean square is taken in at least float32.

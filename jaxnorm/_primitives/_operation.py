@@ -148,7 +148,7 @@ class Operation:
     ) -> tuple[list[Array], list[Any]]:
         out = self.primitive.bind(*primals, tree=tree, static=static)
         operands = jax.tree.unflatten(tree, primals)
-        changes = jax.tree.unflatten(tree, [_or_none(t) for t in tangents])
+        changes = jax.tree.unflatten(tree, [or_none(t) for t in tangents])
         return out, self.tangent(static, operands, changes, out)
 
     def tangent(
@@ -158,175 +158,13 @@ class Operation:
         raise NotImplementedError
 
 
-class Adjoint(NamedTuple):
-    """What is known of a transposed formula: of which, and what it returns."""
-
-    static: Any
-    tree: Any
-    like: tuple[jax.ShapeDtypeStruct, ...]
-
-    @property
-    def axes(self) -> Axes:
-        return self.static.axes
-
-    @property
-    def implementation(self) -> str | None:
-        return self.static.implementation
-
-    def batched(self, size: int) -> "Adjoint":
-        ones = (1,) * len(self.axes.working_shape)  # as scalars have, in a batch
-        like = tuple(_struct((size, *(v.shape or ones)), v.dtype) for v in self.like)
-        return Adjoint(self.static.batched(size), self.tree, like)
-
-
-class Linear(Operation):
-    """A primitive of `formula(static, fixed, change)`, which is linear in `change`, and
-    `adjoint`, the primitive that is its transpose.
-
-        adjoint(Adjoint(static, ...), fixed, cotangents)
-
-    gives the cotangents of those leaves of `change` that `Adjoint.like` describes. A
-    cotangent that is None is 0.
-    """
-
-    def __init__(self, name: str, transposed: str, formula: Formula, results: Results):
-        super().__init__(name, formula, results)
-        self.adjoint = _Transposed(transposed, self)
-        ad.primitive_transposes[self.primitive] = self._transpose
-
-    def lower(
-        self,
-        *platforms: str,
-        formula: Formula | None = None,
-        kernel: Kernel | None = None,
-        adjoint_kernel: Kernel | None = None,
-    ) -> None:
-        """As of any operation, and of its adjoint, too."""
-        super().lower(*platforms, formula=formula, kernel=kernel)
-        formula = transposed(formula or self.formula)
-        self.adjoint.lower(*platforms, formula=formula, kernel=adjoint_kernel)
-
-    def pull_back(self, static: Any, fixed: Tree, cotangents: Tree, like: Tree) -> Tree:
-        """The cotangents of `change`, of the shapes and dtypes of the tree `like`."""
-        leaves, tree = jax.tree.flatten(like)
-        adjoint = Adjoint(
-            static, tree, tuple(_struct(v.shape, v.dtype) for v in leaves)
-        )
-        return jax.tree.unflatten(tree, self.adjoint(adjoint, fixed, cotangents))
-
-    def tangent(
-        self, static: Any, operands: Tree, changes: Tree, out: list[Array]
-    ) -> list[Array]:
-        return _linear_tangent(self, static, operands, changes)
-
-    def _transpose(
-        self, cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Any
-    ) -> list[Any]:
-        fixed, change = jax.tree.unflatten(tree, leaves)
-        wanted = [ad.is_undefined_primal(v) for v in leaves]
-        like = jax.tree.map(
-            lambda v: v.aval if ad.is_undefined_primal(v) else None,
-            change,
-            is_leaf=ad.is_undefined_primal,
-        )
-        found = self.pull_back(static, fixed, [*map(_or_none, cotangents)], like)
-        rest = iter(jax.tree.leaves(found))
-        return [next(rest) if w else None for w in wanted]
-
-
-class _Transposed(Operation):
-    """The transpose of a linear primitive, which is linear in the cotangents."""
-
-    def __init__(self, name: str, of: Linear):
-        super().__init__(name, transposed(of.formula), lambda static, *_: static.like)
-        self.of = of
-        ad.primitive_transposes[self.primitive] = self._transpose
-
-    def _batch(
-        self, leaves: Sequence[Array], dims: Sequence[Any], *, tree: Any, static: Any
-    ) -> tuple[Sequence[Array], list[int]]:
-        out, dims = super()._batch(leaves, dims, tree=tree, static=static)
-        pairs = zip(out, static.like, strict=True)
-        return [v if s.shape else v.reshape(-1) for v, s in pairs], dims
-
-    def tangent(
-        self, static: Any, operands: Tree, changes: Tree, out: list[Array]
-    ) -> list[Array]:
-        return _linear_tangent(self, static, operands, changes)
-
-    def _transpose(
-        self, changes: Sequence[Any], *leaves: Any, tree: Any, static: Adjoint
-    ) -> list[Any]:
-        fixed, cotangents = jax.tree.unflatten(tree, leaves)
-        change = jax.tree.unflatten(static.tree, [*map(_or_none, changes)])
-        out = self.of(static.static, fixed, change)
-        given = [v for v, c in zip(out, cotangents, strict=True) if c is not None]
-        linear = leaves[-len(given) :]
-        pairs = zip(given, linear, strict=True)
-        found = [v if ad.is_undefined_primal(leaf) else None for v, leaf in pairs]
-        return [None] * (len(leaves) - len(given)) + found
-
-
-def transposed(formula: Formula) -> Formula:
-    """The transpose of a linear formula, as a formula of its own."""
-
-    def adjoint(static: Adjoint, fixed: Tree, cotangents: Sequence[Any]) -> Any:
-        def along(*leaves: Array) -> tuple[Any, ...]:
-            return formula(
-                static.static, fixed, jax.tree.unflatten(static.tree, leaves)
-            )
-
-        out = jax.eval_shape(along, *static.like)
-        given = tuple(
-            jnp.zeros(v.shape, v.dtype) if c is None else c
-            for v, c in zip(out, cotangents, strict=True)
-        )
-        return jax.linear_transpose(along, *static.like)(given)
-
-    return adjoint
-
-
-def _linear_tangent(
-    op: Operation, static: Any, operands: Tree, changes: Tree
-) -> list[Array]:
-    """Of what is linear in its second operand: along that by the primitive itself, and
-    along the first by the formula's derivative."""
-    (fixed, change), (dfixed, dchange) = operands, changes
-    parts = []
-    if jax.tree.leaves(dchange):
-        if jax.tree.structure(dchange) != jax.tree.structure(change):
-            none = jax.tree.map(jnp.zeros_like, change)
-            dchange = jax.tree.map(
-                lambda t, z: z if t is None else t, dchange, none, is_leaf=_is_none
-            )
-        parts.append(op(static, fixed, dchange))
-    moving, tree = jax.tree.flatten(dfixed)
-    if moving:
-
-        def along(*moving: Array) -> tuple[Any, ...]:
-            moved = jax.tree.unflatten(tree, moving)
-            both = jax.tree.map(
-                lambda m, v: v if m is None else m, moved, fixed, is_leaf=_is_none
-            )
-            return op.formula(static, both, change)
-
-        at = jax.tree.leaves(
-            jax.tree.map(
-                lambda m, v: None if m is None else v, dfixed, fixed, is_leaf=_is_none
-            )
-        )
-        again = jax.checkpoint(along, prevent_cse=False)
-        parts.append(jax.jvp(again, tuple(at), tuple(moving))[1])
-    return [functools.reduce(jnp.add, vs) for vs in zip(*parts, strict=True)]
-
-
 def formula_of(eqn: Any) -> Any:
     """The formula that an equation stands for, as a jaxpr; None if it is no operation
     of ours."""
     op = Operation.every.get(eqn.primitive)
     if op is None:
         return None
-    structs = [_struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    structs = [struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     flat = _flat(op.formula, op.primitive.name)
     return jax.make_jaxpr(functools.partial(flat, **eqn.params))(*structs)
 
@@ -380,13 +218,13 @@ def _leading(v: Array, dim: int | None, size: int, axes: Axes) -> Array:
     return v.reshape(size, *[1] * len(axes.working_shape)) if v.ndim == 1 else v
 
 
-def _or_none(tangent: Any) -> Any:
+def or_none(tangent: Any) -> Any:
     return None if isinstance(tangent, ad.Zero) else tangent
 
 
-def _is_none(v: Any) -> bool:
+def is_none(v: Any) -> bool:
     return v is None
 
 
-def _struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype)

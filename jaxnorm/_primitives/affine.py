@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxnorm._axes import Axes
-from jaxnorm._primitives._operation import Linear, Operation, Reduction
+from jaxnorm._primitives._linear import Linear
+from jaxnorm._primitives._operation import Operation, Reduction
 from jaxnorm._working import from_working, to_working
 
 

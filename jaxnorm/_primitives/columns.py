@@ -11,7 +11,8 @@ from jax.interpreters import ad
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
-from jaxnorm._primitives._operation import Linear, Operation, Reduction
+from jaxnorm._primitives._linear import Linear
+from jaxnorm._primitives._operation import Operation, Reduction
 from jaxnorm._working import from_working, to_working
 
 Struct = jax.ShapeDtypeStruct

@@ -1,12 +1,10 @@
 """The operations by the kernels for CPUs, and what these do not serve."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -14,51 +12,15 @@ from jaxnorm._axes import Axes, Shape, is_known
 from jaxnorm._cpu import library
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
-from jaxnorm._primitives._operation import Adjoint, Kernel, Reduction
+from jaxnorm._primitives._linear import Adjoint
+from jaxnorm._primitives._operation import Kernel, Reduction
+from jaxnorm._primitives._views import RowView, reduced, row_view, view
 from jaxnorm._primitives.columns import Centered, Terms
 from jaxnorm._primitives.rows import Row, RowChange
 
 Struct = jax.ShapeDtypeStruct
-HALVES = ("bfloat16", "float16")
-DTYPES = ("float32", *HALVES, "float64")
 
-
-class View(NamedTuple):
-    """An array as (outer, length, kept, inner), reduced over length and inner."""
-
-    outer: int
-    length: int
-    kept: int
-    inner: int
-
-    @property
-    def attributes(self) -> dict[str, np.int64]:
-        return {k: np.int64(v) for k, v in self._asdict().items()}
-
-
-def view(shape: Shape, reduce: Sequence[int]) -> View | None:
-    """An array of `shape`, reduced over the axes `reduce`; None where it is no view."""
-    runs: list[tuple[bool, int]] = []
-    for a, n in enumerate(shape):
-        if n == 1:
-            continue
-        is_reduced = a in reduce
-        if runs and runs[-1][0] == is_reduced:
-            runs[-1] = is_reduced, runs[-1][1] * n
-        else:
-            runs.append((is_reduced, n))
-    found = View(1, 1, 1, 1)
-    if runs and runs[-1][0]:
-        found = found._replace(inner=runs.pop()[1])
-    for name, is_reduced in (("kept", False), ("length", True), ("outer", False)):
-        if runs and runs[-1][0] == is_reduced:
-            found = found._replace(**{name: runs.pop()[1]})
-    return None if runs else found
-
-
-def _reduced(shape: Shape, small: Shape) -> tuple[int, ...]:
-    """The axes along which an array of `small` shape is broadcast to `shape`."""
-    return tuple(a for a, (n, m) in enumerate(zip(shape, small, strict=True)) if n != m)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _name() -> str:
@@ -132,7 +94,7 @@ def _sums_unfit(
     small = shapes.pop()
     if shapes or not _broadcasts(centered.mean.shape, small):
         return "the sums and the mean are of several shapes"
-    reduce = _reduced(axes.working_shape, small)
+    reduce = reduced(axes.working_shape, small)
     if view(axes.working_shape, reduce) is None:
         return _no_view(axes, reduce)
     return _why_unfit(axes, centered.mask, centered.x, array)
@@ -146,7 +108,7 @@ def _sums(
     (array,) = cotangents
     like = jax.tree.unflatten(adjoint.tree, adjoint.like)
     shape = (like.shift if like.slope is None else like.slope).shape
-    found = view(axes.working_shape, _reduced(axes.working_shape, shape))
+    found = view(axes.working_shape, reduced(axes.working_shape, shape))
     assert found is not None
     mean, small = jnp.broadcast_to(mean, shape), Struct(shape, mean.dtype)
     call = jax.ffi.ffi_call("jaxnorm_sums", (small, small))
@@ -162,37 +124,6 @@ def _sums(
 
 
 SUMS = Kernel(_sums, _sums_unfit, _name)
-
-
-class RowView(NamedTuple):
-    """Rows as (outer, rows, features), where parameters differ along outer alone."""
-
-    outer: int
-    rows: int
-    features: int
-    params: Shape  # of parameters in the working shape
-
-    @property
-    def param_outer(self) -> int:
-        return math.prod(self.params[:-1])
-
-    def attributes(self, center: bool, scale: Any, bias: Any) -> dict[str, Any]:
-        sizes = self._asdict() | {"param_outer": self.param_outer}
-        del sizes["params"]
-        flags = {"has_scale": scale is not None, "has_bias": bias is not None}
-        return {k: np.int64(v) for k, v in sizes.items()} | flags | {"center": center}
-
-
-def row_view(axes: Axes, *params: Any) -> RowView | None:
-    """Rows with these parameters; None where these differ along inner axes alone."""
-    *rows, features = axes.working_shape
-    shapes = [v.shape for v in params if v is not None]
-    varying = [a for a in range(len(rows)) if any(s[a] != 1 for s in shapes)]
-    split = max(varying, default=-1) + 1
-    if varying and math.prod(rows[split:]) == 1:
-        return None
-    shape = (*rows[:split], *[1] * (len(rows) - split), features)
-    return RowView(math.prod(rows[:split]), math.prod(rows[split:]), features, shape)
 
 
 def _row_norm_unfit(
@@ -294,7 +225,7 @@ def _row_gradient(
 def _as_like(v: Any, struct: Struct) -> Array:
     """A gradient summed over the axes along which its parameter is the same."""
     if v.shape != struct.shape:
-        v = v.sum(_reduced(v.shape, struct.shape), keepdims=True)
+        v = v.sum(reduced(v.shape, struct.shape), keepdims=True)
     return v.astype(struct.dtype)
 
 

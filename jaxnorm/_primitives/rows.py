@@ -12,7 +12,8 @@ from jaxnorm import _exact as exact
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives import affine
-from jaxnorm._primitives._operation import Linear, Operation, Reduction
+from jaxnorm._primitives._linear import Linear
+from jaxnorm._primitives._operation import Operation, Reduction
 from jaxnorm._primitives.affine import Change, Line, Stood
 from jaxnorm._working import from_working, to_working
 
