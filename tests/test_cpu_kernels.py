@@ -29,6 +29,8 @@ VIEWS = {
     "examples": (4, 300, 130, 1),
     "channels first": (3, 5, 7, 11),
     "short runs": (2, 3, 2, 2),
+    "short runs of many examples": (2, 33, 5, 7),
+    "images of 7 by 7": (1, 64, 64, 49),
     "long runs": (2, 3, 2, 9001),
     "one run": (1, 1, 1, 100003),
     "one of each": (5, 1, 7, 1),
@@ -98,7 +100,12 @@ def test_sums(name, dtypes):
         assert (np.abs(found - terms.sum((1, 3))) <= room).all()
 
 
-FAR = {"channels": (1, 30000, 16, 1), "runs": (2, 1, 3, 30000), "both": (1, 40, 3, 700)}
+FAR = {
+    "channels": (1, 30000, 16, 1),
+    "runs": (2, 1, 3, 30000),
+    "both": (1, 40, 3, 700),
+    "short runs": (1, 700, 3, 49),
+}
 
 
 @pytest.mark.parametrize("name", FAR)

@@ -14,6 +14,9 @@ struct View {
   int64_t first(int64_t o, int64_t channel) const {
     return (o * length * kept + channel) * inner;
   }
+  // Short runs cost more each than their elements: many of them are taken as columns.
+  bool of_short_runs() const { return inner > 1 && inner < 256 && length >= 16; }
+  View flat() const { return {outer, length, kept * inner, 1}; }
   int64_t sets() const { return outer * kept; }
   int64_t set_size() const { return length * inner; }
   int64_t size() const { return sets() * set_size(); }
