@@ -65,11 +65,9 @@ class Axes(NamedTuple):
     def as_rows(self) -> "Axes | None":
         """These axes with those that are reduced as one, if each statistic is of a run
         of consecutive features in memory; else None."""
-        if self.of_rows:
-            return self
         first = len(self.working_shape) - len(self.reduce)
         trailing = self.reduce == tuple(range(first, len(self.working_shape)))
-        if len(self.reduce) < 2 or not trailing or self.reduce_in_order[0]:
+        if not self.reduce or not trailing or self.reduce_in_order[0]:
             return None
         kept, reduced = self.working_shape[:first], self.working_shape[first:]
         working = (*kept, math.prod(reduced))

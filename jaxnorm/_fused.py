@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jax.custom_derivatives import zero_from_primal
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes
 from jaxnorm._devices import Peers
+from jaxnorm._dtypes import at_least_float32
 from jaxnorm._moments import Moments
-from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives import affine, columns
 from jaxnorm._primitives._operation import Reduction
 from jaxnorm._primitives.affine import TANGENT, Change, Line, Stood, without_bias
@@ -21,9 +21,6 @@ from jaxnorm._primitives.columns import Centered, Terms
 from jaxnorm._primitives.rows import ROW_NORM
 from jaxnorm._reduce import moments_of
 from jaxnorm._standardize import is_of_columns, standardized
-from jaxnorm._working import to_working
-
-T = TypeVar("T")
 
 
 class Operands(NamedTuple):
@@ -72,7 +69,8 @@ def _of_rows(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_moments(reduction: Reduction, operands: Operands) -> tuple[Array, Moments]:
     _, m = both_moments(reduction, operands)
-    return _normalized(reduction, operands, operands.line(m, reduction)), m
+    line = operands.line(m, reduction)
+    return standardized(reduction, operands.x, operands.mask, line), m
 
 
 @_by_moments.defjvp
@@ -82,7 +80,7 @@ def _by_moments_jvp(
     (operands,), (change,) = primals, tangents
     own, m = both_moments(reduction, operands)
     line = operands.line(m, reduction)
-    y = _normalized(reduction, operands, line)
+    y = standardized(reduction, operands.x, operands.mask, line)
     small = is_of_columns(reduction.axes, operands.x, line)
     tangent = _column_tangent if small else _any_tangent
     dy, dmean, dvar = tangent(reduction, operands, own, m, line, change)
@@ -93,11 +91,6 @@ def both_moments(reduction: Reduction, operands: Operands) -> tuple[Moments, Mom
     """The moments of `x`, and those pooled over devices."""
     own = moments_of(reduction, operands.x, operands.mask)
     return own, devices.pooled(own, operands.peers)
-
-
-def _normalized(reduction: Reduction, operands: Operands, line: Line) -> Array:
-    axes, _, dtype, implementation = reduction
-    return standardized(axes, dtype, operands.x, operands.mask, line, implementation)
 
 
 def _column_tangent(
@@ -114,13 +107,13 @@ def _column_tangent(
     that, transposed, y's cotangent goes as it is to the line that makes that of x.
     """
     x, mask = operands.x, operands.mask
-    smalls = (line.slope, own.mean, *(v for v in (line.shift,) if v is not None))
     each = columns.each_feature(reduction.axes)
-    shape = jnp.broadcast_shapes(each, *(v.shape for v in smalls))
+    smalls = [v.shape for v in (line.scale, line.bias) if v is not None]
+    shape = jnp.broadcast_shapes(each, *smalls)
     mean, gain = (jnp.broadcast_to(v, shape) for v in (own.mean, line.slope))
     found = columns.sums(reduction, Centered(x, mask, mean, gain), change.x)
-    dmean, dvar = columns.of_sums(reduction, own.size, own.residue, found)
-    dmean, dvar = _pooled_tangent(operands, own, m, dmean, dvar)
+    dmean, dvar = columns.of_sums(reduction, own, found)
+    dmean, dvar = _pooled(operands, own, m, dmean, dvar)
     dline = line_change(line, dmean, dvar, change)
     terms = Terms(found.array, *affine.line_tangent(line, dline), found.rest)
     dy = columns.line(reduction, Centered(x, mask, m.mean, None), terms)
@@ -137,7 +130,7 @@ def _any_tangent(
 ) -> tuple[Array, Array, Array]:
     """With the tangent of x widened once, so that its uses are summed before they are
     rounded."""
-    dx = widened_tangent(reduction, change.x, operands.mask)
+    dx = widened_tangent(change)
     dmean, dvar = pooled_moments_tangent(reduction, operands, own, m, dx)
     dline = line_change(line, dmean, dvar, change)
     stood = without_bias(Stood(operands.x, operands.mask, line))
@@ -145,15 +138,9 @@ def _any_tangent(
     return dy, dmean, dvar
 
 
-def recomputed(tangent: Callable[..., T]) -> Callable[..., T]:
-    """`tangent`, computed again in the backward pass, which keeps its arguments alone:
-    of the size of x, these are x in its own dtype."""
-    return jax.checkpoint(tangent, prevent_cse=False)
-
-
-def widened_tangent(reduction: Reduction, dx: Array, mask: Array | None) -> Array:
-    """`dx` in the working shape, so wide that its uses are summed before rounding."""
-    return recomputed(functools.partial(to_working, axes=reduction.axes))(dx, mask)
+def widened_tangent(change: Operands) -> Array:
+    """The tangent of x, so wide that its uses are summed before they are rounded."""
+    return change.x.astype(at_least_float32(change.x.dtype))
 
 
 def line_change(line: Line, dmean: Array, dvar: Array, change: Operands) -> Line:
@@ -175,20 +162,12 @@ def pooled_moments_tangent(
     read: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array]:
     """The tangents of the mean and variance, pooled; the sums take x as `read`."""
-    axes, center, *_ = reduction
-
-    def tangent(
-        x: Array, mask: Array | None, own: Moments, dx: Array
-    ) -> tuple[Array, Array]:
-        mean, _, size, residue = own
-        x = read(x)
-        return formulas.tangent(axes, center, x, mask, mean, residue, size, dx)
-
-    dmean, dvar = recomputed(tangent)(operands.x, operands.mask, own, dx)
-    return _pooled_tangent(operands, own, m, dmean, dvar)
+    x, mask = operands.x, operands.mask
+    dmean, dvar = columns.any_moments_tangent(reduction, x, mask, own, dx, read)
+    return _pooled(operands, own, m, dmean, dvar)
 
 
-def _pooled_tangent(
+def _pooled(
     operands: Operands, own: Moments, m: Moments, dmean: Array, dvar: Array
 ) -> tuple[Array, Array]:
     if operands.peers is None:

@@ -15,7 +15,6 @@ from jaxnorm._fused import (
     line_change,
     moments_change,
     pooled_moments_tangent,
-    recomputed,
     widened_tangent,
 )
 from jaxnorm._moments import Moments
@@ -51,12 +50,14 @@ def _rectify_jvp(
     line = operands.line(m, reduction)
     y = _rectified(reduction, operands, line)
     signs = Signs(pack(y > 0), None if operands.residual is None else y)
-    dx = widened_tangent(reduction, change.x, operands.mask)
+    dx = widened_tangent(change)
     dmean, dvar = pooled_moments_tangent(
         reduction, operands, own, m, dx, _barrier_on_gpu
     )
     dline = line_change(line, dmean, dvar, change)
-    tangent = recomputed(functools.partial(_rectify_tangent, reduction))
+    # Computed again in the backward pass, which keeps its arguments alone.
+    tangent = functools.partial(_rectify_tangent, reduction)
+    tangent = jax.checkpoint(tangent, prevent_cse=False)
     changes = dx, dline, change.residual
     dy = tangent(operands.x, operands.mask, signs, line, *changes)
     return (y, m), (dy, moments_change(m, dmean, dvar))
@@ -84,7 +85,7 @@ def _rectify_tangent(
     dresidual: Array | None,
 ) -> Array:
     """The rest of the chain rule, with a barrier between its transpose and that of
-    `_moments_tangent`.
+    `pooled_moments_tangent`.
 
     The sums take x and the cotangent before it, the rest after it: a compiler that saw
     both together would write the gated cotangent to memory to share it.
@@ -98,7 +99,7 @@ def _rectify_tangent(
 
     line = line._replace(rstd=line.rstd.astype(line.mean.dtype))
     changes = vary_together(x, *line_tangent(line, dline))
-    direct = affine(line.rstd, line.scale, None) * dx
+    direct = affine(line.rstd, line.scale, None) * to_working(dx, mask, axes)
     if dresidual is not None:
         direct = direct + to_working(dresidual, mask, axes)
     direct, dslope, dshift = _barrier_on_gpu((gated(direct), *changes))

@@ -58,7 +58,8 @@ def standardize(
     # A plain 0 is known while tracing, and costs nothing.
     none = isinstance(residue, float) and residue == 0
     rest = None if none else rest.astype(mean.dtype)
-    return standardized(axes, dtype, x, mask, Line(mean, rest, rstd, scale, bias))
+    line = Line(mean, rest, rstd, scale, bias)
+    return standardized(Reduction(axes, True, dtype), x, mask, line)
 
 
 def _as_statistic(name: str, value: Any, axes: Axes) -> Any:
@@ -133,16 +134,10 @@ def as_number(
 
 
 def standardized(
-    axes: Axes,
-    dtype: DTypeLike,
-    x: Array,
-    mask: Array | None,
-    line: Line,
-    implementation: str | None = None,
+    reduction: Reduction, x: Array, mask: Array | None, line: Line
 ) -> Array:
     """`standardize` of checked arguments."""
-    reduction = Reduction(axes, True, jnp.dtype(dtype), implementation)
-    if not is_of_columns(axes, x, line):
+    if not is_of_columns(reduction.axes, x, line):
         return STANDARDIZE(reduction, Stood(x, mask, line))[0]
     centered = Centered(x, mask, line.mean, None)
     return columns.line(reduction, centered, Terms(None, line.slope, line.shift))

@@ -15,10 +15,9 @@ from jaxnorm._primitives._operation import (
     Kernel,
     Operation,
     Results,
+    Struct,
     Tree,
-    is_none,
     or_none,
-    struct,
 )
 
 
@@ -27,7 +26,7 @@ class Adjoint(NamedTuple):
 
     static: Any
     tree: Any
-    like: tuple[jax.ShapeDtypeStruct, ...]
+    like: tuple[Struct, ...]
 
     @property
     def axes(self) -> Axes:
@@ -39,11 +38,40 @@ class Adjoint(NamedTuple):
 
     def batched(self, size: int) -> "Adjoint":
         ones = (1,) * len(self.axes.working_shape)  # as scalars have, in a batch
-        like = tuple(struct((size, *(v.shape or ones)), v.dtype) for v in self.like)
+        like = tuple(Struct((size, *(v.shape or ones)), v.dtype) for v in self.like)
         return Adjoint(self.static.batched(size), self.tree, like)
 
 
-class Linear(Operation):
+class _InSecond(Operation):
+    """An operation that is linear in its second operand."""
+
+    def tangent(
+        self, static: Any, operands: Tree, changes: Tree, out: list[Array]
+    ) -> list[Array]:
+        """Along the second operand by the primitive itself, and along the first by the
+        formula's derivative."""
+        (fixed, change), (dfixed, dchange) = operands, changes
+        parts = []
+        if jax.tree.leaves(dchange):
+            dchange = jax.tree.map(
+                lambda v, t: jnp.zeros_like(v) if t is None else t, change, dchange
+            )
+            parts.append(self(static, fixed, dchange))
+        moving, tree = jax.tree.flatten(dfixed)
+        if moving:
+
+            def along(*moving: Array) -> tuple[Any, ...]:
+                moved = jax.tree.unflatten(tree, moving)
+                both = jax.tree.map(lambda v, m: v if m is None else m, fixed, moved)
+                return self.formula(static, both, change)
+
+            at = jax.tree.map(lambda v, m: None if m is None else v, fixed, dfixed)
+            again = jax.checkpoint(along, prevent_cse=False)
+            parts.append(jax.jvp(again, (*jax.tree.leaves(at),), (*moving,))[1])
+        return [functools.reduce(jnp.add, vs) for vs in zip(*parts, strict=True)]
+
+
+class Linear(_InSecond):
     """A primitive of `formula(static, fixed, change)`, which is linear in `change`, and
     `adjoint`, the primitive that is its transpose.
 
@@ -73,13 +101,8 @@ class Linear(Operation):
     def pull_back(self, static: Any, fixed: Tree, cotangents: Tree, like: Tree) -> Tree:
         """The cotangents of `change`, of the shapes and dtypes of the tree `like`."""
         leaves, tree = jax.tree.flatten(like)
-        adjoint = Adjoint(static, tree, tuple(struct(v.shape, v.dtype) for v in leaves))
+        adjoint = Adjoint(static, tree, tuple(Struct(v.shape, v.dtype) for v in leaves))
         return jax.tree.unflatten(tree, self.adjoint(adjoint, fixed, cotangents))
-
-    def tangent(
-        self, static: Any, operands: Tree, changes: Tree, out: list[Array]
-    ) -> list[Array]:
-        return _linear_tangent(self, static, operands, changes)
 
     def _transpose(
         self, cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Any
@@ -96,7 +119,7 @@ class Linear(Operation):
         return [next(rest) if w else None for w in wanted]
 
 
-class _Transposed(Operation):
+class _Transposed(_InSecond):
     """The transpose of a linear primitive, which is linear in the cotangents."""
 
     def __init__(self, name: str, of: Linear):
@@ -110,11 +133,6 @@ class _Transposed(Operation):
         out, dims = super()._batch(leaves, dims, tree=tree, static=static)
         pairs = zip(out, static.like, strict=True)
         return [v if s.shape else v.reshape(-1) for v, s in pairs], dims
-
-    def tangent(
-        self, static: Any, operands: Tree, changes: Tree, out: list[Array]
-    ) -> list[Array]:
-        return _linear_tangent(self, static, operands, changes)
 
     def _transpose(
         self, changes: Sequence[Any], *leaves: Any, tree: Any, static: Adjoint
@@ -146,37 +164,3 @@ def transposed(formula: Formula) -> Formula:
         return jax.linear_transpose(along, *static.like)(given)
 
     return adjoint
-
-
-def _linear_tangent(
-    op: Operation, static: Any, operands: Tree, changes: Tree
-) -> list[Array]:
-    """Of what is linear in its second operand: along that by the primitive itself, and
-    along the first by the formula's derivative."""
-    (fixed, change), (dfixed, dchange) = operands, changes
-    parts = []
-    if jax.tree.leaves(dchange):
-        if jax.tree.structure(dchange) != jax.tree.structure(change):
-            none = jax.tree.map(jnp.zeros_like, change)
-            dchange = jax.tree.map(
-                lambda t, z: z if t is None else t, dchange, none, is_leaf=is_none
-            )
-        parts.append(op(static, fixed, dchange))
-    moving, tree = jax.tree.flatten(dfixed)
-    if moving:
-
-        def along(*moving: Array) -> tuple[Any, ...]:
-            moved = jax.tree.unflatten(tree, moving)
-            both = jax.tree.map(
-                lambda m, v: v if m is None else m, moved, fixed, is_leaf=is_none
-            )
-            return op.formula(static, both, change)
-
-        at = jax.tree.leaves(
-            jax.tree.map(
-                lambda m, v: None if m is None else v, dfixed, fixed, is_leaf=is_none
-            )
-        )
-        again = jax.checkpoint(along, prevent_cse=False)
-        parts.append(jax.jvp(again, tuple(at), tuple(moving))[1])
-    return [functools.reduce(jnp.add, vs) for vs in zip(*parts, strict=True)]

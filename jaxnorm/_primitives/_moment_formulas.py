@@ -10,8 +10,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxnorm._axes import Axes
+from jaxnorm._dtypes import at_least_float32
 from jaxnorm._exact import abs_square, drop_last_bit, two_sum, two_sum_denoised
-from jaxnorm._primitives._operation import Reduction
+from jaxnorm._moments import Moments
+from jaxnorm._primitives._operation import Reduction, Struct
 from jaxnorm._working import mask_to_working, to_working
 
 MeanVarResidue = tuple[Array, Array, Array]
@@ -230,17 +232,21 @@ def tangent(
     center: bool,
     x: Array,
     mask: Array | None,
-    mean: Array,
-    residue: Array,
-    size: Any,
+    own: Moments,
     dx: Array,
 ) -> tuple[Array, Array]:
-    """The tangents of the mean and the variance of `x`.
+    """The tangents of the mean and the variance of `x`, whose moments are `own`.
 
-    `dx` is in the working shape already, and so wide: its transpose adds up all that
-    x's cotangent consists of before it is rounded, once, to the dtype of x.
+    `dx` is in the working shape.
     """
-    dmean = mean_of(dx, axes, size) if center else jnp.zeros_like(mean)
-    centered = to_working(x, mask, axes) - mean
-    half = mean_of((centered.conj() * dx).real, axes, size)
-    return dmean, 2 * (half - (residue.conj() * dmean).real)
+    dmean = mean_of(dx, axes, own.size) if center else jnp.zeros_like(own.mean)
+    centered = to_working(x, mask, axes) - own.mean
+    half = mean_of((centered.conj() * dx).real, axes, own.size)
+    return dmean, 2 * (half - (own.residue.conj() * dmean).real)
+
+
+def results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
+    """Of which shapes and dtypes mean, variance and residue are."""
+    wide = at_least_float32(x.dtype)
+    mean = Struct(reduction.axes.stats_shape, wide)
+    return [mean, Struct(mean.shape, jnp.finfo(wide).dtype), mean]

@@ -17,7 +17,8 @@ from jaxnorm._sharding import vary_alike
 
 Formula = Callable[..., tuple[Any, ...]]
 Tree = Any
-Results = Callable[..., Sequence[jax.ShapeDtypeStruct]]
+Struct = jax.ShapeDtypeStruct
+Results = Callable[..., Sequence[Struct]]
 
 
 class Reduction(NamedTuple):
@@ -164,7 +165,7 @@ def formula_of(eqn: Any) -> Any:
     op = Operation.every.get(eqn.primitive)
     if op is None:
         return None
-    structs = [struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    structs = [Struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     flat = _flat(op.formula, op.primitive.name)
     return jax.make_jaxpr(functools.partial(flat, **eqn.params))(*structs)
 
@@ -220,11 +221,3 @@ def _leading(v: Array, dim: int | None, size: int, axes: Axes) -> Array:
 
 def or_none(tangent: Any) -> Any:
     return None if isinstance(tangent, ad.Zero) else tangent
-
-
-def is_none(v: Any) -> bool:
-    return v is None
-
-
-def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)

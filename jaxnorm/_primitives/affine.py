@@ -3,13 +3,12 @@
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxnorm._axes import Axes
 from jaxnorm._primitives._linear import Linear
-from jaxnorm._primitives._operation import Operation, Reduction
+from jaxnorm._primitives._operation import Operation, Reduction, Struct
 from jaxnorm._working import from_working, to_working
 
 
@@ -86,7 +85,7 @@ class Stood(NamedTuple):
 
 
 class Change(NamedTuple):
-    """The tangent of `x`, in its working shape or in that of `x`, and of the line."""
+    """The tangents of `x` and of the line."""
 
     x: Array | None
     line: Line
@@ -105,10 +104,10 @@ def tangent(
     dline = complete(line, change.line)
     dline = dline._replace(rstd=dline.rstd.astype(wide))
     form = rows if axes.of_rows else _column_tangent
-    dx = change.x
-    if dx is not None and dx.shape == axes.shape:
-        dx = to_working(dx, mask, axes)
-    dy = form(centered, line, None if dx is None else dx.astype(wide), dline)
+    dx = None
+    if change.x is not None:
+        dx = to_working(change.x, mask, axes).astype(wide)
+    dy = form(centered, line, dx, dline)
     return (from_working(dy, mask, axes, dtype),)
 
 
@@ -159,8 +158,8 @@ def _outer(column: Array, row: Array) -> Array:
     return jnp.matmul(column, row.reshape(1, -1), precision=lax.Precision.HIGHEST)
 
 
-def _results(reduction: Reduction, *_: Any) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(reduction.axes.shape, reduction.dtype)]
+def _results(reduction: Reduction, *_: Any) -> list[Struct]:
+    return [Struct(reduction.axes.shape, reduction.dtype)]
 
 
 TANGENT = Linear(

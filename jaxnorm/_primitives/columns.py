@@ -1,6 +1,7 @@
 """Moments of any axes, and the line through each element: `line` and `sums`, which are
 each other's transposes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +10,11 @@ from jax import Array
 from jax.interpreters import ad
 
 from jaxnorm._axes import Axes
-from jaxnorm._dtypes import at_least_float32
+from jaxnorm._moments import Moments
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives._linear import Linear
-from jaxnorm._primitives._operation import Operation, Reduction
+from jaxnorm._primitives._operation import Operation, Reduction, Struct
 from jaxnorm._working import from_working, to_working
-
-Struct = jax.ShapeDtypeStruct
 
 
 class Centered(NamedTuple):
@@ -140,50 +139,53 @@ REST = _Rest("rest", _rest, _rest_results)
 ad.primitive_transposes[REST.primitive] = lambda _, *leaves, **__: [None] * len(leaves)
 
 
-def _moments_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
-    wide = at_least_float32(x.dtype)
-    shape = reduction.axes.stats_shape
-    mean = Struct(shape, wide)
-    return [mean, Struct(shape, jnp.finfo(wide).dtype), mean]
-
-
 class _Moments(Operation):
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:
         (x, mask, size), (dx, *_) = operands, changes
-        mean, _, residue = out
-        dmean, dvar = moments_tangent(static, x, mask, size, mean, residue, dx)
+        mean, var, residue = out
+        size = static.axes.size if size is None else size
+        own = Moments(mean, var, size, residue)
+        dmean, dvar = moments_tangent(static, x, mask, own, dx)
         return [dmean, dvar, jnp.zeros_like(residue)]
 
 
 MOMENTS = _Moments(
-    "moments", formulas.of_any(formulas.about_the_mean), _moments_results
+    "moments", formulas.of_any(formulas.about_the_mean), formulas.results
 )
 
 
 def moments_tangent(
+    reduction: Reduction, x: Array, mask: Array | None, own: Moments, dx: Array
+) -> tuple[Array, Array]:
+    """The tangents of the mean and the variance of `x`, whose moments are `own`."""
+    if jnp.iscomplexobj(x):
+        return any_moments_tangent(reduction, x, mask, own, dx)
+    mean = jnp.broadcast_to(own.mean, each_feature(reduction.axes))
+    found = sums(reduction, Centered(x, mask, mean, None), dx)
+    return of_sums(reduction, own, found)
+
+
+def any_moments_tangent(
     reduction: Reduction,
     x: Array,
     mask: Array | None,
-    size: Any,
-    mean: Array,
-    residue: Array,
+    own: Moments,
     dx: Array,
+    read: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Array, Array]:
-    """The tangents of the mean and the variance of `x`."""
+    """The same by XLA's formula alone, of complex numbers, too; it takes x as `read`.
+
+    Computed again in the backward pass, which keeps of x's size x in its own dtype.
+    """
     axes, center, *_ = reduction
-    if jnp.iscomplexobj(x):
 
-        def complex_tangent(x: Array, mean: Array, residue: Array, dx: Array) -> Any:
-            dx = to_working(dx, mask, axes)
-            return formulas.tangent(axes, center, x, mask, mean, residue, size, dx)
+    def tangent(x: Array, mask: Array | None, own: Moments, dx: Array) -> Any:
+        dx = to_working(dx, mask, axes)
+        return formulas.tangent(axes, center, read(x), mask, own, dx)
 
-        again = jax.checkpoint(complex_tangent, prevent_cse=False)
-        return again(x, mean, residue, dx)
-    fine = jnp.broadcast_to(mean, each_feature(axes))
-    found = sums(reduction, Centered(x, mask, fine, None), dx)
-    return of_sums(reduction, size, residue, found)
+    return jax.checkpoint(tangent, prevent_cse=False)(x, mask, own, dx)
 
 
 def each_feature(axes: Axes) -> tuple[int, ...]:
@@ -193,15 +195,13 @@ def each_feature(axes: Axes) -> tuple[int, ...]:
     return axes._replace(reduce=plain or features).stats_shape
 
 
-def of_sums(
-    reduction: Reduction, size: Any, residue: Array, found: Terms
-) -> tuple[Array, Array]:
+def of_sums(reduction: Reduction, own: Moments, found: Terms) -> tuple[Array, Array]:
     """The tangents of mean and variance, from the sums of those of x."""
     axes = reduction.axes
     shape = axes.stats_shape
     along = tuple(a for a, n in enumerate(found.shift.shape) if n != shape[a])
-    count = formulas.count_of(axes, size, found.shift.dtype)
+    count = formulas.count_of(axes, own.size, found.shift.dtype)
     both = found.shift, found.slope
     mean, half = (v.sum(along, keepdims=True) / count for v in both)
     dmean = mean if reduction.center else jnp.zeros_like(mean)
-    return dmean, 2 * (half - residue * dmean)
+    return dmean, 2 * (half - own.residue * dmean)

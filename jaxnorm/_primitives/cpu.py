@@ -13,12 +13,12 @@ from jaxnorm._cpu import library
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives._linear import Adjoint
-from jaxnorm._primitives._operation import Kernel, Reduction
+from jaxnorm._primitives._operation import Kernel, Reduction, Struct
 from jaxnorm._primitives._views import RowView, reduced, row_view, view
+from jaxnorm._primitives.affine import affine
 from jaxnorm._primitives.columns import Centered, Terms
 from jaxnorm._primitives.rows import Row, RowChange
-
-Struct = jax.ShapeDtypeStruct
+from jaxnorm._working import from_working, to_working
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -74,9 +74,7 @@ def _moments(
 
     if axes.per_feature == axes:
         return each_of(axes, x)
-    mean, var, residue = formulas.feature_by_feature(axes, x, each_of)
-    zero = jnp.zeros_like(mean)
-    return (mean, var, residue) if center else (zero, var, zero)
+    return formulas.feature_by_feature(axes, x, each_of)
 
 
 MOMENTS = Kernel(_moments, _moments_unfit, _name)
@@ -115,9 +113,8 @@ def _sums(
     shift, slope = call(x, array, mean, **found.attributes)
     spread = None
     if like.array is not None:
-        wide = array.astype(mean.dtype).reshape(axes.working_shape)
-        wide = wide if gain is None else wide * gain
-        spread = wide.reshape(axes.shape).astype(like.array.dtype)
+        wide = affine(to_working(array, None, axes), gain, None)
+        spread = from_working(wide, None, axes, like.array.dtype)
     rest = None if like.rest is None else array.astype(like.rest.dtype)
     found = Terms(spread, slope, shift, rest)
     return tuple(v for v, wanted in zip(found, like, strict=True) if wanted is not None)

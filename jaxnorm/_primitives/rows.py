@@ -4,20 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxnorm import _exact as exact
-from jaxnorm._dtypes import at_least_float32
+from jaxnorm._moments import Moments
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives import affine
 from jaxnorm._primitives._linear import Linear
-from jaxnorm._primitives._operation import Operation, Reduction
+from jaxnorm._primitives._operation import Operation, Reduction, Struct
 from jaxnorm._primitives.affine import Change, Line, Stood
 from jaxnorm._working import from_working, to_working
-
-Struct = jax.ShapeDtypeStruct
 
 
 class Row(NamedTuple):
@@ -52,8 +49,8 @@ def norm(
     axes, dtype = reduction.axes, reduction.dtype
     m = formulas.of_any(centered)(reduction, x, None, None)
     mean, var, residue = m
-    line = Line(mean, residue if reduction.center else None, None, scale, bias)
-    line = line._replace(rstd=exact.rstd(var, epsilon))
+    residue = residue if reduction.center else None
+    line = Line(mean, residue, exact.rstd(var, epsilon), scale, bias)
     y = affine.apply_line(x, None, line, axes)
     return from_working(y, None, axes, dtype), *m
 
@@ -68,13 +65,13 @@ def tangent(
     """The tangents of y, mean and variance of rows: the chain rule, all in one."""
     axes, center, *_ = reduction
     x, epsilon, scale, mean, var, residue = again(reduction, row)
-    wide = at_least_float32(x.dtype)
-    dx = None if change.x is None else to_working(change.x, None, axes).astype(wide)
-    if dx is None:
-        dmean, dvar = jnp.zeros_like(mean), jnp.zeros_like(var)
-    else:
-        m = x, None, mean, residue
-        dmean, dvar = formulas.tangent(axes, center, *m, None, dx)
+    dx, dmean, dvar = None, jnp.zeros_like(mean), jnp.zeros_like(var)
+    if change.x is not None:
+        # Once, so that both its uses are summed before they are rounded.
+        dx = change.x.astype(mean.dtype)
+        own = Moments(mean, var, axes.size, residue)
+        working = to_working(dx, None, axes)
+        dmean, dvar = formulas.tangent(axes, center, x, None, own, working)
     rstd = exact.rstd(var, epsilon)
     dsquare = dvar if change.epsilon is None else dvar + change.epsilon
     line = Line(mean, residue if center else None, rstd, scale, None)
@@ -100,20 +97,14 @@ def moments_again(reduction: Reduction, row: Row) -> Row:
     return row._replace(x=x, mean=mean, var=var, residue=residue)
 
 
-def _moment_results(reduction: Reduction, x: Any) -> list[Struct]:
-    wide = at_least_float32(x.dtype)
-    mean = Struct(reduction.axes.stats_shape, wide)
-    return [mean, Struct(mean.shape, jnp.finfo(wide).dtype), mean]
-
-
 def _norm_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
     y = Struct(reduction.axes.shape, reduction.dtype)
-    return [y, *_moment_results(reduction, x)]
+    return [y, *formulas.results(reduction, x)]
 
 
 def _tangent_results(reduction: Reduction, row: Row, _: Any) -> list[Struct]:
     y = Struct(reduction.axes.shape, reduction.dtype)
-    return [y, *_moment_results(reduction, row.x)[:2]]
+    return [y, *formulas.results(reduction, row.x)[:2]]
 
 
 ROW_TANGENT = Linear(
