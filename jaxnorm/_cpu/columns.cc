@@ -33,7 +33,7 @@ int64_t sets_of_positions(ThreadPool& pool, const View& v, bool center, const T*
                           std::vector<double>& means, std::vector<double>& squares) {
   const int64_t each = sets_of(pool, v.flat(), center, x, means, squares);
   for (int64_t s = 0; s < v.sets(); ++s) {
-    const int64_t first = v.first(s / v.kept, s % v.kept), at = s * v.inner;
+    const int64_t first = v.first(s), at = s * v.inner;
     const double pivot = center ? double(load(x[first])) : 0;
     double mean = 0, square = 0;
     Sets set{&mean, &square};
@@ -59,7 +59,7 @@ void moments(ThreadPool& pool, const View& v, bool center, const T* x, Wide<T>* 
   const int64_t size = (v.of_short_runs() ? sets_of_positions<T> : sets_of<T>)(
       pool, v, center, x, means, squares);
   for (int64_t s = 0; s < v.sets(); ++s) {
-    const double pivot = center ? double(load(x[v.first(s / v.kept, s % v.kept)])) : 0;
+    const double pivot = center ? double(load(x[v.first(s)])) : 0;
     mean[s] = A(pivot + means[s]);
     residue[s] = A((pivot - double(mean[s])) + means[s]);
     var[s] = A(squares[s] / double(size));

@@ -92,7 +92,7 @@ template <class T>
 void column_moments(const View& v, const T* x, const Task& task, bool center, Sets sets) {
   const int64_t channels = task.channels.size();
   const T* begin = x + (task.outer * v.length + task.lengths.begin) * v.kept + task.channels.begin;
-  const T* pivot = x + v.first(task.outer, task.channels.begin);
+  const T* pivot = x + v.first(task.outer * v.kept + task.channels.begin);
   std::vector<Wide<T>> scratch;
   fold_rows(task.lengths.size(), channels, v.kept, [&](int64_t first, int64_t rows, int64_t lanes) {
     const int64_t stride = lanes == channels ? v.kept : lanes;
@@ -111,7 +111,7 @@ void run_of_moments(const View& v, const T* x, const Task& task, bool center, Se
   const int64_t before = sets.size;
   for (int64_t c = task.channels.begin; c < task.channels.end; ++c) {
     Sets set{sets.mean + c - task.channels.begin, sets.squares + c - task.channels.begin, before};
-    const double pivot = center ? double(load(x[v.first(task.outer, c)])) : 0;
+    const double pivot = center ? double(load(x[v.first(task.outer * v.kept + c)])) : 0;
     for (int64_t n = task.lengths.begin; n < task.lengths.end; ++n) {
       const T* run = x + ((task.outer * v.length + n) * v.kept + c) * v.inner;
       for (int64_t i = 0; i < v.inner; i += kBlock) {

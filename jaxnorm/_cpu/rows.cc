@@ -179,6 +179,21 @@ Error RowGradient(ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets r
   });
 }
 
+// What both handlers are given, in this order.
+auto rows_and_flags() {
+  return ffi::Ffi::Bind()
+      .Ctx<ThreadPool>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<int64_t>("outer")
+      .Attr<int64_t>("rows")
+      .Attr<int64_t>("features")
+      .Attr<int64_t>("param_outer")
+      .Attr<bool>("center")
+      .Attr<bool>("has_scale")
+      .Attr<bool>("has_bias");
+}
+
 }  // namespace
 }  // namespace jaxnorm
 
@@ -186,31 +201,9 @@ using namespace jaxnorm;
 
 #pragma GCC visibility push(default)  // all that is seen from outside
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_row_norm, RowNorm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("outer")
-                                  .Attr<int64_t>("rows")
-                                  .Attr<int64_t>("features")
-                                  .Attr<int64_t>("param_outer")
-                                  .Attr<bool>("center")
-                                  .Attr<bool>("has_scale")
-                                  .Attr<bool>("has_bias"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_row_norm, RowNorm, rows_and_flags());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_row_gradient, RowGradient,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("outer")
-                                  .Attr<int64_t>("rows")
-                                  .Attr<int64_t>("features")
-                                  .Attr<int64_t>("param_outer")
-                                  .Attr<bool>("center")
-                                  .Attr<bool>("has_scale")
-                                  .Attr<bool>("has_bias")
-                                  .Attr<bool>("has_moments"));
+                              rows_and_flags().Attr<bool>("has_moments"));
 
 #pragma GCC visibility pop

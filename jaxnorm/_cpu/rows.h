@@ -50,14 +50,12 @@ template <class T, class A>
 void write_row(const A* __restrict x, int64_t n, RowMoments<A> m, A rstd, const A* __restrict scale,
                const A* __restrict bias, T* __restrict y) {
   const A mean = m.mean, residue = m.residue;
-  if (scale && bias)
-    for (int64_t c = 0; c < n; ++c) store(((x[c] - mean) - residue) * rstd * scale[c] + bias[c], y[c]);
-  else if (scale)
-    for (int64_t c = 0; c < n; ++c) store(((x[c] - mean) - residue) * rstd * scale[c], y[c]);
-  else if (bias)
-    for (int64_t c = 0; c < n; ++c) store(((x[c] - mean) - residue) * rstd + bias[c], y[c]);
-  else
-    for (int64_t c = 0; c < n; ++c) store(((x[c] - mean) - residue) * rstd, y[c]);
+  for (int64_t c = 0; c < n; ++c) {
+    A v = ((x[c] - mean) - residue) * rstd;
+    if (scale) v *= scale[c];
+    if (bias) v += bias[c];
+    store(v, y[c]);
+  }
 }
 
 // What the gradient of a row is made of: dx = rstd * (d - level - x_hat * tilt) + more,
@@ -72,15 +70,10 @@ template <class A>
 void sums_of_row(const A* __restrict x, const A* __restrict dy, const A* __restrict scale, int64_t n,
                  RowMoments<A> m, A rstd, double& level, double& tilt) {
   const A mean = m.mean, residue = m.residue;
-  if (scale)
-    sum_pair<A>(n, [=](int64_t c, A& a, A& b) {
-      const A d = dy[c] * scale[c];
-      a += d, b += d * (((x[c] - mean) - residue) * rstd);
-    }, level, tilt);
-  else
-    sum_pair<A>(n, [=](int64_t c, A& a, A& b) {
-      a += dy[c], b += dy[c] * (((x[c] - mean) - residue) * rstd);
-    }, level, tilt);
+  sum_pair<A>(n, [=](int64_t c, A& a, A& b) {
+    const A d = scale ? dy[c] * scale[c] : dy[c];
+    a += d, b += d * (((x[c] - mean) - residue) * rstd);
+  }, level, tilt);
 }
 
 template <class T, class A>
@@ -88,12 +81,10 @@ void write_gradient(const A* __restrict x, const A* __restrict dy, const A* __re
                     int64_t n, RowMoments<A> m, A rstd, RowSlopes<A> s, T* __restrict dx) {
   const A mean = m.mean, residue = m.residue, level = s.level * rstd - s.dmean;
   const A tilt = s.tilt * rstd * rstd - s.dvar;
-  if (scale)
-    for (int64_t c = 0; c < n; ++c)
-      store(dy[c] * scale[c] * rstd - level - ((x[c] - mean) - residue) * tilt, dx[c]);
-  else
-    for (int64_t c = 0; c < n; ++c)
-      store(dy[c] * rstd - level - ((x[c] - mean) - residue) * tilt, dx[c]);
+  for (int64_t c = 0; c < n; ++c) {
+    const A d = scale ? dy[c] * scale[c] : dy[c];
+    store(d * rstd - level - ((x[c] - mean) - residue) * tilt, dx[c]);
+  }
 }
 
 // Adds a row's part of the gradients of scale and bias.
@@ -101,15 +92,10 @@ template <class A>
 void add_to_params(const A* __restrict x, const A* __restrict dy, int64_t n, RowMoments<A> m,
                    A rstd, A* __restrict dscale, A* __restrict dbias) {
   const A mean = m.mean, residue = m.residue;
-  if (dscale && dbias)
-    for (int64_t c = 0; c < n; ++c) {
-      dscale[c] += dy[c] * (((x[c] - mean) - residue) * rstd);
-      dbias[c] += dy[c];
-    }
-  else if (dscale)
-    for (int64_t c = 0; c < n; ++c) dscale[c] += dy[c] * (((x[c] - mean) - residue) * rstd);
-  else if (dbias)
-    for (int64_t c = 0; c < n; ++c) dbias[c] += dy[c];
+  for (int64_t c = 0; c < n; ++c) {
+    if (dscale) dscale[c] += dy[c] * (((x[c] - mean) - residue) * rstd);
+    if (dbias) dbias[c] += dy[c];
+  }
 }
 
 }  // namespace jaxnorm

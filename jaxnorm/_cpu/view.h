@@ -11,15 +11,14 @@ struct View {
   int64_t outer, length, kept, inner;
 
   // The place of the first element of a set.
-  int64_t first(int64_t o, int64_t channel) const {
-    return (o * length * kept + channel) * inner;
+  int64_t first(int64_t set) const {
+    return (set / kept * length * kept + set % kept) * inner;
   }
   // Short runs cost more each than their elements: many of them are taken as columns.
   bool of_short_runs() const { return inner > 1 && inner < 256 && length >= 16; }
   View flat() const { return {outer, length, kept * inner, 1}; }
   int64_t sets() const { return outer * kept; }
-  int64_t set_size() const { return length * inner; }
-  int64_t size() const { return sets() * set_size(); }
+  int64_t size() const { return sets() * length * inner; }
 };
 
 // Work on `channels` of one outer index, along `lengths`.
