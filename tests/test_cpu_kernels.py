@@ -329,7 +329,10 @@ def test_results_are_rounded_to_nearest_even(kind):
     """Rows of two numbers 1 and -1, scaled: y is the scale and its negative."""
     rng = np.random.default_rng(0)
     scale = rng.standard_normal(4000) * 10.0 ** rng.integers(-9, 6, 4000)
-    scale = np.array([*scale, 1e30, 65519.0, 65520.0, np.inf, np.nan], np.float32)
+    ulp = float(jnp.finfo(kind).eps)
+    ties = [1 + n * ulp / 2 for n in (1, 3, 5, 7)]
+    rest = [1e30, 65519.0, 65520.0, np.inf, np.nan]
+    scale = np.array([*scale, *ties, *rest], np.float32)
     params = jnp.asarray(np.repeat(scale, 2)[None])
     rows = jnp.tile(jnp.asarray([1.0, -1.0], kind), len(scale))[None, None]
     y, *_ = row_norm(rows, jnp.float32(0), params, None, True, True)
