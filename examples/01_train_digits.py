@@ -21,31 +21,23 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import resnet
+from digits import Digits, Parser, load
 from tqdm import tqdm
-from train_data import (
-    BadInput,
-    Split,
-    batches,
-    checksum,
-    load_digits,
-    load_npz,
-    require,
-    shifted,
-)
+from train_data import BadInput, batches, checksum, load_npz, require, shifted
 from train_files import (
+    checkpoint,
     draw_curves,
     open_checkpoints,
     past_epochs,
     write_files,
 )
-from train_steps import AXIS, Job, State, make_job
+from train_steps import AXIS, Job, State, differences, make_job, mean_loss
 
 import jaxnorm
 
@@ -114,10 +106,6 @@ def evaluate(step, state, split, batch_size) -> dict:
     return summary("test", [jax.device_get(step(state, batch)) for batch in todo])
 
 
-def mean_loss(sums: dict) -> float:
-    return float(sums["loss"]) / float(sums["count"])
-
-
 def summary(name: str, sums: list[dict]) -> dict:
     total = {key: sum(float(each[key]) for each in sums) for key in sums[0]}
     return {
@@ -126,13 +114,13 @@ def summary(name: str, sums: list[dict]) -> dict:
     }
 
 
-def fit(job: Job, train: Split, test: Split, options, history: list[dict]) -> State:
+def fit(job: Job, train: Digits, test: Digits, options, config, history) -> State:
     """Trains on from the last checkpoint; extends `history` and the files."""
     out, batch_size, state = options.out, options.batch_size, job.state
     with open_checkpoints(out) as checkpoints:
         if history:
-            restore = ocp.args.StandardRestore(state)
-            state = checkpoints.restore(len(history), args=restore)
+            restore = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+            state = checkpoints.restore(len(history), args=restore).state
         for epoch in range(len(history) + 1, options.epochs + 1):
             start = time.perf_counter()
             state, trained = train_epoch(
@@ -141,47 +129,18 @@ def fit(job: Job, train: Split, test: Split, options, history: list[dict]) -> St
             tested = evaluate(job.eval_step, state, test, batch_size)
             seconds = round(time.perf_counter() - start, 3)
             history.append({"epoch": epoch, **trained, **tested, "seconds": seconds})
-            line = json.dumps(history[-1])
-            print(line, flush=True)
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(line + "\n")
-            # Only now, so that each checkpointed epoch has its line.
-            checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+            print(json.dumps(history[-1]), flush=True)
+            write_files(out, config, history)
+            checkpoints.save(epoch, args=checkpoint(state, config, history))
     draw_curves(history, out / "curves.png")
     return state
-
-
-def same_step(many: Job, one: Job, batch: dict) -> bool:
-    """Whether a step on many devices and on one differ by roundoff only."""
-    (new, sums), (new_on_one, sums_on_one) = (
-        jax.device_get(job.train_step(job.state, batch)) for job in (many, one)
-    )
-    gaps = {
-        "parameters": largest_gap(new.params, new_on_one.params),
-        "batch statistics": largest_gap(new.batch_stats, new_on_one.batch_stats),
-        "loss": abs(mean_loss(sums) - mean_loss(sums_on_one)),
-    }
-    print("one step on all devices and on one device, largest difference:")
-    for name, gap in gaps.items():
-        print(f"    {name}: {gap:.1e}")
-    return all(gap <= TOLERANCE for gap in gaps.values())
-
-
-def largest_gap(a: Any, b: Any) -> float:
-    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), a, b)
-    return float(np.max(jax.tree.leaves(gaps), initial=0))
 
 
 # ---- The command line -------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
 def make_parser() -> Parser:
-    parser = Parser(prog=Path(__file__).name, description="Train a ResNet on digits.")
+    parser = Parser(__file__, "Train a ResNet on digits.")
     add = parser.add_argument
     add("--norm", default="batch", choices=NORMS, help="every norm of the network")
     add("--api", default="linen", choices=resnet.MODELS, help="flavour of Flax")
@@ -231,7 +190,7 @@ def run(options: argparse.Namespace) -> int:
     require(options.epochs >= 1, "--epochs must be at least 1")
     require(0 <= options.seed < 2**32, "--seed must be from 0 to 2**32 - 1")
     devices = choose_devices(options.devices, options.batch_size)
-    train, test = load_npz(options.data) if options.data else load_digits()
+    train, test = load_npz(options.data) if options.data else load()
     config = {key: getattr(options, key) for key in ("norm", "api", "seed")}
     config |= {"batch_size": options.batch_size, "devices": len(devices)}
     config |= {"data": checksum(train, test)}
@@ -252,13 +211,18 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput(f"--norm {options.norm} does not fit: {error}") from None
 
     write_files(options.out, config, history)
-    final = fit(job, train, test, options, history)
+    final = fit(job, train, test, options, config, history)
     accuracy = evaluate(job.eval_step, final, test, options.batch_size)["test_accuracy"]
     print(f"test accuracy with running statistics: {accuracy:.4f}")
     if options.norm in SPREAD:
         print(f"{options.norm}: a step depends on the number of devices")
         return 0
-    if same_step(job, make_job(model, optimizer, devices[:1]), ragged):
+    one = make_job(model, optimizer, devices[:1])
+    gaps = differences(job, one, ragged)
+    print("one step on all devices and on one device, largest difference:")
+    for name, gap in gaps.items():
+        print(f"    {name}: {gap:.1e}")
+    if all(gap <= TOLERANCE for gap in gaps.values()):
         return 0
     print(f"that is more than roundoff, {TOLERANCE}", file=sys.stderr)
     return 1

@@ -15,18 +15,15 @@ different length, and masks keep what follows their ends out of the statistics.
 The last line is the accuracy on images never trained on, by the running statistics.
 """
 
-import argparse
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import datasets
-from tqdm import tqdm
 
 import jaxnorm
 
@@ -97,54 +94,39 @@ def lstm(norm: jaxnorm.Norm | None, params, stats, batch, train: bool):
     return state, stats
 
 
-def loss_fn(params, stats, batch, norm, train: bool):
+def loss_fn(variables, batch, norm, train: bool = True):
+    """The loss, and what goes with it: the new statistics and the right answers."""
+    params, stats = variables["params"], variables["batch_stats"]
     state, stats = lstm(norm, params, stats, batch, train)
     logits, labels = state @ params["head"], batch["label"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), (stats, (logits.argmax(-1) == labels).mean())
+    return losses.mean(), stats, (logits.argmax(-1) == labels).mean()
 
 
-def load_digits() -> tuple[dict, dict]:
-    images, labels = datasets.load_digits(return_X_y=True)
-    pixels = (images / 16).astype(np.float32).reshape(-1, STEPS, PIXELS)
+def sequences(data: digits.Digits) -> dict[str, np.ndarray]:
+    """Images as sequences that end with their last ink."""
+    pixels = data.images.reshape(-1, STEPS, PIXELS)
     last_ink_first = np.any(pixels > 0, axis=2)[:, ::-1]
     length = STEPS - np.argmax(last_ink_first, axis=1)
-    data = {"pixels": pixels, "length": length, "label": labels}
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = ({k: v[i] for k, v in data.items()} for i in np.split(order, [-360]))
-    return train, test
+    return {"pixels": pixels, "length": length, "label": data.labels}
 
 
-def fit(norm: jaxnorm.Norm | None, data: dict, steps: int, seed: int):
+def fit(norm: jaxnorm.Norm | None, data: digits.Digits, steps: int, seed: int):
     """Parameters and statistics after `steps` batches."""
     rate = optax.cosine_decay_schedule(RATE, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-
-    @jax.jit
-    def train_step(params, stats, opt_state, batch):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (stats, _)), grads = grad_fn(params, stats, batch, norm, train=True)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), stats, opt_state, loss
-
     params, stats = initialize(norm, seed)
-    opt_state, rng = optimizer.init(params), np.random.default_rng(seed)
-    bar = tqdm(range(steps), "training", leave=False, disable=None)
-    for _ in bar:
-        rows = rng.choice(len(data["label"]), BATCH_SIZE, replace=False)
-        batch = {k: v[rows] for k, v in data.items()}
-        params, stats, opt_state, loss = train_step(params, stats, opt_state, batch)
-        bar.set_postfix(loss=f"{loss:.4f}")
-    return params, stats
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+    return digits.fit(
+        {"params": params, "batch_stats": stats},
+        map(sequences, data.batches(BATCH_SIZE, seed)),
+        steps,
+        optimizer,
+        loss=lambda variables, batch: loss_fn(variables, batch, norm)[:2],
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog=Path(__file__).name, description="Read digits with an LSTM.")
+    parser = digits.Parser(__file__, "Read digits with an LSTM.")
     parser.add_argument("--norm", default="recurrent", choices=NORMS)
     parser.add_argument("--steps", default=300, type=int, help="batches to train on")
     parser.add_argument("--seed", default=0, type=int)
@@ -154,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= options.seed < 2**32:
         parser.error("--seed must be from 0 to 2**32 - 1")
 
-    (train, test), norm = load_digits(), NORMS[options.norm]
-    params, stats = fit(norm, train, options.steps, options.seed)
+    (train, test), norm = digits.load(), NORMS[options.norm]
+    variables = fit(norm, train, options.steps, options.seed)
     if norm is not None:
-        deviations = jnp.sqrt(stats["cell"]["var"].mean(axis=1))
+        deviations = jnp.sqrt(variables["batch_stats"]["cell"]["var"].mean(axis=1))
         print("deviation of the cell, by step:", *(f"{d:.2f}" for d in deviations))
     evaluate = jax.jit(partial(loss_fn, norm=norm, train=False))
-    _, (_, accuracy) = evaluate(params, stats, test)
+    *_, accuracy = evaluate(variables, sequences(test))
     print(f"test accuracy with running statistics: {accuracy:.4f}")
     return 0
 

@@ -17,18 +17,16 @@ Where jaxnorm takes a scale and bias, it takes one for each example, too, of sha
 Each prints how well it works, and what there is without it.
 """
 
-import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
+import digits
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from sklearn import datasets
 from tqdm import tqdm
 
 import jaxnorm
@@ -87,49 +85,41 @@ class AnswerNet(nn.Module):
         return nn.Dense(2)(x)
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """All images and what they show, in an order of no meaning."""
-    images, digits = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(digits))
-    return (images[order] / 16).astype(np.float32), digits[order]
-
-
-def ask(images: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> tuple:
+def ask(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple:
     """Images, "is it this digit?", and answers: for each image a yes and a no."""
-    others = (digits + rng.integers(1, 10, len(digits))) % 10
-    answers = np.repeat([1, 0], len(digits))
-    return np.tile(images, (2, 1)), np.append(digits, others), answers
+    others = (labels + rng.integers(1, 10, len(labels))) % 10
+    answers = np.repeat([1, 0], len(labels))
+    return np.tile(images, (2, 1)), np.append(labels, others), answers
 
 
 def right_answers(steps: int) -> dict[str, float]:
     """What part of the answers is right, after training, on images not trained on."""
-    images, digits = load_digits()
-    network, optimizer = AnswerNet(), optax.adam(0.01)
+    train, test = (d._replace(images=d.images.reshape(-1, 64)) for d in digits.load())
+    network = AnswerNet()
     apply: Any = jax.jit(network.apply)
 
-    def loss_fn(params, images, question, answers):
-        logits = apply(params, images, question)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
-
-    @jax.jit
-    def train_step(params, opt_state, batch):
-        grads = jax.grad(loss_fn)(params, *batch)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state
+    def loss(variables, batch):
+        images, question, answers = batch
+        logits: Any = network.apply({"params": variables["params"]}, images, question)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, answers)
+        return losses.mean(), {}
 
     def right(told: bool) -> float:
-        params, rng = init(jax.random.key(0), images, digits), np.random.default_rng(0)
-        opt_state = optimizer.init(params)
-        for _ in tqdm(range(steps), "questions", leave=False, disable=None):
-            rows = rng.choice(len(digits) - 360, BATCH_SIZE // 2, replace=False)
-            shown, question, answers = ask(images[rows], digits[rows], rng)
-            batch = shown, question * told, answers
-            params, opt_state = train_step(params, opt_state, batch)
-        shown, question, answers = ask(images[-360:], digits[-360:], rng)
-        given = apply(params, shown, question * told).argmax(-1)
+        rng = np.random.default_rng(0)
+
+        def asked(data: digits.Digits) -> tuple:
+            images, question, answers = ask(data.images, data.labels, rng)
+            return images, question * told, answers
+
+        variables = jax.jit(network.init)(jax.random.key(0), *train)
+        variables = {**variables, "batch_stats": {}}
+        batches = map(asked, train.batches(BATCH_SIZE // 2))
+        variables = digits.fit(variables, batches, steps, optax.adam(0.01), loss=loss)
+        images, question, answers = asked(test)
+        params = {"params": variables["params"]}
+        given = apply(params, images, question).argmax(-1)
         return float((given == answers).mean())
 
-    init = jax.jit(network.init)
     # Where all are told question 0, they share its scale and bias.
     return {"the same norm for all": right(False), "a norm for each": right(True)}
 
@@ -192,21 +182,11 @@ def noise_left(steps: int) -> dict[str, float]:
     return {name: float(value) for name, value in errors.items()}
 
 
-# ---- The command line -------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+# ---- All of them -------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog=Path(__file__).name, description="Scale and bias per example.")
-    parser.add_argument("--steps", default=300, type=int, help="batches to train on")
-    steps = parser.parse_args(argv).steps
-    if steps < 1:
-        parser.error("--steps must be at least 1")
-
+    steps = digits.read_steps(__file__, argv, default=300)
     print("adaptive instance norm: largest difference from the style's moments")
     content, style = two_images(np.random.default_rng(0))
     after = adaptive_instance_norm(content, style)

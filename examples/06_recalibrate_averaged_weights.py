@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     averages = {policy: variables for policy in ("average", "copy", "recalibrate")}
     seen = 0
 
-    def add(variables):
+    def add(variables, loss):
         nonlocal seen
         seen += 1
         for policy, average in averages.items():

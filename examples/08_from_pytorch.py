@@ -11,18 +11,18 @@ say which settings its norms had: `jaxnorm.models.norm_settings` has torch's, an
 them the running statistics go on moving as they did.
 """
 
-import argparse
+import functools
+import itertools
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import digits
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from safetensors.numpy import load_file
-from sklearn import datasets
 
 import jaxnorm
 from jaxnorm.linen import BatchNorm
@@ -57,43 +57,14 @@ def torch_name(path: str) -> str:
     return path.replace("_", ".").replace("/", ".")
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images and what they show; torch has not seen the last 360."""
-    images, digits = datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(digits))
-    return (images[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32), digits[order]
-
-
-def fine_tuned(variables: Any, images: np.ndarray, digits: np.ndarray) -> tuple:
-    """The variables after two steps, and the losses before each."""
-    optimizer, apply = optax.sgd(0.01, momentum=0.9), cast(Any, Net().apply)
-
-    def loss_fn(params, stats):
-        variables = {"params": params, "batch_stats": stats}
-        logits, new = apply(variables, images, True, mutable=["batch_stats"])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, digits).mean()
-        return loss, new["batch_stats"]
-
-    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    params, stats = variables["params"], variables["batch_stats"]
-    opt_state, losses = optimizer.init(params), []
-    for _ in range(2):
-        (loss, stats), grads = grad_fn(params, stats)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        params = optax.apply_updates(params, updates)
-        losses.append(float(loss))
-    return {"params": params, "batch_stats": stats}, losses
-
-
 def main(argv: list[str] | None = None) -> int:
-    name, usage = Path(__file__).name, argparse.SUPPRESS  # errors are of one line
-    parser = argparse.ArgumentParser(name, usage, "From PyTorch to JAX and back.")
+    parser = digits.Parser(__file__, "From PyTorch to JAX and back.")
     parser.add_argument("--checkpoint", default=FILE, type=Path, help="safetensors")
     path = parser.parse_args(argv).checkpoint
     if not path.is_file():
         parser.error(f"--checkpoint {path} is not a file")
 
-    images, digits = load_digits()
+    images, labels = digits.load_all()  # torch has not seen the last 360
     state_dict = load_file(path)
     expected = state_dict.pop("expected_logits", None)
     template = jax.eval_shape(Net().init, jax.random.key(0), images)
@@ -105,9 +76,17 @@ def main(argv: list[str] | None = None) -> int:
     logits: Any = Net().apply(variables, images[-360:])
     if expected is not None:
         print(f"largest difference from torch: {jnp.abs(logits - expected).max():.1e}")
-    print(f"test accuracy: {(logits.argmax(-1) == digits[-360:]).mean():.3f}")
+    print(f"test accuracy: {(logits.argmax(-1) == labels[-360:]).mean():.3f}")
 
-    variables, losses = fine_tuned(variables, images[:256], digits[:256])
+    losses: list[float] = []
+    variables = digits.fit(
+        variables,
+        itertools.repeat(digits.Digits(images[:256], labels[:256])),
+        steps=2,
+        optimizer=optax.sgd(0.01, momentum=0.9),
+        after_step=lambda _, loss: losses.append(float(loss)),
+        loss=functools.partial(digits.forward, net=Net()),
+    )
     print(f"losses of fine-tuning: {losses[0]:.4f} {losses[1]:.4f}")
     back = jaxnorm.models.to_checkpoint("torch", variables, rename=torch_name)
     alike = back.keys() == state_dict.keys()

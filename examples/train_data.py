@@ -3,9 +3,9 @@
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from digits import Digits
 
 
 class BadInput(ValueError):
@@ -17,23 +17,7 @@ def require(condition: bool, message: str) -> None:
         raise BadInput(message)
 
 
-class Split(NamedTuple):
-    images: np.ndarray  # float32, (N, H, W, C), from 0 to 1
-    labels: np.ndarray  # int32, (N,)
-
-
-def load_digits() -> tuple[Split, Split]:
-    from sklearn import datasets
-
-    images, labels = datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    order = np.random.default_rng(0).permutation(len(images))
-    parts = order[360:], order[:360]
-    train, test = (Split(images[i], labels[i].astype(np.int32)) for i in parts)
-    return train, test
-
-
-def load_npz(path: Path) -> tuple[Split, Split]:
+def load_npz(path: Path) -> tuple[Digits, Digits]:
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
@@ -56,7 +40,7 @@ def load_npz(path: Path) -> tuple[Split, Split]:
     return train, test
 
 
-def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Split:
+def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Digits:
     images, labels = arrays[x], arrays[y]
     is_byte = images.dtype == np.uint8
     is_float = np.issubdtype(images.dtype, np.floating)
@@ -73,17 +57,17 @@ def checked(arrays: dict[str, np.ndarray], x: str, y: str) -> Split:
     inside = is_byte or bool(np.all((0 <= images) & (images <= 1)))
     require(inside, f"{x} has floating point pixels that are NaN or outside [0, 1]")
     images = images.astype(np.float32) / (255 if is_byte else 1)
-    return Split(images.reshape(*images.shape[:3], -1), labels.astype(np.int32))
+    return Digits(images.reshape(*images.shape[:3], -1), labels.astype(np.int32))
 
 
-def checksum(*splits: Split) -> int:
+def checksum(*splits: Digits) -> int:
     value = 0
     for array in (array for split in splits for array in split):
         value = zlib.crc32(array.tobytes(), value)
     return value
 
 
-def shifted(split: Split, rng: np.random.Generator) -> Split:
+def shifted(split: Digits, rng: np.random.Generator) -> Digits:
     """Every image moved by up to one pixel each way."""
     height, width = split.images.shape[1:3]
     padded = np.pad(split.images, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -92,10 +76,10 @@ def shifted(split: Split, rng: np.random.Generator) -> Split:
         image[y : y + height, x : x + width]
         for image, (y, x) in zip(padded, moves, strict=True)
     ]
-    return Split(np.stack(moved), split.labels)
+    return Digits(np.stack(moved), split.labels)
 
 
-def batches(split: Split, order: np.ndarray, size: int) -> Iterator[dict]:
+def batches(split: Digits, order: np.ndarray, size: int) -> Iterator[dict]:
     """Batches of one fixed shape; the last is padded, and its padding not valid."""
     for start in range(0, len(order), size):
         rows = order[start : start + size]

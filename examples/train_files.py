@@ -1,8 +1,8 @@
-"""The files of a run of example 01: settings, metrics, curves and checkpoints."""
+"""The files of a run of example 01: checkpoints, and what people read beside them."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 from matplotlib.figure import Figure
@@ -31,32 +31,33 @@ def past_epochs(options, config: dict) -> list[dict]:
     require(done > 0, f"nothing to resume: {out} holds no checkpoint")
     enough = done <= options.epochs
     require(enough, f"{out} has {done} epochs, more than --epochs {options.epochs}")
-    try:
-        before = json.loads((out / "config.json").read_text())
-        changed = [
-            f"{key} was {before[key]}, now {config[key]}"
-            for key in config
-            if before[key] != config[key]
-        ]
-        # Later lines, the last of them perhaps cut short, have no checkpoint.
-        lines = (out / "metrics.jsonl").read_text().splitlines()[:done]
-        history = [json.loads(line) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"cannot read the files of {out}: {error!r}") from None
+    with open_checkpoints(out) as checkpoints:
+        run = ocp.args.Composite(run=ocp.args.JsonRestore())
+        past = checkpoints.restore(done, args=run).run
+    changed = [
+        f"{key} was {past['config'][key]}, now {value}"
+        for key, value in config.items()
+        if past["config"][key] != value
+    ]
     require(not changed, f"cannot resume {out}: {'; '.join(changed)}")
-    require(len(history) == done, f"{out}/metrics.jsonl lacks checkpointed epochs")
-    return history
+    return past["history"]
+
+
+def checkpoint(state: Any, config: dict, history: list[dict]) -> ocp.args.Composite:
+    """What a checkpoint holds: all that a run needs to go on."""
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        run=ocp.args.JsonSave({"config": config, "history": history}),
+    )
 
 
 def write_files(out: Path, config: dict, history: list[dict]) -> None:
-    """Replaces each file as a whole, so that none is ever found half-written."""
+    """Settings and metrics, for people; a run is resumed from its checkpoint."""
     lines = "".join(json.dumps(line) + "\n" for line in history)
-    texts = {"config.json": json.dumps(config, indent=2) + "\n", "metrics.jsonl": lines}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (out / "new").write_text(text)
-            os.replace(out / "new", out / name)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / "metrics.jsonl").write_text(lines)
     except OSError as error:
         raise BadInput(f"cannot write to {out}: {error.strerror}") from None
 

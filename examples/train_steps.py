@@ -73,3 +73,24 @@ def device_steps(apply: Callable, optimizer) -> tuple[Callable, Callable]:
         return sums
 
     return train_step, eval_step
+
+
+def mean_loss(sums: dict) -> float:
+    return float(sums["loss"]) / float(sums["count"])
+
+
+def differences(many: Job, one: Job, batch: dict) -> dict[str, float]:
+    """How far a step on many devices and on one are from each other."""
+    (new, sums), (new_on_one, sums_on_one) = (
+        jax.device_get(job.train_step(job.state, batch)) for job in (many, one)
+    )
+    return {
+        "parameters": largest_gap(new.params, new_on_one.params),
+        "batch statistics": largest_gap(new.batch_stats, new_on_one.batch_stats),
+        "loss": abs(mean_loss(sums) - mean_loss(sums_on_one)),
+    }
+
+
+def largest_gap(a: Any, b: Any) -> float:
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), a, b)
+    return float(np.max(jax.tree.leaves(gaps), initial=0))

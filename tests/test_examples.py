@@ -85,9 +85,7 @@ def test_the_lstm_learns(recurrent, capsys, norm, least):
 
 
 def test_sequences_end_with_their_ink(recurrent):
-    train, test = recurrent.load_digits()
-    assert len(train["label"]) == 1437 and len(test["label"]) == 360
-    for data in (train, test):
+    for data in map(recurrent.sequences, load("digits").load()):
         after = np.arange(recurrent.STEPS) >= data["length"][:, None]
         ink = data["pixels"].any(axis=2)
         assert 0 < after.sum() and not ink[after].any()

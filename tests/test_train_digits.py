@@ -82,7 +82,8 @@ def checkpoint(out):
     """Every array of the last checkpoint, as bytes, by its place in the tree."""
     with ocp.CheckpointManager(out / "checkpoints") as manager:
         step = manager.latest_step()
-        tree = manager.restore(step, args=ocp.args.StandardRestore())
+        state = ocp.args.Composite(state=ocp.args.StandardRestore())
+        tree = manager.restore(step, args=state).state
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
     held = {jax.tree_util.keystr(k): np.asarray(v) for k, v in leaves}
     return step, {k: (v.dtype, v.shape, v.tobytes()) for k, v in held.items()}
@@ -156,14 +157,14 @@ def test_bad_files_get_one_line(example, capsys, data, tmp_path):
 
 
 def test_bundled_digits(example):
-    train, test = example.load_digits()
+    train, test = example.load()
     assert len(train.images) + len(test.images) == 1797
     assert train.images.shape[1:] == (8, 8, 1) and train.images.max() == 1
     assert np.bincount(test.labels).min() > 20
 
 
 def test_batches_are_padded_and_masked(example):
-    split = example.Split(np.ones((5, 2, 2, 1), np.float32), np.ones(5, np.int32))
+    split = example.Digits(np.ones((5, 2, 2, 1), np.float32), np.ones(5, np.int32))
     first, last = example.batches(split, np.arange(5), 4)
     assert first["valid"].all() and last["valid"].tolist() == [True] + [False] * 3
     for key in ("image", "label"):
@@ -174,7 +175,7 @@ def test_batches_are_padded_and_masked(example):
 def test_images_are_shifted_by_one_pixel_at_most(example):
     images = np.zeros((200, 5, 5, 1), np.float32)
     images[:, 2, 2] = 1
-    split = example.Split(images, np.zeros(200, np.int32))
+    split = example.Digits(images, np.zeros(200, np.int32))
     moved = example.shifted(split, np.random.default_rng(0)).images
     _, rows, columns, _ = moved.nonzero()
     assert moved.shape == images.shape and len(rows) == 200
@@ -216,19 +217,22 @@ def test_an_epoch_in_either_api(
     assert json.loads((out / "config.json").read_text())["norm"] == norm
 
 
-@pytest.mark.parametrize("part", ["weight", "mean", "loss", None])
-def test_steps_that_disagree_are_noticed(example, capsys, part):
-    def job(weight=1.0, mean=1.0, loss=1.0):
+@pytest.mark.parametrize("part", ["parameters", "batch statistics", "loss", None])
+@pytest.mark.parametrize("wrong", [1.001, np.nan])
+def test_steps_that_disagree_are_noticed(example, part, wrong):
+    def job(parameters=1.0, batch_statistics=1.0, loss=1.0):
         def train_step(state, batch):
             return state, {"loss": np.float32(loss), "count": np.int32(2)}
 
-        state = example.State({"w": np.full(3, weight)}, {"m": np.array(mean)}, ())
-        return example.Job(state, train_step, train_step)
+        params, stats = {"w": np.full(3, parameters)}, {"m": np.array(batch_statistics)}
+        return example.Job(example.State(params, stats, ()), train_step, train_step)
 
-    for wrong in (1.001, np.nan):
-        other = job(**({part: wrong} if part else {}))
-        assert example.same_step(job(), other, {}) == (part is None)
-    assert capsys.readouterr().out.count("0.0e+00") == (6 if part is None else 4)
+    other = job(**({part.replace(" ", "_"): wrong} if part else {}))
+    gaps = example.differences(job(), other, {})
+    assert list(gaps) == ["parameters", "batch statistics", "loss"]
+    assert {k: gap <= example.TOLERANCE for k, gap in gaps.items()} == {
+        k: k != part for k in gaps
+    }
 
 
 def test_resumed_runs_end_with_the_same_bits(
