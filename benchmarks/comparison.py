@@ -1,53 +1,40 @@
-"""The rows that were measured, by case, work and library."""
+"""The rows that were measured, as tables by case and work, with a column a library."""
 
-from collections import defaultdict
+import pandas as pd
 
 OURS = "jaxnorm"
+OPTIONAL = ["milliseconds", "floor_milliseconds", "note"]
 
 
 class Comparison:
-    """Times (in milliseconds), floors, notes and facts. `cases` are in order."""
+    """`cases` are in order, as dicts with their `works`; times are in milliseconds.
+
+    `times`, `ratios` (to jaxnorm's) and `over_floor` are tables by case and work, with
+    NaN for what was not timed; `notes` are by case and library; `facts` are what else
+    is known of each case, dtype and library.
+    """
 
     def __init__(self, rows: list[dict]):
-        self.cases: dict[str, dict] = {}
-        self.times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-        self.floors: dict[tuple[str, str], float] = {}
-        self.notes: dict[str, dict[str, str]] = defaultdict(dict)
-        self.facts: dict[str, dict[str, dict]] = defaultdict(dict)
-        self.libraries = [OURS]
-        for row in rows:
-            self._add(row)
-
-    def _add(self, row: dict) -> None:
-        case, library = row["case"], row["library"]
-        self.cases.setdefault(case, row | {"works": []})
-        if library not in self.libraries:
-            self.libraries.append(library)
-        if "note" in row:
-            self.notes[case][library] = row["note"]
-        if "milliseconds" not in row:
-            return
-        key = case, row["work"]
-        self.times[key][library] = row["milliseconds"][0]
-        self.facts[case][library] = row
-        if "floor_milliseconds" in row:
-            self.floors[key] = row["floor_milliseconds"]
-        if row["work"] not in self.cases[case]["works"]:
-            self.cases[case]["works"].append(row["work"])
-
-    @property
-    def peers(self) -> list[str]:
-        return self.libraries[1:]
-
-    def ratio(self, case: str, work: str, library: str) -> float | None:
-        """Of its time to jaxnorm's; None where it has none."""
-        times = self.times[case, work]
-        return times[library] / times[OURS] if library in times else None
-
-    def over_floor(self, case: str, work: str, library: str = OURS) -> float | None:
-        key = case, work
-        has = key in self.floors and library in self.times[key]
-        return self.times[key][library] / self.floors[key] if has else None
+        frame = pd.DataFrame(rows)
+        frame = frame.reindex(columns=[*dict.fromkeys([*frame, *OPTIONAL])])
+        timed = frame.dropna(subset="milliseconds")
+        timed = timed.assign(milliseconds=timed["milliseconds"].str[0])
+        self.libraries = [*dict.fromkeys([OURS, *frame["library"]])]
+        self.peers = self.libraries[1:]
+        works = timed.groupby("case")["work"].unique()
+        self.cases = {
+            row["case"]: row | {"works": [*works.get(row["case"], [])]}
+            for row in frame.drop_duplicates("case").to_dict("records")
+        }
+        by = ["case", "work"]
+        times = timed.pivot_table("milliseconds", by, "library", sort=False)
+        self.times = times.reindex(columns=self.libraries)
+        self.ratios = self.times.div(self.times[OURS], axis=0)
+        floors = timed.groupby(by, sort=False)["floor_milliseconds"].first()
+        self.over_floor = self.times.div(floors, axis=0)
+        notes = frame.dropna(subset="note").set_index(["case", "library"])["note"]
+        self.notes = notes.to_dict()
+        self.facts = timed.drop_duplicates(["case", "library"], keep="last")
 
 
 def describe(case: dict) -> str:

@@ -40,7 +40,7 @@ def ratios(comparison) -> Figure | None:
     return _dots(
         comparison,
         comparison.peers,
-        comparison.ratio,
+        comparison.ratios,
         lambda case: True,
         "time / jaxnorm's time (right of the line: jaxnorm is faster)",
     )
@@ -61,7 +61,7 @@ def floors(comparison) -> Figure | None:
     return _dots(comparison, *args)
 
 
-def _dots(comparison, libraries, value, chosen, label) -> Figure | None:
+def _dots(comparison, libraries, values, chosen, label) -> Figure | None:
     """Forward passes on the left, all else on the right; a row for each case."""
     keys = [
         (name, work)
@@ -78,12 +78,10 @@ def _dots(comparison, libraries, value, chosen, label) -> Figure | None:
     for axes, column in zip(figure.subplots(1, 2), columns, strict=True):
         shown = [1.0]
         for library in libraries:
-            found = [(value(*key, library), i) for i, key in enumerate(column)]
-            found = [(v, i) for v, i in found if v is not None]
-            x, y = zip(*found, strict=True) if found else ((), ())
+            found = values[library].reindex(column).reset_index(drop=True).dropna()
             options = style(comparison, library) | {"alpha": 0.85, "linewidths": 0}
-            axes.scatter(x, y, s=26, **options)
-            shown += x
+            axes.scatter(found, found.index, s=26, **options)
+            shown += [*found]
         _rows(axes, [comparison.cases[name] for name, _ in column])
         _ratio_scale(axes, shown)
         axes.set_xlabel(label, fontsize=9)
@@ -127,16 +125,16 @@ def scaling(comparison) -> Figure | None:
     for axes, ((op, sweep), found) in zip(subplots, panels.items(), strict=True):
         found.sort()
         work = comparison.cases[found[0][1]]["works"][0]
-        first = comparison.times[found[0][1], work][comparison.libraries[0]]
+        times = comparison.times.xs(work, level="work").loc[[k for _, k in found]]
+        times.index = [n for n, _ in found]
+        first = times[comparison.libraries[0]].iloc[0]
         shown = [1.0]
         for library in comparison.libraries:
-            times = [(n, comparison.times[k, work].get(library)) for n, k in found]
-            points = [(n, t / first) for n, t in times if t is not None]
-            if points:
-                x, y = zip(*points, strict=True)
+            points = times[library].dropna() / first
+            if len(points):
                 options = style(comparison, library)
-                axes.plot(x, y, markersize=4, linewidth=1.2, **options)
-                shown += y
+                axes.plot(points, markersize=4, linewidth=1.2, **options)
+                shown += [*points]
         axes.set(xscale="log", yscale="log", xlabel=sweep)
         axes.set_title(f"{op}\n{work}", fontsize=9)
         ticks = [n for n, _ in found]

@@ -3,6 +3,7 @@
 `python benchmarks/report.py FOLDER` writes table and figures anew from the data there.
 """
 
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import figures
 import numpy as np
+import pandas as pd
 from comparison import OURS, Comparison, describe
 
 NAME = "against_peers"
@@ -88,28 +90,21 @@ def head(found: dict) -> str:
 
 def summary(comparison: Comparison) -> list[str]:
     """The geometric mean over the cases of each norm, and its extremes."""
-    by_op = defaultdict(lambda: defaultdict(list))
-    for name, case in comparison.cases.items():
-        for work in case["works"] if not case["sweep"] else ():
-            for peer in comparison.peers:
-                ratio = comparison.ratio(name, work, peer)
-                by_op[case["op"], work][peer] += [] if ratio is None else [ratio]
-    if not by_op:
+    cases = pd.DataFrame(comparison.cases.values()).set_index("case")
+    ratios = comparison.ratios[comparison.peers].join(cases[["op", "sweep"]])
+    ratios = ratios[ratios.pop("sweep") == ""]
+    if ratios.empty:
         return []
-    lines = [
-        [op, work, *(_mean_and_range(found[peer]) for peer in comparison.peers)]
-        for (op, work), found in by_op.items()
-    ]
+    means = ratios.groupby(["op", "work"], sort=False).agg(_mean_and_range)
     what = "The geometric mean over all cases, and the least and the largest."
-    header = ["Norm", "Work", *comparison.peers]
-    return ["## Summary", what, table(header, lines)]
+    return ["## Summary", what, table(means.rename_axis(["Norm", "Work"]))]
 
 
-def _mean_and_range(ratios: list[float]) -> str:
-    if not ratios:
+def _mean_and_range(ratios: pd.Series) -> str:
+    if ratios.isna().all():
         return "-"
-    mean = np.exp(np.mean(np.log(ratios)))
-    return f"**{mean:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+    mean = np.exp(np.log(ratios).mean())
+    return f"**{mean:.2f}** ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
 def tables(comparison: Comparison) -> list[str]:
@@ -128,19 +123,15 @@ def tables(comparison: Comparison) -> list[str]:
 
 
 def ratio_table(comparison: Comparison, names: list[str]) -> list[str]:
+    ratios = comparison.ratios.loc[names, comparison.peers].map(_number)
     notes: dict[str, int] = {}
-    lines = []
-    for name in names:
-        for work in comparison.cases[name]["works"]:
-            line = [describe(comparison.cases[name]), work]
-            for peer in comparison.peers:
-                cell = _number(comparison.ratio(name, work, peer))
-                if note := comparison.notes[name].get(peer):
-                    said = f"{peer}: {note}"
-                    cell += f" [{notes.setdefault(said, len(notes) + 1)}]"
-                line.append(cell)
-            lines.append([*line, _number(comparison.over_floor(name, work))])
-    text = [table(["Array", "Work", *comparison.peers, "Floor"], lines)]
+    for (name, work), peer in itertools.product(ratios.index, comparison.peers):
+        if note := comparison.notes.get((name, peer)):
+            number = notes.setdefault(f"{peer}: {note}", len(notes) + 1)
+            ratios.loc[(name, work), peer] += f" [{number}]"
+    ratios["Floor"] = comparison.over_floor.loc[names, OURS].map(_number)
+    ratios = ratios.rename(lambda name: describe(comparison.cases[name]), level="case")
+    text = [table(ratios.rename_axis(["Array", "Work"]))]
     if notes:
         text.append("\n".join(f"{i}. {note}." for note, i in notes.items()))
     return text
@@ -149,51 +140,38 @@ def ratio_table(comparison: Comparison, names: list[str]) -> list[str]:
 def facts(comparison: Comparison) -> list[str]:
     """Memory and compile time: the median over the shapes of each norm and type."""
     text = []
-    header = ["Norm", "Type", *comparison.libraries]
+    rows = comparison.facts
+    rows = rows[(rows["sweep"] == "") & (rows["work"] != "train step")]
+    ours = rows[rows["library"] == OURS].set_index("case")
     for fact, title in FACTS.items():
-        lines = [
-            [*key, *(_median(found[library]) for library in comparison.libraries)]
-            for key, found in of_norms(comparison, fact).items()
-        ]
-        if lines:
-            text += [f"{title}: the median over shapes.", table(header, lines)]
-    return ["## Memory and compilation", *text] if text else []
-
-
-def of_norms(comparison: Comparison, fact: str) -> dict:
-    """Values of a fact by norm and type, then library, by what FACTS says."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for name, by_library in comparison.facts.items():
-        case = comparison.cases[name]
-        if case["sweep"] or "train step" in case["works"]:
+        if fact not in rows or rows.empty:
             continue
         time = fact == "compile_seconds"
-        unit = by_library[OURS][fact] if time else case["input_bytes"]
-        for library, row in by_library.items():
-            if fact in row:
-                groups[case["op"], case["dtype"]][library].append(row[fact] / unit)
-    return groups
+        unit = rows["case"].map(ours[fact]) if time else rows["input_bytes"]
+        medians = rows.assign(value=rows[fact] / unit).pivot_table(
+            "value", ["op", "dtype"], "library", "median", sort=False
+        )
+        medians = medians.reindex(columns=comparison.libraries).map(_number)
+        text += [f"{title}: the median over shapes."]
+        text += [table(medians.rename_axis(["Norm", "Type"]))]
+    return ["## Memory and compilation", *text] if text else []
 
 
 def imports(seconds: dict[str, float]) -> list[str]:
     if not seconds:
         return []
-    lines = [[k, f"{v:.2f}", f"{v / seconds[OURS]:.2f}"] for k, v in seconds.items()]
+    found = pd.Series(seconds, name="Seconds").rename_axis("Library").to_frame()
+    found["By jaxnorm's"] = found["Seconds"] / seconds[OURS]
     title = "## Import\n\nThe median of fresh processes; JAX itself is part of most."
-    return [title, table(["Library", "Seconds", "By jaxnorm's"], lines)]
+    return [title, table(found.map(_number))]
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+def table(cells: pd.DataFrame) -> str:
+    return cells.reset_index().to_markdown(index=False, disable_numparse=True)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _median(values: list[float]) -> str:
-    return f"{np.median(values):.2f}" if values else "-"
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
 
 
 if __name__ == "__main__":
