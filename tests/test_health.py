@@ -1,5 +1,6 @@
 """The health of running statistics: each finding where it belongs, and only there."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -432,16 +433,34 @@ def test_as_data(report):
 
 def test_as_text(report):
     lines = str(report).splitlines()
+    words = " ".join(lines[:2]).split()
     header = "layer features least var median var mean drift deviation drift batch"
-    assert lines[0].split() == header.split()
-    assert lines[2].split()[:3] == ["Block_1", "20", "0.02"]
-    assert lines[3].split() == ["Block_2", "20", "1", "1", "0.25", "0.095", "400"]
-    assert lines[4] == "  never updated: all 20 features"
-    assert len({len(line) for line in (*lines[:4], *lines[5:14])}) == 1
-    assert len(lines) == 15 and lines[14].startswith("* never updated: train with")
+    assert sorted(words) == sorted(header.split()) and not lines[2].strip("─ ")
+    figures = {line.split()[0]: line.split()[1:] for line in lines[3:]}
+    assert figures["Block_1"][:2] == ["20", "0.02"]
+    assert figures["Block_2"] == ["20", "1", "1", "0.25", "0.095", "400"]
+    assert "  never updated: all 20 features" in lines
+    assert lines[-1].startswith("* never updated: train with")
+    assert lines[-1].endswith(".") and len(lines) == 17
     lone = str(health(stats())).splitlines()
-    assert lone[1].startswith("(one layer)") and lone[1].split()[-1] == "-"
-    assert len(lone) == 2
+    assert lone[-1].startswith("(one layer)") and lone[-1].split()[-1] == "-"
+
+
+def test_in_a_notebook(report):
+    shown = report._repr_mimebundle_()
+    assert "<pre" in shown["text/html"] and "Block_2" in shown["text/html"]
+    assert "* never updated: train with" in shown["text/plain"]
+
+
+def test_as_scalars(report):
+    scalars = report.scalars()
+    assert scalars["Block_1/var_min"] == 0.02 and scalars["Block_2/findings"] == 1
+    assert scalars["Block_2/size"] == 400
+    assert all(type(value) is float for value in scalars.values())
+    names = {field.name for field in dataclasses.fields(report.rows[0])} - {"path"}
+    assert {k.removeprefix("Block_2/") for k in scalars if "Block_2/" in k} == names
+    lone = health(stats()).scalars()
+    assert "var_min" in lone and "size" not in lone  # which only a fresh batch tells
 
 
 def test_as_a_table(report):

@@ -1,7 +1,9 @@
 """What became of each array of a checkpoint?"""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jaxnorm.models._shown import Shown
 
 
 class Mapped(NamedTuple):
@@ -13,7 +15,7 @@ class Mapped(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """What became of each array in `from_checkpoint`; prints as a table.
 
     Attributes:
@@ -28,11 +30,14 @@ class Report:
     ignored: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        paths, keys = (
-            max((len(row[i]) for row in self.mapped), default=0) for i in range(2)
-        )
-        lines = [f"{p:{paths}}  {k:{keys}}  {c}".rstrip() for p, k, c in self.mapped]
-        for name in ("dropped", "ignored", "kept"):
-            lines += [f"{name}: {v}" for v in getattr(self, name)]
-        return "\n".join(lines)
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for row in self.mapped:
+            table.add_row(*map(Text, row))
+        others = ("dropped", "ignored", "kept")
+        lines = [f"{name}: {key}" for name in others for key in getattr(self, name)]
+        return Group(table, *map(Text, lines))

@@ -15,21 +15,23 @@ from jaxnorm.models._health.arrays import (
 )
 from jaxnorm.models._health.figures import layer_health
 from jaxnorm.models._health.records import LayerHealth, Limits
-from jaxnorm.models._health.report import as_figure, as_table, as_text
+from jaxnorm.models._health.report import as_figure, as_table
 from jaxnorm.models._health.rules import findings
 from jaxnorm.models._paths import (
     Tree,
     Where,
     everywhere,
+    join_path,
     select_layers,
 )
+from jaxnorm.models._shown import Shown
 
 
 @dataclasses.dataclass(frozen=True)
-class Health:
+class Health(Shown):
     """The report of `health`: a row of figures and findings for each layer.
 
-    `print` shows a table, and `rich.print` one in colours.
+    `print` shows a table, `rich.print` and a notebook one in colours.
     """
 
     rows: tuple[LayerHealth, ...]
@@ -44,15 +46,22 @@ class Health:
         """The rows as plain dicts, for JSON or a data frame."""
         return [dataclasses.asdict(row) for row in self.rows]
 
+    def scalars(self) -> dict[str, float]:
+        """Every figure that is known, such as "Block_0/BatchNorm_1/var_min", and in
+        "findings" how many each layer has: what a logger takes in one call."""
+        return {
+            join_path(row.path, name): float(value)
+            for row in self.rows
+            for name, value in (*vars(row).items(), ("findings", len(row.findings)))
+            if isinstance(value, int | float)
+        }
+
     def figure(self) -> Any:
         """A matplotlib Figure of the variances, the means and, if known, the drift.
 
         Raises ImportError without matplotlib, which `jaxnorm[examples]` installs.
         """
         return as_figure(self.rows, self.limits)
-
-    def __str__(self) -> str:
-        return as_text(self.rows)
 
     def __rich__(self) -> Any:
         return as_table(self.rows)
@@ -106,7 +115,7 @@ def health(
 
     Returns:
         A row of figures and findings for each layer: `rows`, `healthy`, `as_dicts()`,
-        `figure()`, and a table by `print` or `rich.print`.
+        `scalars()`, `figure()`, and a table by `print`, `rich.print` or in a notebook.
 
     Raises:
         ValueError: if `where` selects no layer, `params` hold their scales at other

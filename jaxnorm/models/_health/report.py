@@ -1,4 +1,4 @@
-"""How is the health of running statistics shown: as text, as a table, as a figure?"""
+"""How is the health of running statistics shown: as a table and as a figure?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,27 +19,14 @@ COLUMNS = (
 COLORS = {"good": "green", "warning": "yellow", "severe": "red"}
 
 
-def as_text(rows: Sequence[LayerHealth]) -> str:
-    """A table for any terminal, and below it what to do about each finding."""
-    cells = [COLUMNS, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    findings = [[], *(_findings(row) for row in rows)]
-    lines = []
-    for (path, *figures), below in zip(cells, findings, strict=True):
-        pairs = zip(figures, widths[1:], strict=True)
-        aligned = (figure.rjust(width) for figure, width in pairs)
-        lines += ["  ".join([path.ljust(widths[0]), *aligned]), *below]
-    return "\n".join([*lines, *_fixes(rows)])
-
-
 def as_table(rows: Sequence[LayerHealth]) -> Any:
-    """A rich Table in colours, whose caption says what to do about each finding."""
+    """A rich table in colours, and below it what to do about each finding."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    caption = Text("\n".join(_fixes(rows)), justify="left")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption, caption_style="")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column(COLUMNS[0], overflow="fold")
     cells = [_cells(row) for row in rows]
     for i, name in enumerate(COLUMNS[1:], 1):
@@ -49,7 +36,7 @@ def as_table(rows: Sequence[LayerHealth]) -> Any:
     for row, (path, *figures) in zip(rows, cells, strict=True):
         layer = "\n".join([path, *_findings(row)])
         table.add_row(Text(layer, style=COLORS[_state(row)]), *figures)
-    return table
+    return Group(table, *map(Text, _fixes(rows)))
 
 
 def as_figure(rows: Sequence[LayerHealth], limits: Limits) -> Any:
