@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-import api_page
+import public_names
 import pytest
 
 import jaxnorm
@@ -17,8 +17,8 @@ import jaxnorm
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {
     f"{module}.{name}": value
-    for module in api_page.MODULES
-    for name, value in api_page.public(module).items()
+    for module in public_names.MODULES
+    for name, value in public_names.public(module).items()
 }
 METHODS = {
     name: value
@@ -36,10 +36,10 @@ def test_importing_it_does_not_import_flax():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_are_documented(name):
-    assert len(api_page.docstring(PUBLIC[name])) > 30
+    assert len(public_names.docstring(PUBLIC[name])) > 30
 
 
-@pytest.mark.parametrize("name", api_page.MODULES)
+@pytest.mark.parametrize("name", public_names.MODULES)
 def test_modules_show_what_is_public(name):
     """All of it, and no module or helper of their own; in order."""
     module = importlib.import_module(name)
@@ -71,8 +71,6 @@ def test_a_method_has_a_function_a_row_and_a_reference(name):
         assert section in function.__doc__ or "All else is as in" in function.__doc__
     table = (ROOT / "README.md").read_text()
     assert f"| `{name}`" in table, f"the README's table of methods lacks {name}"
-    table = (ROOT / "docs" / "methods.md").read_text()
-    assert f"| `{name}` | `{short}` |" in table, f"docs/methods.md lacks {name}"
     from norms import NORMS
 
     assert any(type(row.norm) is METHODS[name] for row in NORMS.values())
@@ -81,7 +79,7 @@ def test_a_method_has_a_function_a_row_and_a_reference(name):
 def test_every_method_trains_in_the_example():
     text = (ROOT / "examples" / "01_train_digits.py").read_text()
     trained = {name for name in METHODS if f"jaxnorm.{name}(" in text}
-    # The network has nothing but x to give; docs/methods.md says so of each.
+    # The network has nothing but x to give; docs/norms/index.md says so of each.
     assert trained == {
         name for name, kind in METHODS.items() if not kind.required_inputs
     }

@@ -1,4 +1,13 @@
-"""Batch normalization (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167)."""
+r"""Batch normalization (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167).
+
+    y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+
+Statistics over: all axes but the features; running averages of these in evaluation.
+Take it for: convolutional and dense networks in which each statistic is of 16 examples
+    or more, counted over all devices if `axis_name` pools them.
+Not for: smaller batches (group norm), recurrent networks (recurrent batch norm, layer
+    norm), examples that come one by one (online norm).
+"""
 
 from collections.abc import Sequence
 

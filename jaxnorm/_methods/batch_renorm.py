@@ -1,4 +1,16 @@
-"""Batch renormalization (Ioffe, 2017, https://arxiv.org/abs/1702.03275)."""
+r"""Batch renormalization (Ioffe, 2017, https://arxiv.org/abs/1702.03275).
+
+    y = \left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} r + d\right) \gamma + \beta
+    r = \mathrm{clip}\left(\frac{\sigma}{\hat\sigma}, \frac{1}{r_{max}}, r_{max}\right)
+    d = \mathrm{clip}\left(\frac{\mu - \hat\mu}{\hat\sigma}, -d_{max}, d_{max}\right)
+
+Statistics over: all axes but the features, corrected towards the running statistics
+    within limits, which may be schedules.
+Take it for: batches that are small, or that differ in what they hold, where training is
+    to normalize nearly as evaluation does.
+Not for: the first steps of training, unless `rmax=1` and `dmax=0` there: the running
+    statistics are not yet those of the data.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,17 @@
-"""Cross-iteration batch norm (Yao et al., 2020, https://arxiv.org/abs/2002.05712)."""
+r"""Cross-iteration batch norm (Yao et al., 2020, https://arxiv.org/abs/2002.05712).
+
+    y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+    \mu = \frac{1}{k} \sum_t (\mu_t + \mu_t' (W - W_t))
+    \mu_t' = \frac{\partial \mu_t}{\partial W_t}
+
+Statistics over: all axes but the features, of the last `window` batches, each corrected
+    for the change of the kernel since. A call takes the `kernel` and the `layer`.
+    Nothing is shared over devices.
+Take it for: convolutions with few examples in a batch, where these cannot be pooled
+    over devices.
+Not for: layers whose input does not come from one kernel, and large kernels: `window -
+    1` of them are kept.
+"""
 
 from collections.abc import Callable
 from typing import Any

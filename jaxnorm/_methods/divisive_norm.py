@@ -1,4 +1,15 @@
-"""Divisive normalization (Ren et al., 2016, https://arxiv.org/abs/1611.04520)."""
+r"""Divisive normalization (Ren et al., 2016, https://arxiv.org/abs/1611.04520).
+
+    y = \frac{v}{\sqrt{\sigma^2 + \mathrm{mean}(v^2) + \epsilon}} \gamma + \beta
+    v = x - \mathrm{mean}(x)
+
+Statistics over: a window about each element, along `window_axes`; nothing is shared
+    over devices.
+Take it for: images and sequences in which light or loudness changes from place to
+    place.
+Not for: windows as wide as the input, for which layer norm does the same with fewer
+    sums.
+"""
 
 from collections.abc import Sequence
 

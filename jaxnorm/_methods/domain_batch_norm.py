@@ -1,4 +1,14 @@
-"""Domain-specific batch norm (Chang et al., 2019, https://arxiv.org/abs/1906.03950)."""
+r"""Domain-specific batch norm (Chang et al., 2019, https://arxiv.org/abs/1906.03950).
+
+    y_i = \frac{x_i - \mu_{d(i)}}{\sqrt{\sigma^2_{d(i)} + \epsilon}} \gamma + \beta
+
+Statistics over: all axes but the features, within each domain. A call takes the
+    `domain` of each example.
+Take it for: one network for data of several sources, or for clean and adversarial
+    examples, mixed in one batch.
+Not for: domains of which a batch holds few examples, or that are not known in
+    evaluation.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

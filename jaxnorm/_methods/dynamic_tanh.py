@@ -1,4 +1,11 @@
-"""Dynamic tanh (Zhu et al., 2025, https://arxiv.org/abs/2503.10622)."""
+r"""Dynamic tanh (Zhu et al., 2025, https://arxiv.org/abs/2503.10622).
+
+    y = \tanh(\alpha x) \gamma + \beta
+
+Statistics over: nothing: each element by itself.
+Take it for: transformers that are to train without statistics, in place of layer norm.
+Not for: networks that rely on a norm to fix the scale of its input.
+"""
 
 from collections.abc import Sequence
 

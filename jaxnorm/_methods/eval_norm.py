@@ -1,4 +1,15 @@
-"""EvalNorm (Singh and Shrivastava, 2019, https://arxiv.org/abs/1904.06031)."""
+r"""EvalNorm (Singh and Shrivastava, 2019, https://arxiv.org/abs/1904.06031).
+
+    y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+    \mu = (1 - w) \hat\mu + w \mu_i
+    \sigma^2 = (1 - w) \hat\sigma^2 + w \sigma_i^2 + w (1 - w) (\mu_i - \hat\mu)^2
+
+Statistics over: all axes but the features in training; in evaluation a mixture of the
+    running statistics and those of the example over space.
+Take it for: evaluation of networks that were trained by batch norm with small batches.
+Not for: networks that were trained with large batches: the weight that fits them is
+    near 0, which is batch norm.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,12 @@
-"""EvoNorm-B0 (Liu et al., 2020, https://arxiv.org/abs/2004.02967)."""
+r"""EvoNorm-B0 (Liu et al., 2020, https://arxiv.org/abs/2004.02967).
+
+    y = \frac{x}{\max(\sigma_b, v x + \sigma_i)} \gamma + \beta
+
+Statistics over: batch and space; space.
+Take it for: convolutional networks with batches as for batch norm, in place of the norm
+    and the activation.
+Not for: small batches (evo norm S0), and layers with another activation after it.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,12 @@
-"""EvoNorm-S0 (Liu et al., 2020, https://arxiv.org/abs/2004.02967)."""
+r"""EvoNorm-S0 (Liu et al., 2020, https://arxiv.org/abs/2004.02967).
+
+    y = \frac{x \, \mathrm{sigmoid}(v x)}{\sqrt{\sigma_g^2 + \epsilon}} \gamma + \beta
+
+Statistics over: space and a group of features, for each example.
+Take it for: convolutional networks with batches of any size, in place of the norm and
+    the activation.
+Not for: layers with another activation after it.
+"""
 
 from collections.abc import Sequence
 

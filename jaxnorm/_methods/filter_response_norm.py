@@ -1,4 +1,14 @@
-"""Filter response norm (Singh and Krishnan, 2019, https://arxiv.org/abs/1911.09737)."""
+r"""Filter response norm (Singh and Krishnan, 2019, https://arxiv.org/abs/1911.09737).
+
+    y = \max\left(\frac{x}{\sqrt{\nu + \epsilon}} \gamma + \beta, \tau\right)
+    \nu = \frac{1}{n} \sum x^2
+
+Statistics over: space, for each example and feature; no mean is subtracted.
+Take it for: convolutional networks with batches of any size, in place of the norm and
+    the activation.
+Not for: inputs with one position, of which the sign is left, unless `learn_epsilon` is
+    set.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,15 @@
-"""Ghost batch normalization (Hoffer et al., 2017, https://arxiv.org/abs/1705.08741)."""
+r"""Ghost batch normalization (Hoffer et al., 2017, https://arxiv.org/abs/1705.08741).
+
+    y_i = \frac{x_i - \mu_{g(i)}}{\sqrt{\sigma^2_{g(i)} + \epsilon}} \gamma + \beta
+    g(i) = \left\lfloor \frac{i}{\mathrm{size}} \right\rfloor
+
+Statistics over: all axes but the features, within each `size` consecutive examples. The
+    last virtual batch takes a remainder as well, and devices pool only the running
+    statistics.
+Take it for: large batches, where the noise of the statistics of small ones is wanted as
+    a regularizer, or where devices are not to wait for each other.
+Not for: batches that are small already.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,12 @@
-"""Global response norm (Woo et al., 2023, https://arxiv.org/abs/2301.00808)."""
+r"""Global response norm (Woo et al., 2023, https://arxiv.org/abs/2301.00808).
+
+    y = x + \gamma x \frac{l}{\mathrm{mean}(l) + \epsilon} + \beta
+    l = \sqrt{\sum x^2}
+
+Statistics over: space, then features, for each example.
+Take it for: blocks of ConvNeXt V2, after the activation: features compete.
+Not for: fixing the scale of activations, which it leaves as it is.
+"""
 
 from collections.abc import Sequence
 

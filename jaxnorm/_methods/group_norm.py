@@ -1,4 +1,12 @@
-"""Group normalization (Wu and He, 2018, https://arxiv.org/abs/1803.08494)."""
+r"""Group normalization (Wu and He, 2018, https://arxiv.org/abs/1803.08494).
+
+    y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} \gamma + \beta
+
+Statistics over: space and a group of features, for each example.
+Take it for: convolutional networks with fewer than 16 examples for each statistic.
+Not for: inference at no cost: it cannot be folded into the layer before it, as batch
+    norm can.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,13 @@
-"""Instance normalization (Ulyanov et al., 2016, https://arxiv.org/abs/1607.08022)."""
+r"""Instance normalization (Ulyanov et al., 2016, https://arxiv.org/abs/1607.08022).
+
+    y = \frac{x - \mu_i}{\sqrt{\sigma_i^2 + \epsilon}} \gamma + \beta
+
+Statistics over: space, for each example and feature.
+Take it for: images and signals whose contrast and mean should not matter, as in style
+    transfer.
+Not for: tasks whose answer lies in contrast or mean, and inputs with one position, of
+    which it leaves nothing.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,14 @@
-"""Iterative normalization (Huang et al., 2019, https://arxiv.org/abs/1904.03441)."""
+r"""Iterative normalization (Huang et al., 2019, https://arxiv.org/abs/1904.03441).
+
+    y = (x - \mu) \Sigma^{-1/2} \gamma + \beta
+    \Sigma = \frac{1}{n} (x - \mu)^T (x - \mu) + \epsilon I
+
+Statistics over: all axes but the features, for each pair of features within a group.
+    Masks are of whole positions.
+Take it for: networks whose features are to be decorrelated, and not only scaled.
+Not for: groups with as many features as there are values for each: the covariance is
+    not of full rank then.
+"""
 
 import operator
 from collections.abc import Sequence

@@ -1,4 +1,13 @@
-"""L1 batch normalization (Wu et al., 2018, https://arxiv.org/abs/1802.09769)."""
+r"""L1 batch normalization (Wu et al., 2018, https://arxiv.org/abs/1802.09769).
+
+    y = \frac{x - \mu}{\sqrt{d^2 + \epsilon}} \gamma + \beta
+    d = \sqrt{\frac{\pi}{2}} \frac{1}{n} \sum |x - \mu|
+
+Statistics over: all axes but the features.
+Take it for: number formats and devices for which squares and roots are dear.
+Not for: many devices: it takes two collectives in each direction where batch norm takes
+    one.
+"""
 
 import math
 from collections.abc import Sequence

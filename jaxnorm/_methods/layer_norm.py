@@ -1,4 +1,13 @@
-"""Layer normalization (Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450)."""
+r"""Layer normalization (Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450).
+
+    y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+
+Statistics over: `reduction_axes`, the last by default.
+Take it for: transformers and recurrent networks, with batches and sequences of any
+    size.
+Not for: images, unless `reduction_axes` are all axes but the first: by default each
+    position is normalized by itself.
+"""
 
 from collections.abc import Sequence
 

@@ -1,5 +1,13 @@
-"""Local response norm (Krizhevsky, Sutskever and Hinton, 2012), as summed up in Ren et
-al., 2016, https://arxiv.org/abs/1611.04520."""
+r"""Local response norm (Krizhevsky et al., 2012, https://papers.nips.cc/paper/4824).
+
+    y_c = \frac{x_c}{\left(k + \frac{\alpha}{\mathrm{size}} \sum_{j} x_j^2\right)^\beta}
+
+Statistics over: neighbouring features at each position; nothing is shared over devices.
+Take it for: networks such as AlexNet that were trained with it.
+Not for: new networks: with its defaults it hardly changes the scale of its input.
+
+Summed up with others in Ren et al., 2016, https://arxiv.org/abs/1611.04520.
+"""
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike

@@ -1,4 +1,15 @@
-"""Moving average batch norm (Yan et al., 2020, https://arxiv.org/abs/2001.06838)."""
+r"""Moving average batch norm (Yan et al., 2020, https://arxiv.org/abs/2001.06838).
+
+    y = \frac{x}{\sqrt{\bar\nu + \epsilon}} r \gamma + \beta
+    \bar\nu = \frac{1}{k} \sum_{t < k} \nu_t, \quad \nu = \frac{1}{n} \sum x^2
+
+Statistics over: all axes but the features, of the last `window` batches, in the
+    backward pass as well; no mean is subtracted.
+Take it for: small batches after layers with centred weights
+    (`jaxnorm.weight_standardize`).
+Not for: forward-mode derivatives, and optimizers that cannot leave the controls to
+    plain gradient descent.
+"""
 
 from collections.abc import Sequence
 

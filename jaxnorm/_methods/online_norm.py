@@ -1,4 +1,15 @@
-"""Online normalization (Chiley et al., 2019, https://arxiv.org/abs/1905.05894)."""
+r"""Online normalization (Chiley et al., 2019, https://arxiv.org/abs/1905.05894).
+
+    z_t = \frac{x_t - \hat\mu_t}{\sqrt{\hat\sigma_t^2 + \epsilon}}
+    y_t = \frac{z_t}{\sqrt{\mathrm{mean}(z_t^2) + \epsilon}} \gamma + \beta
+
+Statistics over: all examples before, one by one, in the backward pass as well; then the
+    example's own elements.
+Take it for: examples that come one by one, and batches of any size: the result does not
+    depend on how the stream is split.
+Not for: forward-mode derivatives, and optimizers that cannot leave the controls to
+    plain gradient descent.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast

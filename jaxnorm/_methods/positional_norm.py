@@ -1,4 +1,13 @@
-"""Positional normalization (Li et al., 2019, https://arxiv.org/abs/1907.04312)."""
+r"""Positional normalization (Li et al., 2019, https://arxiv.org/abs/1907.04312).
+
+    y = \frac{x - \mu_p}{\sqrt{\sigma_p^2 + \epsilon}}
+
+Statistics over: the features, for each example and position. The function returns the
+    moments, too.
+Take it for: generators that give the moments back to a later layer (a moment shortcut).
+Not for: networks that do not use the moments: layer norm is the same, with scale and
+    bias.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,15 @@
-"""Power normalization (Shen et al., 2020, https://arxiv.org/abs/2003.07845)."""
+r"""Power normalization (Shen et al., 2020, https://arxiv.org/abs/2003.07845).
+
+    y = \frac{x}{\sqrt{\hat\nu + \epsilon}} \gamma + \beta
+    \hat\nu \leftarrow m \hat\nu + (1 - m) \frac{1}{n} \sum x^2
+
+Statistics over: all batches before, by a moving average of the mean square; the
+    backward pass corrects for it.
+Take it for: transformers whose batches differ so much that the statistics of one are
+    noise.
+Not for: forward-mode derivatives, and optimizers that cannot leave the control to plain
+    gradient descent.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,14 @@
-"""Range batch normalization (Banner et al., 2018, https://arxiv.org/abs/1805.11046)."""
+r"""Range batch normalization (Banner et al., 2018, https://arxiv.org/abs/1805.11046).
+
+    y = \frac{x - \mu}{\sqrt{d^2 + \epsilon}} \gamma + \beta
+    d = \frac{\max x - \min x}{\sqrt{2 \ln n}}
+
+Statistics over: all axes but the features.
+Take it for: training in 8 bits, for which the paper made it: a range does not overflow
+    as a sum of squares does.
+Not for: data with outliers, which alone set the range, and many devices: it takes two
+    collectives in each direction.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,14 @@
-"""Recurrent batch norm (Cooijmans et al., 2016, https://arxiv.org/abs/1603.09025)."""
+r"""Recurrent batch norm (Cooijmans et al., 2016, https://arxiv.org/abs/1603.09025).
+
+    y_t = \frac{x_t - \mu_t}{\sqrt{\sigma_t^2 + \epsilon}} \gamma + \beta
+
+Statistics over: all axes but the features, for each step of the sequence by itself. A
+    call takes the `step`.
+Take it for: recurrent networks over sequences that begin alike, with batches as for
+    batch norm.
+Not for: sequences much longer than `max_steps`: all later steps share the statistics of
+    the last.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,14 @@
-"""Instance normalization with running statistics (Ulyanov et al., 2016,
-https://arxiv.org/abs/1607.08022)."""
+r"""Running instance norm (Ulyanov et al., 2016, https://arxiv.org/abs/1607.08022).
+
+    y = \frac{x - \mu_i}{\sqrt{\sigma_i^2 + \epsilon}} \gamma + \beta
+
+Statistics over: space, for each example and feature; in evaluation a running average,
+    which alone is pooled over devices.
+Take it for: models that come from PyTorch's InstanceNorm with
+    `track_running_stats=True`.
+Not for: new models: what normalizes them in evaluation is not what they were trained
+    with.
+"""
 
 from collections.abc import Sequence
 

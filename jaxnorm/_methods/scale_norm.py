@@ -1,4 +1,12 @@
-"""Scale normalization (Nguyen and Salazar, 2019, https://arxiv.org/abs/1910.05895)."""
+r"""Scale normalization (Nguyen and Salazar, 2019, https://arxiv.org/abs/1910.05895).
+
+    y = \frac{x}{\sqrt{\sum x^2 + \epsilon}} \gamma
+
+Statistics over: the features, for each example and position.
+Take it for: transformers, in place of layer norm; without its scale, for queries and
+    keys (L2 normalization).
+Not for: features that need a scale each: there is one for all.
+"""
 
 import math
 from collections.abc import Sequence

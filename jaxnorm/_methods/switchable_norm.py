@@ -1,4 +1,14 @@
-"""Switchable normalization (Luo et al., 2018, https://arxiv.org/abs/1806.10779)."""
+r"""Switchable normalization (Luo et al., 2018, https://arxiv.org/abs/1806.10779).
+
+    y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta
+    \mu = \sum_k a_k \mu_k, \quad a = \mathrm{softmax}(w_\mu)
+    \sigma^2 = \sum_k b_k \sigma_k^2, \quad b = \mathrm{softmax}(w_\sigma)
+
+Statistics over: space; space and features; batch and space; mixed by learned weights.
+Take it for: networks of which it is not known which of the three suits a layer.
+Not for: inference at no cost: it takes the statistics of each example in evaluation as
+    well, and cannot be folded.
+"""
 
 from collections.abc import Sequence
 from typing import Any

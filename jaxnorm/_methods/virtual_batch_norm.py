@@ -1,4 +1,16 @@
-"""Virtual batch normalization (Salimans et al., 2016, https://arxiv.org/abs/1606.03498)."""
+r"""Virtual batch normalization (Salimans et al., 2016,
+https://arxiv.org/abs/1606.03498).
+
+    y_i = \frac{x_i - \mu_i}{\sqrt{\sigma_i^2 + \epsilon}} \gamma + \beta
+    \mu_i, \sigma_i^2 \;\text{of}\; \{x_1, \dots, x_{\mathrm{size}}\} \cup \{x_i\}
+
+Statistics over: the first `size` examples (the reference batch) and the example itself,
+    over all axes but the features.
+Take it for: generators, and whatever must give an example the same result whichever
+    others are in its batch.
+Not for: networks for which the reference batch in each step, in evaluation as well,
+    costs too much.
+"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,13 @@
-"""Spectral normalization (Miyato et al., 2018, https://arxiv.org/abs/1802.05957)."""
+r"""Spectral normalization (Miyato et al., 2018, https://arxiv.org/abs/1802.05957).
+
+    W' = \frac{W}{\sqrt{\sigma^2 + \epsilon}}
+    \sigma \approx \max_u \frac{\|W u\|}{\|u\|}
+
+Statistics over: the whole kernel.
+Take it for: critics of generative adversarial networks, and layers that must not
+    stretch their input.
+Not for: layers before a norm, which takes their scale out again.
+"""
 
 import jax.numpy as jnp
 from jax import Array, lax

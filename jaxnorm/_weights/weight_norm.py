@@ -1,4 +1,11 @@
-"""Weight normalization (Salimans and Kingma, 2016, https://arxiv.org/abs/1602.07868)."""
+r"""Weight normalization (Salimans and Kingma, 2016, https://arxiv.org/abs/1602.07868).
+
+    W' = \frac{W}{\sqrt{\sum W^2 + \epsilon}} \gamma
+
+Statistics over: the fan-in of each output.
+Take it for: recurrent and generative networks, where statistics of a batch are noise.
+Not for: layers before a norm, which takes their scale out again.
+"""
 
 from collections.abc import Sequence
 

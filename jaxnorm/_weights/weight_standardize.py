@@ -1,4 +1,15 @@
-"""Weight standardization (Qiao et al., 2019, https://arxiv.org/abs/1903.10520)."""
+r"""Weight standardization (Qiao et al., 2019, https://arxiv.org/abs/1903.10520).
+
+    W' = \frac{W - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma
+
+Statistics over: the fan-in of each output.
+Take it for: convolutions before group norm, in place of batch norm; with `scaled=True`,
+    networks without norms.
+Not for: kernels with one input, whose variance is 0.
+
+The scaled form, which divides by the root of the fan-in as well, is that of Brock et
+al., 2021, https://arxiv.org/abs/2101.08692.
+"""
 
 from collections.abc import Sequence
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.filterlib import Filter
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
 from jax import Array
@@ -46,7 +47,7 @@ class WeightNorm(nnx.WeightNorm):
         epsilon: float = 1e-12,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        variable_filter: nnx.filterlib.Filter = nnx.PathContains("kernel"),  # noqa: B008
+        variable_filter: Filter = nnx.PathContains("kernel"),  # noqa: B008
         promote_dtype: PromoteDtypeFn = flax_promote_dtype,
         rngs: nnx.Rngs,
     ):
@@ -106,7 +107,7 @@ class WeightStandardization(nnx.Module):
         epsilon: float = 1e-6,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        variable_filter: nnx.filterlib.Filter = nnx.PathContains("kernel"),  # noqa: B008
+        variable_filter: Filter = nnx.PathContains("kernel"),  # noqa: B008
         scaled: bool = False,
         rngs: nnx.Rngs,
     ):
