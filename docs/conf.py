@@ -58,7 +58,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / ".jupyter_cache")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 60
+nb_execution_timeout = 300  # of a cell; a page takes seconds on a quiet machine
 nb_merge_streams = True
 
 autodoc_preserve_defaults = True
