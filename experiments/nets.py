@@ -38,20 +38,24 @@ class NoNorm(jaxnorm.StatelessNorm):
         return y if mask is None else jnp.where(mask, y, 0)
 
 
-# The names and settings that all experiments share.
-NORMS: dict[str, jaxnorm.Norm] = {
-    "none": NoNorm(),
-    "batch": jaxnorm.BatchNorm(),
-    "renorm": jaxnorm.BatchRenorm(),
-    "layer": jaxnorm.LayerNorm(),
-    "group": jaxnorm.GroupNorm(num_groups=4),
-    "instance": jaxnorm.InstanceNorm(),
-    "switchable": jaxnorm.SwitchableNorm(),
-}
+def norms(momentum: float = 0.99) -> dict[str, jaxnorm.Norm]:
+    """The names and settings that all experiments share."""
+    return {
+        "none": NoNorm(),
+        "batch": jaxnorm.BatchNorm(momentum=momentum),
+        "renorm": jaxnorm.BatchRenorm(momentum=momentum),
+        "layer": jaxnorm.LayerNorm(),
+        "group": jaxnorm.GroupNorm(num_groups=4),
+        "instance": jaxnorm.InstanceNorm(),
+        "switchable": jaxnorm.SwitchableNorm(momentum=momentum),
+    }
 
 
-def ghost(size: int) -> jaxnorm.Norm:
-    return jaxnorm.GhostBatchNorm(size=size)
+NORMS = norms()
+
+
+def ghost(size: int, momentum: float = 0.99) -> jaxnorm.Norm:
+    return jaxnorm.GhostBatchNorm(size=size, momentum=momentum)
 
 
 def weights(rng: np.random.Generator, *shape: int) -> Array:
