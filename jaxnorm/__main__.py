@@ -11,48 +11,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 import rich
 
 from jaxnorm.models import health
+from jaxnorm.models._checkpoints.files import read
 from jaxnorm.models._checkpoints.norms import running_norms
-
-
-def read(path: Path) -> Any:
-    """The arrays of a checkpoint; raises ValueError for what is none."""
-    if path.is_dir():
-        return read_orbax(path)
-    if path.suffix == ".safetensors":
-        from safetensors.flax import load_file
-
-        return load_file(path)
-    if path.suffix == ".npz":
-        return dict(np.load(path, allow_pickle=False))
-    if path.suffix == ".msgpack":
-        from flax.serialization import msgpack_restore
-
-        return msgpack_restore(path.read_bytes())
-    raise ValueError("is no .safetensors, .npz or .msgpack file, and no directory")
-
-
-def read_orbax(path: Path) -> Any:
-    """The trees of the last step that Orbax has written at `path` or below it."""
-    import orbax.checkpoint as ocp
-
-    trees = [found.parent for found in path.resolve().rglob("_METADATA")]
-    if not trees:
-        raise ValueError("holds no checkpoint of Orbax")
-    steps = {tree: [int(v) for v in tree.parts if v.isdecimal()] for tree in trees}
-    last = [tree for tree in trees if steps[tree] == max(steps.values())]
-    with ocp.PyTreeCheckpointer() as reader:
-        known = reader.metadata(last[0]).item_metadata.tree
-        on_host = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known
-        )
-        return reader.restore(last[0], restore_args=on_host)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,6 +146,15 @@ def test_an_nnx_model(tmp_path, capsys):
         assert row["path"] == "stem" and row["never_updated"] == 0
 
 
+def test_several_trees_of_a_step_have_their_names(tmp_path, capsys):
+    items = {name: ocp.args.StandardSave(FLAX) for name in ("model", "ema")}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.Composite(**items))
+    assert main(["health", str(tmp_path), "--json"]) == 0
+    paths = [row["path"] for row in json.loads(capsys.readouterr().out)]
+    assert paths == ["ema/stem/bn", "model/stem/bn"]
+
+
 def test_the_epsilon_is_the_framework_s(tmp_path, capsys):
     var = np.full(2, 5e-4, np.float32)
     small = {}
