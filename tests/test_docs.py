@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from markdown_files import rows
 from test_site import DOCS, is_generated
 from test_site import PAGES as SITE
 
@@ -35,12 +36,6 @@ def headings(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     titles = re.findall(r"^#+ (.+)$", text(page), re.M)
     return {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
-
-
-def rows(path: Path) -> list[list[str]]:
-    """The cells of all tables in a file."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_the_readme_is_short():

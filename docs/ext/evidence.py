@@ -8,9 +8,12 @@ imported nor run. The pages are written before Sphinx reads its sources.
 import ast
 import json
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import markdown_files
+from markdown_files import table
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, PAGES = ROOT / "experiments", ROOT / "docs" / "evidence"
@@ -31,15 +34,6 @@ def docstring(path: Path) -> tuple[str, str]:
 
 def results(name: str) -> dict[str, Any]:
     return json.loads((PACKAGE / "results" / f"{name}.json").read_text())
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
-
-
-def cell(value: str) -> str:
-    return str(value).replace("|", "\\|")
 
 
 def number(value: float | None) -> str:
@@ -144,9 +138,7 @@ def write(folder: Path = PAGES) -> None:
     """Writes all pages; those that would stay as they are are not touched."""
     pages = {name: page(name) for name in names()} | {"index": index()}
     for name, text in pages.items():
-        path = folder / f"{name}.md"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        markdown_files.write(folder / f"{name}.md", text)
 
 
 def setup(app: Any) -> dict[str, bool]:

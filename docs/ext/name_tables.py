@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+import markdown_files
 import public_names
-from norm_pages import write
 from public_names import docstring, first_sentence
-from results import markdown
 from sphinx.application import Sphinx
 
 PATH = Path(__file__).parents[1] / "api" / "_names.md"
@@ -16,15 +15,14 @@ def table(module: str) -> str:
         [f"{{py:obj}}`{name} <{module}.{name}>`", first_sentence(docstring(value))]
         for name, value in public_names.public(module).items()
     ]
-    body = [[cell.replace("|", r"\|") for cell in row] for row in body]
-    return markdown(("Name", "What it is"), body)
+    return markdown_files.table(("Name", "What it is"), body)
 
 
 def write_tables(app: Sphinx) -> None:
     parts = [
         f"## {m}\n\n{text}\n\n{table(m)}\n" for m, text in public_names.MODULES.items()
     ]
-    write(PATH, "\n".join(parts))
+    markdown_files.write(PATH, "\n".join(parts))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -7,8 +7,8 @@ from typing import Any
 import axes_picture
 import jax.numpy as jnp
 import results
+from markdown_files import table, write
 from method_text import FEATURES, Method, methods, weight_transforms
-from results import markdown
 from sphinx.application import Sphinx
 
 import jaxnorm
@@ -66,12 +66,12 @@ def arrays(method: Method) -> str:
         return "None." if method.settings else ""
     columns = ("Name", "Collection", "Shape", "Starts at")
     for_what = f"For {FEATURES} features and `{method.example()}`:"
-    return for_what + "\n\n" + markdown(columns, body)
+    return for_what + "\n\n" + table(columns, body)
 
 
 def settings(method: Method) -> str:
-    body = [[f"`{n}`", f"`{d}`", m.replace("|", r"\|")] for n, d, m in method.fields()]
-    return markdown(("Setting", "Default", "What it is"), body) if body else ""
+    body = [[f"`{n}`", f"`{d}`", m] for n, d, m in method.fields()]
+    return table(("Setting", "Default", "What it is"), body) if body else ""
 
 
 def cost(method: Method) -> str:
@@ -123,14 +123,7 @@ def page(method: Method) -> str:
     )
 
 
-def write(path: Path, text: str) -> None:
-    """Leaves a file that holds `text` as it is: Sphinx does not read it anew."""
-    path.parent.mkdir(exist_ok=True)
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
-
-def table(chosen: list[Method]) -> str:
+def summary(chosen: list[Method]) -> str:
     body = []
     for method in chosen:
         kind = f"`{method.settings.__name__}`, " if method.settings else ""
@@ -147,7 +140,7 @@ def table(chosen: list[Method]) -> str:
         )
     kept = ("Parameters", "State") if chosen[0].settings else ()
     columns = ("Method", "Names", "Formula", "Statistics over", *kept, "Source")
-    return markdown(columns, body)
+    return table(columns, body)
 
 
 def contents(chosen: list[Method]) -> str:
@@ -198,7 +191,7 @@ def draw(method: Method) -> None:
 
 def write_all(app: Sphinx) -> None:
     for name, chosen in tables().items():
-        write(FOLDER / f"{name}.md", table(chosen) + "\n\n" + contents(chosen) + "\n")
+        write(FOLDER / f"{name}.md", summary(chosen) + "\n\n" + contents(chosen) + "\n")
         for method in chosen:
             draw(method)
             write(FOLDER / f"{method.name}.md", page(method))

@@ -3,23 +3,13 @@
 import re
 from pathlib import Path
 
+from markdown_files import rows, table
 from method_text import Method
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PASSES = {"BN": "batch_norm", "LN": "layer_norm", "RMS": "rms_norm", "GN": "group_norm"}
 PEERS = ("flax.linen", "torch")
-
-
-def rows(path: Path) -> list[list[str]]:
-    """The cells of all tables in a file."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def markdown(head: tuple[str, ...], body: list[list[str]]) -> str:
-    lines = [head, tuple("---" for _ in head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def times(method: Method) -> str:
@@ -32,7 +22,7 @@ def times(method: Method) -> str:
         if len(cells) == len(head)
         and cells[0].split(",")[0].replace(" ", "_").lower() == method.name
     ]
-    return markdown(("Norm", "Work", *PEERS), body) if body else ""
+    return table(("Norm", "Work", *PEERS), body) if body else ""
 
 
 def passes(method: Method) -> str:
@@ -42,7 +32,7 @@ def passes(method: Method) -> str:
         for cells in rows(RESULTS / "memory_passes_h100.md")
         if PASSES.get(re.split(r"[ ,]", cells[0])[0]) == method.name
     ]
-    return markdown(("Program", "x", "Least", "Flax", "jaxnorm"), body) if body else ""
+    return table(("Program", "x", "Least", "Flax", "jaxnorm"), body) if body else ""
 
 
 def accuracy(method: Method) -> str:
@@ -53,7 +43,7 @@ def accuracy(method: Method) -> str:
     ours = {f"`{name}`" for name, found in names.items() if found == kind}
     head, *body = rows(ROOT / "docs" / "accuracy.md")
     body = [cells for cells in body if cells[0] in ours]
-    return markdown(tuple(head), body) if body else ""
+    return table(tuple(head), body) if body else ""
 
 
 def experiments(method: Method) -> list[tuple[str, str]]:
