@@ -50,13 +50,19 @@ def split(inputs: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def digits():
-    """The digits of scikit-learn, each pixel repeated: 16 by 16, 1,000 to train on."""
-    pixels, labels = arrays(datasets.load_digits)
-    pixels = pixels.reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2)
-    order = np.random.default_rng(0).permutation(len(labels))
+    """The digits of scikit-learn, each pixel repeated: 16 by 16."""
     return [
-        (pixels[rows], labels[rows]) for rows in np.split(order, [1000, 1398, 1796])[:3]
+        (pixels.reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2), labels)
+        for pixels, labels in digit_parts()
     ]
+
+
+def digit_parts() -> list[tuple[np.ndarray, np.ndarray]]:
+    """1,000 digits to train on, 398 to choose rates by, and 398 to test on."""
+    pixels, labels = arrays(datasets.load_digits)
+    order = np.random.default_rng(0).permutation(len(labels))
+    parts = np.split(order, [1000, 1398, 1796])[:3]
+    return [(pixels[rows], labels[rows]) for rows in parts]
 
 
 def arrays(load: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,12 +139,12 @@ def sequences(name: str, data_dir: Path | None = None) -> list[Sequences]:
 
 def digit_sequences() -> list[Sequences]:
     """Digits, four pixels at a time, up to the last ink."""
-    pixels, labels = arrays(datasets.load_digits)
-    steps = (pixels / 16).astype(np.float32).reshape(-1, 16, 4)
-    lengths = 16 - np.any(steps > 0, axis=2)[:, ::-1].argmax(1)
-    order = np.random.default_rng(0).permutation(len(labels))
-    parts = np.split(order, [1000, 1398, 1796])[:3]
-    return [as_sequences(steps[i], lengths[i], labels[i]) for i in parts]
+    parts = []
+    for pixels, labels in digit_parts():
+        steps = (pixels / 16).astype(np.float32).reshape(-1, 16, 4)
+        lengths = 16 - np.any(steps > 0, axis=2)[:, ::-1].argmax(1)
+        parts.append(as_sequences(steps, lengths, labels))
+    return parts
 
 
 def as_sequences(inputs, lengths, labels) -> Sequences:
