@@ -164,6 +164,15 @@ def test_the_report_gives_ratios_the_floor_and_notes(tmp_path):
     assert text_of(tmp_path) == before
 
 
+def test_ratios_have_a_geometric_mean():
+    rows = [
+        row("jaxnorm", milliseconds=2.0, case=case) | {"sweep": ""} for case in "abc"
+    ]
+    rows += [row("peer", milliseconds=v, case=c) for c, v in (("a", 1.0), ("b", 8.0))]
+    text = "\n".join(report.summary(comparison.Comparison(rows)))
+    assert "**1.41** (0.50 to 4.00)" in text
+
+
 def test_scaling_is_drawn_from_where_jaxnorm_begins(tmp_path):
     rows = [
         row("jaxnorm", milliseconds=2.0 * n, sweep="batch", shape=(n, 4), case=str(n))

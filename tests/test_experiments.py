@@ -87,7 +87,7 @@ def test_each_experiment_has_small_files_and_a_page(name):
     assert numbers.stat().st_size < 200_000
     assert figure.stat().st_size < 150_000
     text, found = pages.page(name), results.read(numbers)
-    assert found["sentence"] in text
+    assert f"**{found['verdict'].capitalize()}.** {found['sentence']}" in text
     assert f"({name}.svg)" in text
     for judged in found["rule"].values():
         assert judged["comparison"]["says"] in text
@@ -108,6 +108,18 @@ def test_a_page_that_stays_is_not_written_again(tmp_path):
     before = (tmp_path / "index.md").stat().st_mtime_ns
     pages.write(tmp_path)
     assert (tmp_path / "index.md").stat().st_mtime_ns == before
+
+
+def test_errors_are_the_share_of_wrong_answers():
+    labels = np.array([0, 1, 2, 3] * 3000)  # more than one test takes at once
+    inputs = np.eye(10, dtype=np.float32)[np.where(labels == 3, 9, labels)]
+
+    def net(params, stats, x, train):
+        return 100 * x, stats
+
+    fitted = fit.Fitted({}, {}, [])
+    error, loss = fit.tested(net, fitted, data.split(inputs, labels))
+    assert error == pytest.approx(25) and loss == pytest.approx(25, rel=1e-4)
 
 
 def runs(left, right) -> list[Run]:

@@ -455,7 +455,7 @@ def test_in_a_notebook(report):
 def test_as_scalars(report):
     scalars = report.scalars()
     assert scalars["Block_1/var_min"] == 0.02 and scalars["Block_2/findings"] == 1
-    assert scalars["Block_2/size"] == 400
+    assert scalars["Block_2/size"] == 400 and scalars["Block_1/findings"] == 0
     assert all(type(value) is float for value in scalars.values())
     names = {field.name for field in dataclasses.fields(report.rows[0])} - {"path"}
     assert {k.removeprefix("Block_2/") for k in scalars if "Block_2/" in k} == names

@@ -57,7 +57,7 @@ def _norms(arrays: Mapping[str, Any], table: Convention) -> dict[str, Arrays]:
             layer = _layer(key, name, table)
             if layer is not None:
                 found.setdefault(layer, {})[name] = as_numpy(key, value)
-    return {path: _shaped(norm, table) for path, norm in found.items() if "var" in norm}
+    return {path: _counted(norm) for path, norm in found.items() if "var" in norm}
 
 
 def _layer(key: str, name: str, table: Convention) -> str | None:
@@ -70,10 +70,8 @@ def _layer(key: str, name: str, table: Convention) -> str | None:
     return None
 
 
-def _shaped(norm: Arrays, table: Convention) -> Arrays:
-    """The arrays without axes of length 1 that only the framework has."""
-    if table.keeps_rank:
-        norm = {name: np.atleast_1d(value.squeeze()) for name, value in norm.items()}
-    shape = norm["var"].shape
-    count = {"count": np.broadcast_to(norm["count"], shape)} if "count" in norm else {}
-    return {**norm, **count}
+def _counted(norm: Arrays) -> Arrays:
+    """The arrays, with a count for each feature where there is one for all."""
+    if "count" not in norm:
+        return norm
+    return {**norm, "count": np.broadcast_to(norm["count"], norm["var"].shape)}
