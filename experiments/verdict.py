@@ -39,11 +39,11 @@ class Comparison:
     def verdict(self, low: float, high: float) -> str:
         """Held if the whole interval is where the claim has it; did not hold if the
         whole interval is elsewhere; else open."""
-        more = self.more_than is not None
-        limit = cast(float, self.more_than if more else self.less_than)
-        held, failed = (low > limit, high <= limit)
-        if not more:
-            held, failed = (high < limit, low >= limit)
+        if self.more_than is not None:
+            held, failed = low > self.more_than, high <= self.more_than
+        else:
+            limit = cast(float, self.less_than)
+            held, failed = high < limit, low >= limit
         return HELD if held else FAILED if failed else OPEN
 
 
