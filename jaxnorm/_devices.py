@@ -14,12 +14,12 @@ from jax.errors import InconclusiveDimensionOperation
 
 from jaxnorm._arguments import as_integer, check_instance, shown
 from jaxnorm._axes import is_known
+from jaxnorm._axis_sum import AxisName, axis_sum
 from jaxnorm._exact import join_size, split_size
 from jaxnorm._moments import Moments, pool
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-AxisName = str | tuple[str, ...]
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -172,7 +172,7 @@ def _pooled(m: Moments, peers: Peers) -> Moments:
     slots = peers.size * len(m) * m.mean.size * m.mean.dtype.itemsize
     large = is_known(slots) and slots > MAX_SLOT_BYTES
     if peers.groups is None and large:
-        return pool(m, lambda v: lax.psum(v, peers.name))
+        return pool(m, lambda v: axis_sum(v, peers.name))
     return _pool_slots(m, peers)
 
 
@@ -243,11 +243,11 @@ def group_sum(v: Array, peers: Peers | None) -> Array:
     if peers is None:
         return v
     if peers.groups is None:
-        return lax.psum(v, peers.name)
+        return axis_sum(v, peers.name)
     group = jnp.asarray(_group_of(peers.groups))[peers.place]
     slots = jnp.zeros((len(peers.groups), *v.shape), v.dtype)
     slots = lax.dynamic_update_index_in_dim(slots, v, group, 0)
-    slots = lax.psum(slots, peers.name)
+    slots = axis_sum(slots, peers.name)
     return lax.dynamic_index_in_dim(slots, group, 0, keepdims=False)
 
 
