@@ -40,11 +40,16 @@ def check_activation(activation: str | None, residual: Array | None, x: Array) -
             f"activation={activation!r} takes real numbers, got {x.dtype}: leave it out"
         )
     if residual is not None:
-        check_real("residual", residual, x)
-    if residual is not None and residual.shape != x.shape:
+        check_residual(residual, x)
+
+
+def check_residual(residual: Array, x: Array) -> None:
+    """Raises unless `residual` can be added to an array such as `x`."""
+    check_real("residual", residual, x)
+    if residual.shape != x.shape:
         raise ValueError(
-            f"residual has shape {residual.shape}, but it is added to the norm of an "
-            f"input of shape {x.shape}: pass an array of that shape"
+            f"residual has shape {residual.shape}, but the input that it goes with has "
+            f"shape {x.shape}: pass an array of that shape"
         )
 
 

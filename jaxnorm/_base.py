@@ -24,7 +24,7 @@ from jaxnorm._axes import Axes, Shape
 from jaxnorm._dtypes import as_floating, out_dtype
 from jaxnorm._marks import use
 from jaxnorm._moments import Moments
-from jaxnorm._normalize import normalize
+from jaxnorm._normalize import add_and_normalize, normalize
 from jaxnorm._reduce import moments
 from jaxnorm._settings import Settings
 from jaxnorm._standardize import standardize
@@ -206,18 +206,29 @@ class Norm(Settings, abc.ABC):
 
         `options` are the activation, residual and implementation of `normalize`.
         """
-        return normalize(
-            x,
-            params,
-            self.axes(x.shape),
-            epsilon=self.epsilon,
-            center=self.center,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            dtype=dtype,
-            **options,
-        )
+        how = {"mask": mask, "dtype": dtype, **self._by_batch, **options}
+        return normalize(x, params, self.axes(x.shape), **how)
+
+    @final
+    def add_and_normalize_by_batch(
+        self, x: Array, residual: ArrayLike, params: Params, **options: Any
+    ) -> tuple[Array, Array]:
+        """`x + residual`, and that normalized by its `batch_moments`.
+
+        `options` are the mask, dtype and implementation of `normalize`.
+        """
+        how = self._by_batch | options
+        return add_and_normalize(x, residual, params, self.axes(x.shape), **how)
+
+    @property
+    def _by_batch(self) -> dict[str, Any]:
+        """What `normalize` takes from the settings."""
+        return {
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+        }
 
     @final
     def batch_moments(self, x: Array, mask: ArrayLike | None) -> Moments:

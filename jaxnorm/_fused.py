@@ -16,6 +16,7 @@ from jaxnorm._dtypes import at_least_float32
 from jaxnorm._moments import Moments
 from jaxnorm._primitives import affine, columns
 from jaxnorm._primitives._operation import Reduction
+from jaxnorm._primitives.activated import ACTIVATED_NORM, Activated
 from jaxnorm._primitives.affine import TANGENT, Change, Line, Stood, without_bias
 from jaxnorm._primitives.columns import Centered, Terms
 from jaxnorm._primitives.rows import ROW_NORM
@@ -44,26 +45,40 @@ class Operands(NamedTuple):
 
 def standardize_by_own(
     reduction: Reduction, operands: Operands
-) -> tuple[Array, Moments]:
-    """Standardizes x by its own moments, pooled over devices; returns both."""
+) -> tuple[Array, Array, Moments]:
+    """Standardizes x by its own moments, pooled over devices.
+
+    Returns x, the result and the moments. What else reads x may read it from there: its
+    gradient is then added within the norm's.
+    """
     rows = reduction.axes.as_rows
     if rows is None or operands.mask is not None or operands.peers is not None:
-        return _by_moments(reduction, operands)
+        return operands.x, *_by_moments(reduction, operands)
     return _of_rows(reduction, rows, operands)
 
 
 def _of_rows(
     reduction: Reduction, rows: Axes, operands: Operands
-) -> tuple[Array, Moments]:
+) -> tuple[Array, Array, Moments]:
     axes = reduction.axes
     scale, bias = (
         None if v is None else v.reshape(*v.shape[: len(rows.working_shape) - 1], -1)
         for v in (operands.scale, operands.bias)
     )
     reduction = reduction._replace(axes=rows)
-    y, *m = ROW_NORM(reduction, operands.x, operands.epsilon, scale, bias)
+    x, y, *m = ROW_NORM(reduction, operands.x, operands.epsilon, scale, bias)
     mean, var, residue = (v.reshape(axes.stats_shape) for v in m)
-    return y, Moments(mean, var, axes.size, residue)
+    return x, y, Moments(mean, var, axes.size, residue)
+
+
+def activated_by_own(
+    reduction: Reduction, activation: str, operands: Operands
+) -> tuple[Array, Moments]:
+    """x standardized by its own moments and activated, as one operation; and these."""
+    static = Activated(reduction, activation)
+    x, _, _, epsilon, scale, bias, _ = operands
+    y, mean, var, residue = ACTIVATED_NORM(static, x, epsilon, scale, bias)
+    return y, Moments(mean, var, reduction.axes.size, residue)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,26 +1,23 @@
 """Steps 2 and 3 as one call: the one place where an implementation is chosen."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
-from jaxnorm._activation import add_and_activate, check_activation
+from jaxnorm._activation import add_and_activate, check_activation, check_residual
 from jaxnorm._arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm._axes import Axes
-from jaxnorm._devices import Peers
-from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype
-from jaxnorm._fused import Operands, standardize_by_own
+from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype, promote
+from jaxnorm._fused import Operands, activated_by_own, standardize_by_own
 from jaxnorm._moments import Moments, like_moments
 from jaxnorm._primitives._operation import Reduction
 from jaxnorm._rectify import rectify
-from jaxnorm._reduce import moments
 from jaxnorm._sharding import automatically, on_explicit_mesh
 from jaxnorm._standardize import as_param
 from jaxnorm._working import as_mask, check_axes
@@ -60,14 +57,68 @@ def normalize(
 
     `implementation` is None for kernels on CPUs where they serve, with all derivatives,
     and XLA's formula elsewhere; "xla" for XLA's formula everywhere; or "triton" or
-    "mosaic" for Pallas kernels for GPUs, which give the same to rounding, but no
-    forward mode and no second derivatives.
+    "mosaic" for Pallas kernels on NVIDIA's GPUs where they serve, with all derivatives,
+    too: for the gradients of rows, and of groups with "relu" or "silu".
+    `jaxnorm.models.implementations` says which code runs.
 
-    Raises what these three raise, and ValueError or TypeError for another activation,
-    a residual of another shape, and kernels that do not fit.
+    Raises what these three raise, and ValueError or TypeError for another activation
+    and a residual of another shape.
     """
     x = as_floating(x)
     residual = None if residual is None else as_floating(residual, "residual")
+    check_activation(activation, residual, x)
+    reduction, operands = _checked(
+        x,
+        residual,
+        params,
+        axes,
+        epsilon=epsilon,
+        center=center,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        implementation=implementation,
+        dtype=dtype,
+    )
+    formula = functools.partial(_normalize_and_activate, reduction, activation)
+    return _on_any_mesh(formula, operands, like=(x, like_moments(x, axes)))
+
+
+def add_and_normalize(
+    x: ArrayLike,
+    residual: ArrayLike,
+    params: Mapping[str, ArrayLike | None],
+    axes: Axes,
+    **how: Any,
+) -> tuple[Array, Array]:
+    """`x + residual`, and that normalized as by `normalize`, which takes `how`, too.
+
+    What reads the sum reads it from here, and its gradient is added within the norm's.
+    """
+    x, residual = as_floating(x), as_floating(residual, "residual")
+    check_residual(residual, x)
+    wide = promote(x.dtype, residual.dtype)
+    x, residual = x.astype(wide), residual.astype(wide)
+    reduction, operands = _checked(x, None, params, axes, **how)
+    formula = functools.partial(_add_and_normalize, reduction)
+    return _on_any_mesh(formula, operands, residual, like=(x, x))
+
+
+def _checked(
+    x: Array,
+    residual: Array | None,
+    params: Mapping[str, ArrayLike | None],
+    axes: Axes,
+    *,
+    epsilon: ArrayLike,
+    center: bool = True,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    implementation: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Reduction, Operands]:
+    """What is known of a normalization before any array is, and its arrays."""
     check_mapping("params", params, "init_params")
     unknown = sorted(set(params) - {"scale", "bias"})
     if unknown:
@@ -75,24 +126,21 @@ def normalize(
     check_axes(axes, x.shape)
     epsilon = as_epsilon("epsilon", epsilon)
     implementation = as_implementation("implementation", implementation)
-    check_activation(activation, residual, x)
     wide = at_least_float32(x.dtype)
     center, dtype = as_bool("center", center), out_dtype(x, dtype)
     reduction = Reduction(axes, center, dtype, implementation)
     peers = devices.peers(axis_name, axis_index_groups)
     mask = as_mask(mask, x.shape)
     scale, bias = (as_param(k, params.get(k), axes, wide) for k in ("scale", "bias"))
-    if implementation not in (None, "xla"):
-        _check_unfit(implementation, mask, peers, residual, epsilon)
-        return _by_kernels(
-            implementation, activation, reduction, x, epsilon, scale, bias
-        )
     epsilon = jnp.asarray(epsilon, wide).real
-    operands = Operands(x, mask, peers, epsilon, scale, bias, residual)
+    return reduction, Operands(x, mask, peers, epsilon, scale, bias, residual)
+
+
+def _on_any_mesh(formula: Callable[..., Any], *operands: Any, like: Any) -> Any:
+    """`formula(*operands)`, whose results are sharded as the arrays of `like`."""
     if not on_explicit_mesh(operands):
-        return _normalize_and_activate(reduction, activation, operands)
-    formula = functools.partial(_normalize_and_activate, reduction, activation)
-    return automatically(formula, operands, like=(x, like_moments(x, axes)))
+        return formula(*operands)
+    return automatically(formula, *operands, like=like)
 
 
 def as_implementation(name: str, value: Any) -> str | None:
@@ -104,64 +152,31 @@ def as_implementation(name: str, value: Any) -> str | None:
     return value
 
 
-def _by_kernels(
-    implementation: str,
-    activation: str | None,
-    reduction: Reduction,
-    x: Array,
-    epsilon: Any,
-    scale: Array | None,
-    bias: Array | None,
-) -> tuple[Array, Moments]:
-    """The same by kernels; raises ValueError if they do not fit."""
-    from jaxnorm import _kernels as kernels  # not loaded for those who need none
-
-    axes, center, dtype, _ = reduction
-    problem = kernels.why_unfit(
-        implementation, axes, x, dtype, center, activation, (scale, bias)
-    )
-    if problem:
-        raise _misfit(implementation, problem)
-    call = kernels.KernelCall(
-        implementation, float(epsilon), dtype, center=center, activation=activation
-    )
-    y = kernels.normalized(call, axes, x, scale, bias)
-    return y, moments(x, axes, center=center)
-
-
-def _check_unfit(
-    implementation: str,
-    mask: Array | None,
-    peers: Peers | None,
-    residual: Array | None,
-    epsilon: ArrayLike,
-) -> None:
-    """Raises ValueError for what no kernel takes."""
-    unfit = {
-        "a mask": mask is not None,
-        "axis_name": peers is not None,
-        "a residual": residual is not None,
-        "an epsilon that is traced": isinstance(epsilon, Tracer),
-    }
-    for what, given in unfit.items():
-        if given:
-            raise _misfit(implementation, f"they do not take {what}")
-
-
-def _misfit(implementation: str, problem: str) -> ValueError:
-    return ValueError(
-        f"implementation={implementation!r} does not fit: {problem}. Leave it out "
-        "to have XLA's"
-    )
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normalize_and_activate(
     reduction: Reduction, activation: str | None, operands: Operands
 ) -> tuple[Array, Moments]:
     """Traced once for all norms alike, with its derivatives; and one program where
     nothing around it is compiled."""
+    if activation is not None and _is_for_gpu_kernels(reduction, operands):
+        return activated_by_own(reduction, activation, operands)
     if activation == "relu":
         return rectify(reduction, operands)
-    y, m = standardize_by_own(reduction, operands._replace(residual=None))
+    _, y, m = standardize_by_own(reduction, operands._replace(residual=None))
     return add_and_activate(y, activation, operands.residual, operands.mask), m
+
+
+def _is_for_gpu_kernels(reduction: Reduction, operands: Operands) -> bool:
+    """Whether a norm and its activation are one operation, which those kernels need."""
+    asked = reduction.implementation in ("triton", "mosaic")
+    others = operands.mask, operands.peers, operands.residual
+    return asked and reduction.axes.as_rows is None and others == (None, None, None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add_and_normalize(
+    reduction: Reduction, operands: Operands, residual: Array
+) -> tuple[Array, Array]:
+    operands = operands._replace(x=operands.x + residual)
+    x, y, _ = standardize_by_own(reduction, operands)
+    return x, y

@@ -68,7 +68,8 @@ def _varying(x: Array) -> frozenset[str]:
 
 
 def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
-    """`f(*args)`, whose results are sharded as the arrays of `like`, a tree alike.
+    """`f(*args)`, whose results are sharded as the arrays of `like`, a tree alike, or
+    one with an array for several.
 
     On a mesh of explicit axes JAX takes many operations only where their operands are
     sharded alike, and some not at all, such as a scan along a sharded axis. So these
@@ -91,7 +92,7 @@ def automatically(f: Callable[..., Any], *args: Any, like: Any) -> Any:
         with use_abstract_mesh(border.automatic):
             inside = [border.enter(arrays.get(i, v)) for i, v in enumerate(leaves)]
             out = f(*jax.tree.unflatten(tree, inside))
-        return jax.tree.map(border.leave, like, out)
+        return jax.tree.map(border.leave_all, like, out)
 
     # What a shard_map over some of the axes keeps for its backward pass, such as these
     # arrays, must have the axes that it has itself.
@@ -122,6 +123,9 @@ class _Border:
             return v
         spec = spec_of(like) if v.ndim else PartitionSpec()
         return reshard(v, NamedSharding(self.mesh, spec))
+
+    def leave_all(self, like: Any, several: Any) -> Any:
+        return jax.tree.map(functools.partial(self.leave, like), several)
 
     def _called_outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arrays: Array) -> Any:

@@ -70,12 +70,6 @@ class KernelNorm(StatelessNorm):
 
     implementation: str | None = None
 
-    @final
-    def by_implementation(self, x: Array, params: Params, **options: Any) -> Array:
-        """Normalizes by the moments over `axes`; see `normalize` for the `options`."""
-        options["implementation"] = self.implementation
-        return self.normalize_by_batch(x, params, **options)[0]
-
 
 class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
     """A norm with kernels for GPUs and an activation."""
@@ -90,18 +84,26 @@ class ActivatedKernelNorm(ActivatedNorm, KernelNorm):
         dtype: DTypeLike | None,
         residual: ArrayLike | None = None,
     ) -> Array:
-        what_follows = {"activation": self.activation, "residual": residual}
-        how = {"mask": mask, "dtype": dtype, **what_follows}
-        return self.by_implementation(x, params, **how)
+        return self.normalize_by_batch(
+            x,
+            params,
+            mask=mask,
+            dtype=dtype,
+            activation=self.activation,
+            residual=residual,
+            implementation=self.implementation,
+        )[0]
 
 
 class ReductionNorm(KernelNorm):
     """A norm over `reduction_axes`, with parameters along `feature_axes`.
 
     With `zero_centered_scale` the scale is kept less 1, so that weight decay draws it
-    to 1.
+    to 1. A `residual` at the call is added before the norm, and the sum is returned,
+    too: `(x + residual, y)` instead of y.
     """
 
+    optional_inputs = ("residual",)
     reduction_axes: int | Sequence[int] = -1
     feature_axes: int | Sequence[int] = -1
     zero_centered_scale: bool = False
@@ -127,10 +129,14 @@ class ReductionNorm(KernelNorm):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
-    ) -> Array:
+        residual: ArrayLike | None = None,
+    ) -> Any:
         scale = params.get("scale")
         if self.zero_centered_scale and scale is not None:
             scale = jnp.asarray(scale)
             wide = promote(at_least_float32(x.dtype), scale.dtype)
             params = {**params, "scale": scale.astype(wide) + 1}
-        return self.by_implementation(x, params, mask=mask, dtype=dtype)
+        how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
+        if residual is not None:
+            return self.add_and_normalize_by_batch(x, residual, params, **how)
+        return self.normalize_by_batch(x, params, **how)[0]

@@ -73,69 +73,10 @@ def _rows_of(ref):
     return [mosaic.load(ref.at[r], COLUMN) for r in range(TILE[0])]
 
 
-def _call(body, operands, shape, names, scratch, interpret):
-    """Runs `body` on every slab; results of (batch, slabs, features) for `names`."""
-    batch, _, features = shape
-    count = _count(shape)
-    part = tiles.result((batch * count, features), SUMS, operands["x"])
-    flat = {k: v.reshape(-1, features) for k, v in operands.items()}
-    out = mosaic.call(
-        body,
-        flat,
-        dict.fromkeys(names, part),
-        scratch,
-        grid=(batch * count * (features // TILE[1]),),
-        grid_names=("program",),
-        interpret=interpret,
-    )
-    return [out[k].reshape(batch, count, features) for k in names]
-
-
-def moments(x, *, interpret):
-    """Sizes of slabs, their pivots, their means and their summed squares about these.
-
-    Means are less the pivots, so that they are exact where they differ by little.
-    """
-    layout = mosaic.strided(TILE, x.dtype)
-
-    def columns_moments(refs):
-        slab = _this_slab(x.shape)
-
-        def read(step):
-            return (slab.tile(refs["x"], step, layout),)
-
-        def add(sums, values):
-            values = values - pivot
-            return sums[0] + values, sums[1] + values * values
-
-        pivot = slab.tile(refs["x"], 0, layout)  # another one for each place
-        total, square = slab.walk(read, add, _zeros(layout))
-        steps = slab.steps.astype(SUMS)
-        offset = total / steps
-        tile = {"pivot": pivot, "offset": offset, "m2": square - total * offset}
-        for k, v in tile.items():
-            refs["all_" + k][...] = v
-        plgpu.commit_smem()
-        pivots, offsets, m2 = (_rows_of(refs["all_" + k]) for k in tile)
-        means = [p - pivots[0] + m for p, m in zip(pivots, offsets, strict=True)]
-        mean = sum(means) / TILE[0]
-        m2 = sum(m2) + steps * sum((m - mean) * (m - mean) for m in means)
-        slab_values = {"pivot": pivots[0], "offset": mean, "m2": jnp.maximum(m2, 0)}
-        for k, v in slab_values.items():
-            refs[k].at[slab.index, slab.features][...] = v
-
-    names = ("pivot", "offset", "m2")
-    scratch = {"all_" + k: plgpu.SMEM(TILE, SUMS) for k in names}
-    parts = _call(columns_moments, {"x": x}, x.shape, names, scratch, interpret)
-    count, tall = _count(x.shape), x.shape[1] // TILE[0]
-    counts = jnp.diff(jnp.arange(count + 1) * tall // count) * TILE[0]
-    return counts.astype(SUMS), *parts
-
-
 def gradient_sums(x, dy, *vectors, activation, interpret):
     """See `columns.gradient_sums`; the sums are parted, (batch, slabs, features)."""
     layout = mosaic.strided(TILE, x.dtype, dy.dtype)
-    per_feature = dict(zip(("mean", "slope", "shift"), vectors, strict=False))
+    per_feature = dict(zip(("mean", "slope", "shift"), vectors, strict=True))
 
     def columns_gradient_sums(refs):
         slab = _this_slab(x.shape)
@@ -150,9 +91,10 @@ def gradient_sums(x, dy, *vectors, activation, interpret):
             return [slab.tile(refs[k], step, layout) for k in ("x", "dy")]
 
         def add(sums, x, d):
-            z = x * known["slope"] + known["shift"] if activation else None
+            offset = x - known["mean"]
+            z = offset * known["slope"] + known["shift"]
             d = activation_cotangent(activation, z, d)
-            return sums[0] + d, sums[1] + d * (x - known["mean"])
+            return sums[0] + d, sums[1] + d * offset
 
         names = ("sum_d", "sum_dx")
         for name, total in zip(
@@ -167,5 +109,17 @@ def gradient_sums(x, dy, *vectors, activation, interpret):
     names = ("sum_d", "sum_dx")
     tile = plgpu.SMEM(TILE, SUMS)
     scratch = {"all_" + k: tile for k in (*per_feature, *names)}
-    operands = {"x": x, "dy": dy, **per_feature}
-    return _call(columns_gradient_sums, operands, x.shape, names, scratch, interpret)
+    batch, _, features = x.shape
+    count = _count(x.shape)
+    part = tiles.result((batch * count, features), SUMS, x)
+    flat = {"x": x.reshape(-1, features), "dy": dy.reshape(-1, features)}
+    out = mosaic.call(
+        columns_gradient_sums,
+        {**flat, **per_feature},
+        dict.fromkeys(names, part),
+        scratch,
+        grid=(batch * count * (features // TILE[1]),),
+        grid_names=("program",),
+        interpret=interpret,
+    )
+    return [out[k].reshape(batch, count, features) for k in names]

@@ -56,10 +56,10 @@ def slabs(batch: int, space: int, features: int) -> Slabs:
 
 
 def _load(ref, batch, rows, features, cut):
-    """A tile in float32, 0 outside, and the mask of what is inside."""
+    """A tile in float32, 0 outside."""
     inside = (rows < cut.space)[:, None] & (features < cut.features)[None, :]
     at = ref.at[batch, rows[:, None], features[None, :]]
-    return plgpu.load(at, mask=inside, other=0).astype(SUMS), inside
+    return plgpu.load(at, mask=inside, other=0).astype(SUMS)
 
 
 def _load_vector(ref, index, features, cut):
@@ -71,65 +71,18 @@ def _store(ref, index, features, cut, part):
     plgpu.store(ref.at[(*index, features)], part, mask=features < cut.features)
 
 
-def _moments(x_ref, pivot_ref, offset_ref, m2_ref, *, cut):
-    batch, slab, features = cut.here()
-    first = slab * cut.rows
-    pivot = _load_vector(x_ref, (batch, first), features, cut)
-
-    def add(step, sums):
-        rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
-        x, inside = _load(x_ref, batch, rows, features, cut)
-        x = jnp.where(inside, x - pivot, 0)
-        return sums[0] + x, sums[1] + x * x
-
-    zeros = jnp.zeros((cut.height, cut.width), SUMS)
-    total, square = lax.fori_loop(0, cut.steps, add, (zeros, zeros))
-    total, square = jnp.sum(total, axis=0), jnp.sum(square, axis=0)
-    offset = total / jnp.minimum(cut.space - first, cut.rows).astype(SUMS)
-    m2 = jnp.maximum(square - total * offset, 0)
-    refs = (pivot_ref, offset_ref, m2_ref)
-    for ref, part in zip(refs, (pivot[0], offset, m2), strict=True):
-        _store(ref, (batch, slab), features, cut, part)
-
-
-def _call(kernel, cut, operands, results, interpret, name):
-    """`kernel` on every slab; as many results, of (batch, slabs, features)."""
-    x = operands[0]
-    part = tiles.result((x.shape[0], cut.per_batch, cut.features), SUMS, x)
-    return pl.pallas_call(
-        functools.partial(kernel, cut=cut),
-        grid=(x.shape[0] * cut.per_batch * cut.columns,),
-        out_shape=(part,) * results,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
-        name=name,
-    )(*operands)
-
-
-def moments(x, *, interpret):
-    """Sizes of slabs, their pivots, their means and their summed squares about these.
-
-    Means are less the pivots, so that they are exact where they differ by little.
-    """
-    cut = slabs(*x.shape)
-    starts = jnp.arange(cut.per_batch) * cut.rows
-    counts = jnp.minimum(cut.space - starts, cut.rows).astype(SUMS)
-    return counts, *_call(_moments, cut, [x], 3, interpret, "columns_moments")
-
-
 def _gradient_sums(x_ref, dy_ref, *refs, cut, activation):
     *vectors, d_ref, dx_ref = refs
     batch, slab, features = cut.here()
     first = slab * cut.rows
-    mean, *affine = (_load_vector(v, (batch,), features, cut) for v in vectors)
+    mean, slope, shift = (_load_vector(v, (batch,), features, cut) for v in vectors)
 
     def add(step, sums):
         rows = first + jnp.int32(step) * cut.height + tiles.indices(cut.height)
-        x, _ = _load(x_ref, batch, rows, features, cut)
-        d, _ = _load(dy_ref, batch, rows, features, cut)
-        z = x * affine[0] + affine[1] if affine else None
-        d = activation_cotangent(activation, z, d)
-        return sums[0] + d, sums[1] + d * (x - mean)
+        offset = _load(x_ref, batch, rows, features, cut) - mean
+        d = _load(dy_ref, batch, rows, features, cut)
+        d = activation_cotangent(activation, offset * slope + shift, d)
+        return sums[0] + d, sums[1] + d * offset
 
     zeros = jnp.zeros((cut.height, cut.width), SUMS)
     totals = lax.fori_loop(0, cut.steps, add, (zeros, zeros))
@@ -139,7 +92,13 @@ def _gradient_sums(x_ref, dy_ref, *refs, cut, activation):
 
 def gradient_sums(x, dy, *vectors, activation, interpret):
     """See `columns.gradient_sums`; the sums are parted, (batch, slabs, features)."""
-    kernel = functools.partial(_gradient_sums, activation=activation)
-    operands = [x, dy, *vectors]
-    name = "columns_gradient_sums"
-    return _call(kernel, slabs(*x.shape), operands, 2, interpret, name)
+    cut = slabs(*x.shape)
+    part = tiles.result((x.shape[0], cut.per_batch, cut.features), SUMS, x)
+    return pl.pallas_call(
+        functools.partial(_gradient_sums, cut=cut, activation=activation),
+        grid=(x.shape[0] * cut.per_batch * cut.columns,),
+        out_shape=(part, part),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="columns_gradient_sums",
+    )(x, dy, *vectors)

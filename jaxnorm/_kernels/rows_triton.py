@@ -65,103 +65,83 @@ def _load_vector(ref, batch, block):
     return plgpu.load(at, mask=block.in_width, other=0).astype(SUMS)[None, :]
 
 
-def _forward(x_ref, scale_ref, bias_ref, epsilon_ref, *outs, block, blocks):
-    y_ref, mean_ref, rstd_ref = outs
-    batch, index = pl.program_id(0) // blocks, pl.program_id(0) % blocks
-    rows, in_rows = block.at(batch, index * block.height)
-    x = _load_tile(x_ref, rows, in_rows, block)
-    if mean_ref is not None:
-        # About the first element, so that what is constant becomes exactly zero.
-        pivot = plgpu.load(x_ref.at[rows, 0], mask=in_rows, other=0).astype(SUMS)
-        x = jnp.where(block.in_width[None, :], x - pivot[:, None], 0)
-        offset = jnp.sum(x, axis=1) / block.features
-        x = jnp.where(block.in_width[None, :], x - offset[:, None], 0)
-        plgpu.store(mean_ref.at[rows], pivot + offset, mask=in_rows)
-    epsilon = epsilon_ref[batch if epsilon_ref.shape[0] > 1 else 0]
-    rstd = lax.rsqrt(jnp.sum(x * x, axis=1) / block.features + epsilon)
-    plgpu.store(rstd_ref.at[rows], rstd, mask=in_rows)
-    y = x * rstd[:, None]
-    if scale_ref is not None:
-        y = y * _load_vector(scale_ref, batch, block)
-    if bias_ref is not None:
-        y = y + _load_vector(bias_ref, batch, block)
-    _store_tile(y_ref, rows, in_rows, block, y)
+def _centered(x, x_ref, rows, in_rows, block):
+    """Rows less their means: about the first element, so that what is constant becomes
+    exactly zero."""
+    inside = block.in_width[None, :]
+    pivot = plgpu.load(x_ref.at[rows, 0], mask=in_rows, other=0).astype(SUMS)
+    x = jnp.where(inside, x - pivot[:, None], 0)
+    return jnp.where(inside, x - jnp.sum(x, axis=1)[:, None] / block.features, 0)
 
 
-def forward(x, scale, bias, epsilon, *, center, dtype, interpret):
-    """See `rows.forward`; `x` is (batch, rows, features)."""
-    batch, rows, features = x.shape
-    tile = _block(rows, features)
-    blocks = pl.cdiv(rows, tile.height)
-    per_row = tiles.result((batch * rows,), SUMS, x)
-    y, mean, rstd = pl.pallas_call(
-        functools.partial(_forward, block=tile, blocks=blocks),
-        grid=(batch * blocks,),
-        out_shape=(
-            tiles.result((batch * rows, features), dtype, x),
-            per_row if center else None,
-            per_row,
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps),
-        interpret=interpret,
-        name="rows_forward",
-    )(x.reshape(-1, features), scale, bias, epsilon)
-    return y.reshape(x.shape), mean, rstd
-
-
-def _backward(x_ref, dy_ref, scale_ref, mean_ref, rstd_ref, *outs, block, programs):
-    dx_ref, dscale_ref, dbias_ref = outs
+def _backward(
+    x_ref,
+    dy_ref,
+    skip_ref,
+    scale_ref,
+    epsilon_ref,
+    dx_ref,
+    sums_ref,
+    *,
+    block,
+    programs,
+    center,
+    wanted,
+):
     batch, index = pl.program_id(0) // programs, pl.program_id(0) % programs
     scale = 1 if scale_ref is None else _load_vector(scale_ref, batch, block)
+    epsilon = epsilon_ref[batch if epsilon_ref.shape[0] > 1 else 0]
+
+    def mean(v):
+        return jnp.sum(v, axis=1, keepdims=True) / block.features
 
     def add(step, sums):
         # Neighbouring programs read neighbouring rows.
         first = (jnp.int32(step) * programs + index) * block.height
         rows, in_rows = block.at(batch, first)
-        load = functools.partial(plgpu.load, mask=in_rows, other=0)
         x = _load_tile(x_ref, rows, in_rows, block)
         dy = _load_tile(dy_ref, rows, in_rows, block)
-        rstd = load(rstd_ref.at[rows])[:, None]
-        if mean_ref is not None:
-            x = x - load(mean_ref.at[rows])[:, None]
+        skip = 0 if skip_ref is None else _load_tile(skip_ref, rows, in_rows, block)
+        x = _centered(x, x_ref, rows, in_rows, block) if center else x
+        rstd = lax.rsqrt(mean(x * x) + epsilon)
         x_hat = x * rstd
         d = dy * scale
-        along = jnp.sum(d * x_hat, axis=1, keepdims=True) / block.features
-        dx = d - x_hat * along
-        if mean_ref is not None:
-            dx = dx - jnp.sum(d, axis=1, keepdims=True) / block.features
-        _store_tile(dx_ref, rows, in_rows, block, dx * rstd)
+        dx = d - x_hat * mean(d * x_hat)
+        dx = dx - mean(d) if center else dx
+        _store_tile(dx_ref, rows, in_rows, block, dx * rstd + skip)
+        # Rows that are not there are 0 in dy, but not finite where epsilon is 0.
+        x_hat = jnp.where(in_rows[:, None], x_hat, 0)
         parts = {"scale": dy * x_hat, "bias": dy}
-        return {k: v + parts[k] for k, v in sums.items()}
+        return tuple(v + parts[k] for k, v in zip(wanted, sums, strict=True))
 
-    refs = {"scale": dscale_ref, "bias": dbias_ref}
-    refs = {k: ref for k, ref in refs.items() if ref is not None}
-    zeros = {k: jnp.zeros((block.height, block.width), SUMS) for k in refs}
+    zeros = (jnp.zeros((block.height, block.width), SUMS),) * len(wanted)
     steps = pl.cdiv(block.rows, programs * block.height)
-    for k, v in lax.fori_loop(0, steps, add, zeros).items():
-        at = refs[k].at[pl.program_id(0), block.columns]
+    for k, v in enumerate(lax.fori_loop(0, steps, add, zeros)):
+        at = sums_ref.at[pl.program_id(0), k, block.columns]
         plgpu.store(at, jnp.sum(v, axis=0), mask=block.in_width)
 
 
-def backward(x, dy, scale, mean, rstd, *, with_bias, interpret):
-    """See `rows.backward`; the sums are parted, (batch, programs, features)."""
+def backward(x, dy, skip, scale, epsilon, *, center, wanted, interpret):
+    """See `rows.backward`; returns dx and the sums of what is wanted, in parts of
+    (batch, programs, sums, features)."""
     batch, rows, features = x.shape
     tile = _block(rows, features)
     programs = tiles.programs(batch, rows, tile.height, 16 // tile.warps)
-    parts = tiles.result((batch * programs, features), SUMS, x)
-    flat = [v.reshape(-1, features) for v in (x, dy)]
+    parts = (batch * programs, len(wanted), features)
+    flat = [v if v is None else v.reshape(-1, features) for v in (x, dy, skip)]
+    settings = {"block": tile, "programs": programs, "center": center, "wanted": wanted}
     dx, *sums = pl.pallas_call(
-        functools.partial(_backward, block=tile, programs=programs),
+        functools.partial(_backward, **settings),
         grid=(batch * programs,),
         out_shape=(
             tiles.result((batch * rows, features), x.dtype, x),
-            None if scale is None else parts,
-            parts if with_bias else None,
+            tiles.result(parts, SUMS, x) if wanted else None,
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=2),
+        # In the place of the other gradient, which nothing else reads.
+        input_output_aliases={} if skip is None else {2: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps),
         interpret=interpret,
         name="rows_backward",
-    )(*flat, scale, mean, rstd)
-    return dx.reshape(x.shape), *(
-        s if s is None else s.reshape(batch, programs, features) for s in sums
-    )
+    )(*flat, scale, epsilon)
+    shape = (batch, programs, len(wanted), features)
+    return dx.reshape(x.shape), sums[0].reshape(shape) if wanted else None

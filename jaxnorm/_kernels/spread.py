@@ -33,7 +33,7 @@ def needs_one_device(backend: str, interpret: Any) -> bool:
     return backend == "mosaic" and bool(interpret)
 
 
-def sum_over_devices(results: Results, axes: Sequence[MeshAxes]) -> Results:
+def _added_up(results: Results, axes: Sequence[MeshAxes]) -> Results:
     """Adds up, over the mesh axes given for each, results of parts of the data."""
     return tuple(lax.psum(r, a) if a else r for r, a in zip(results, axes, strict=True))
 
@@ -43,7 +43,6 @@ def call(
     signature: Signature,
     operands: Sequence[Array],
     *,
-    merge: Callable[[Results, Sequence[MeshAxes]], Results] = sum_over_devices,
     fits: Callable[[Sequence[int]], bool] = lambda shape: True,
     one_device: bool = False,
 ) -> Results:
@@ -51,7 +50,7 @@ def call(
 
     An axis that is mapped joins the batch. A sharded array stays where it is: each
     device calls the kernel on its part, and what is a sum over an axis that is sharded
-    is put together by `merge(results, axes)`, with the mesh axes for each result. Where
+    is added up. Where
     the shape of a part of the first operand does not fit the kernel, devices get whole
     examples instead. With `one_device`, nothing is parted.
     """
@@ -60,7 +59,7 @@ def call(
     def spread(*operands):
         if one_device:
             return kernel(*operands)
-        return _over_devices(kernel, signature, operands, merge, fits)
+        return _over_devices(kernel, signature, operands, fits)
 
     @spread.def_vmap
     def _(size, mapped, *operands):
@@ -71,8 +70,7 @@ def call(
                 operands, mapped, signature.operands, strict=True
             )
         ]
-        settings = {"merge": merge, "fits": fits, "one_device": one_device}
-        results = call(kernel, signature, joined, **settings)
+        results = call(kernel, signature, joined, fits=fits, one_device=one_device)
         return tuple(
             r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results
         ), (True,) * len(results)
@@ -93,7 +91,7 @@ def _join_batch(x: Array, size: int, batch: int, mapped: bool, letters: str) -> 
     return x.reshape(size * batch, *x.shape[2:])
 
 
-def _over_devices(kernel, signature, operands, merge, fits) -> Results:
+def _over_devices(kernel, signature, operands, fits) -> Results:
     """One call for each device of a mesh, if there is one."""
     first = jax.typeof(operands[0])
     lengths = dict(zip(signature.operands[0], first.shape, strict=True))
@@ -103,7 +101,7 @@ def _over_devices(kernel, signature, operands, merge, fits) -> Results:
         for k, x in zip(signature.operands, operands, strict=True)
     )
     varying = frozenset().union(*(_varying(x) for x in operands))
-    parted = _Parted(kernel, signature, merge, fits, lengths, inputs, varying)
+    parted = _Parted(kernel, signature, fits, lengths, inputs, varying)
     mesh = first.sharding.mesh
     # In a shard_map over other axes than these, JAX has no custom_partitioning.
     rest = mesh.auto_axes if mesh.manual_axes else ()
@@ -129,7 +127,6 @@ class _Parted(NamedTuple):
 
     kernel: Callable[..., Results]
     signature: Signature
-    merge: Callable[[Results, Sequence[MeshAxes]], Results]
     fits: Callable[[Sequence[int]], bool]
     lengths: dict[str, int]  # of each axis of the first operand, by its letter
     inputs: tuple[str, ...]  # the letters of the operands, "1" for a shared batch
@@ -140,7 +137,7 @@ class _Parted(NamedTuple):
         return tuple(_vary_over(r, self.varying) for r in self.kernel(*parts))
 
     def plan(self, mesh: Mesh | AbstractMesh, spec: PartitionSpec):
-        """`each` and `merge`, and how what they take and return is sharded, where the
+        """`each` and its sums, and how what they take and return is sharded, where the
         first operand is sharded by `spec`."""
         axes = _mesh_axes(mesh, spec, self.lengths, self.signature.whole)
         parts = {k: _devices(mesh, v) for k, v in axes.items()}
@@ -154,7 +151,7 @@ class _Parted(NamedTuple):
             tuple(NamedSharding(mesh, PartitionSpec(*map(axes.get, k))) for k in side)
             for side in (self.inputs, self.signature.results)
         )
-        return lambda *parts: self.merge(self.each(*parts), missing), taken, returned
+        return lambda *parts: _added_up(self.each(*parts), missing), taken, returned
 
     def partition(self, mesh: Mesh, parts: Any, _: Any):
         """`plan`, in the order that custom_partitioning has.

@@ -62,6 +62,20 @@ def require(pattern: str, backend: str, shape: Sequence[int], *dtypes) -> None:
         raise ValueError(f"the {backend} kernel does not fit: {problem}")
 
 
+def why_not_on_this_gpu(backend: str) -> str | None:
+    """Why the GPU at hand cannot run the kernels; None where there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    parts = str(capability).split(".")
+    if not all(v.isdecimal() for v in parts):
+        return f"kernels are for NVIDIA's GPUs, this one is {capability or 'unknown'}"
+    if tuple(map(int, parts)) >= LEAST_CAPABILITY[backend]:
+        return None
+    needed = ".".join(map(str, LEAST_CAPABILITY[backend]))
+    return f"{backend} needs compute capability {needed}, this GPU has {capability}"
+
+
 @functools.cache
 def unavailable(backend: str) -> str | None:
     """Why the installed jax lacks what `backend` needs; None if it has it all."""

@@ -12,6 +12,7 @@ MULTIPROCESSORS = 132  # of an H100; on another GPU the last wave is not full
 ROW_ELEMENTS = 4096  # of a block of rows
 ELEMENTS_PER_WARP = 512  # of these: 16 for each thread
 LEAST_ROWS = 31  # per program: partial sums cost at most 8/31 of a pass over bfloat16
+LEAST_STEPS = 8  # per program, where multiprocessors would be idle otherwise
 LANES = 128  # as wide as a tile of columns gets
 COLUMN_ELEMENTS = 4096  # of such a tile: 32 for each thread
 MOSAIC_TILE_ROWS = 8
@@ -19,13 +20,15 @@ LEAST_SLAB = 128  # rows: partial sums cost at most 1/10 of a pass over bfloat16
 
 
 def programs(batch: int, rows: int, height: int, per_multiprocessor: int) -> int:
-    """How many programs share the rows of each batch in a backward pass.
+    """How many programs share the rows of each batch in a backward pass, each of which
+    takes `height` rows a step.
 
-    Enough to fill all multiprocessors at once, but no more than leave each of them
-    `LEAST_ROWS`, and at least one.
+    Enough to fill all multiprocessors at once, where that leaves each of them
+    `LEAST_ROWS`; or else one in each, where that leaves it `LEAST_STEPS`.
     """
-    wanted = -(-per_multiprocessor * MULTIPROCESSORS // batch)
-    return max(1, min(wanted, rows // max(LEAST_ROWS, height)))
+    full, one = (-(-n * MULTIPROCESSORS // batch) for n in (per_multiprocessor, 1))
+    by_rows = min(full, rows // max(LEAST_ROWS, height))
+    return max(1, by_rows, min(one, rows // (LEAST_STEPS * height)))
 
 
 def fold(space: int, features: int) -> int:

@@ -25,8 +25,8 @@ class InstanceNorm(ActivatedKernelNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "xla" for XLA's formula; "triton" or "mosaic" for kernels for
-            GPUs; None for the kernels for CPUs there, and XLA's formula elsewhere.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         activation: applied to the result, such as "relu".
         axis: the feature axis or axes.
     """
@@ -69,9 +69,9 @@ def instance_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask,
-            axis_name or residual, and have no forward mode); "xla" for XLA's
-            formula; None for the kernels for CPUs there, and else XLA's formula.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient with "relu"
+            or "silu"; "xla" for XLA's formula everywhere.
 
     Returns:
         y, of the shape and dtype of x; moments are taken in at least float32.

@@ -10,8 +10,8 @@ Not for: images, unless `reduction_axes` are all axes but the first: by default 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._stateless import ReductionNorm
@@ -24,8 +24,8 @@ class LayerNorm(ReductionNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "xla" for XLA's formula; "triton" or "mosaic" for kernels for
-            GPUs; None for the kernels for CPUs there, and XLA's formula elsewhere.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         reduction_axes: the axes that share a mean and a variance.
         feature_axes: the axes that parameters vary along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
@@ -41,11 +41,12 @@ def layer_norm(
     feature_axes: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     zero_centered_scale: bool = False,
+    residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     implementation: str | None = None,
-) -> Array:
+) -> Any:
     """Normalizes `x` by its mean and variance over `reduction_axes`.
 
         mean = x.mean(reduction_axes, keepdims=True)
@@ -60,16 +61,18 @@ def layer_norm(
         feature_axes: the axes that scale and bias vary along.
         epsilon: added to the variance.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        residual: array of the shape of x, added to x before the norm.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask
-            or axis_name, and have no forward mode); "xla" for XLA's
-            formula; None for the kernels for CPUs there, and else XLA's formula.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient; "xla" for
+            XLA's formula everywhere.
 
     Returns:
-        y, of the shape and dtype of x; moments are taken in at least float32.
+        y, of the shape and dtype of x; with a residual, (x + residual, y). Moments are
+        taken in at least float32.
 
     Raises:
         ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
@@ -91,4 +94,4 @@ def layer_norm(
         axis_index_groups=axis_index_groups,
         implementation=implementation,
     )
-    return norm(x, {"scale": scale, "bias": bias}, {}, mask=mask)[0]
+    return norm(x, {"scale": scale, "bias": bias}, {}, mask=mask, residual=residual)[0]

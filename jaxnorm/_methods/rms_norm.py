@@ -8,8 +8,8 @@ Not for: inputs with a large mean that says nothing: it stays, and sets the scal
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._stateless import ReductionNorm
@@ -22,8 +22,8 @@ class RMSNorm(ReductionNorm):
         epsilon: added to the mean square.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "xla" for XLA's formula; "triton" or "mosaic" for kernels for
-            GPUs; None for the kernels for CPUs there, and XLA's formula elsewhere.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         reduction_axes: the axes that share a mean square.
         feature_axes: the axes that the scale varies along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
@@ -41,11 +41,12 @@ def rms_norm(
     feature_axes: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     zero_centered_scale: bool = False,
+    residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     implementation: str | None = None,
-) -> Array:
+) -> Any:
     """Divides `x` by its root mean square over `reduction_axes`; no mean is subtracted.
 
         y = x / sqrt((x**2).mean(reduction_axes, keepdims=True) + epsilon) * scale
@@ -58,16 +59,18 @@ def rms_norm(
         feature_axes: the axes that the scale varies along.
         epsilon: added to the mean square.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        residual: array of the shape of x, added to x before the norm.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: "triton" or "mosaic" for kernels for GPUs (which take no mask
-            or axis_name, and have no forward mode); "xla" for XLA's
-            formula; None for the kernels for CPUs there, and else XLA's formula.
+        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+            or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient; "xla" for
+            XLA's formula everywhere.
 
     Returns:
-        y, of the shape and dtype of x; the mean square is taken in at least float32.
+        y, of the shape and dtype of x; with a residual, (x + residual, y). The mean
+        square is taken in at least float32.
 
     Raises:
         ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
@@ -89,4 +92,4 @@ def rms_norm(
         axis_index_groups=axis_index_groups,
         implementation=implementation,
     )
-    return norm(x, {"scale": scale}, {}, mask=mask)[0]
+    return norm(x, {"scale": scale}, {}, mask=mask, residual=residual)[0]

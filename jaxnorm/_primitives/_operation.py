@@ -50,6 +50,7 @@ class Kernel(NamedTuple):
     formula: Formula
     why_unfit: Callable[..., str | None]
     name: Callable[[], str]
+    parted: Formula | None = None  # the same where XLA spreads it over devices
 
 
 class Operation:
@@ -99,21 +100,26 @@ class Operation:
         platform: str | None = None,
         kernel: Kernel | None = None,
     ) -> None:
-        plain = mlir.lower_fun(_flat(formula, self.primitive.name))
-        ours = plain
-        if kernel is not None:
-            ours = mlir.lower_fun(_flat(kernel.formula, self.primitive.name))
+        def lowered(formula: Formula) -> Any:
+            return mlir.lower_fun(_flat(formula, self.primitive.name))
+
+        plain = lowered(formula)
+        ours = None if kernel is None else lowered(kernel.formula)
+        parted = lowered(kernel.parted) if kernel and kernel.parted else None
 
         def rule(ctx: Any, *operands: Any, tree: Any, static: Static) -> Any:
             # Bare, as within a kernel nothing is mapped over a mesh.
             avals = [ShapedArray(v.shape, v.dtype) for v in ctx.avals_in]
             ctx = ctx.replace(avals_in=avals)
-            unfit = (
+            chosen = parted if is_spread(ctx) else ours
+            if (
                 kernel is None
-                or why_not_here(ctx)
+                or chosen is None
+                or is_for_export(ctx)
                 or why_unfit(kernel, static, *jax.tree.unflatten(tree, avals))
-            )
-            return (plain if unfit else ours)(ctx, *operands, tree=tree, static=static)
+            ):
+                chosen = plain
+            return chosen(ctx, *operands, tree=tree, static=static)
 
         mlir.register_lowering(self.primitive, rule, platform=platform)
 
@@ -170,19 +176,19 @@ def formula_of(eqn: Any) -> Any:
     return jax.make_jaxpr(functools.partial(flat, **eqn.params))(*structs)
 
 
-def why_not_here(ctx: Any) -> str | None:
-    """Why no kernel can be called where `ctx` lowers to; None if it can."""
-    module = ctx.module_context
-    if module.lowering_parameters.for_export:
-        return "an exported program must run where jaxnorm is not installed"
-    axes = module.axis_context
+def is_for_export(ctx: Any) -> bool:
+    """Whether what `ctx` lowers must run where jaxnorm is not installed."""
+    return ctx.module_context.lowering_parameters.for_export
+
+
+def is_spread(ctx: Any) -> bool:
+    """Whether XLA spreads what `ctx` lowers over devices."""
+    axes = ctx.module_context.axis_context
     devices = getattr(axes, "num_devices", None) or 1
     mesh, manual = getattr(axes, "mesh", None), getattr(axes, "manual_axes", ())
     if mesh is not None:
         devices = mesh.size if set(manual) < set(mesh.axis_names) else 1
-    if devices > 1:
-        return f"XLA spreads the computation over {devices} devices"
-    return None
+    return devices > 1
 
 
 def why_unfit(kernel: Kernel, static: Any, *avals: Any) -> str | None:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax import Array
 
 from jaxnorm._axes import Axes, Shape
 
@@ -76,3 +78,10 @@ def row_view(axes: Axes, *params: Any) -> RowView | None:
         return None
     shape = (*rows[:split], *[1] * (len(rows) - split), features)
     return RowView(math.prod(rows[:split]), math.prod(rows[split:]), features, shape)
+
+
+def as_like(v: Any, struct: jax.ShapeDtypeStruct) -> Array:
+    """A gradient summed over the axes along which its parameter is the same."""
+    if v.shape != struct.shape:
+        v = v.sum(reduced(v.shape, struct.shape), keepdims=True)
+    return v.astype(struct.dtype)

@@ -14,10 +14,10 @@ from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives._linear import Adjoint
 from jaxnorm._primitives._operation import Kernel, Reduction, Struct
-from jaxnorm._primitives._views import RowView, reduced, row_view, view
+from jaxnorm._primitives._views import RowView, as_like, reduced, row_view, view
 from jaxnorm._primitives.affine import affine
 from jaxnorm._primitives.columns import Centered, Terms
-from jaxnorm._primitives.rows import Row, RowChange
+from jaxnorm._primitives.rows import Row, why_no_gradient
 from jaxnorm._working import from_working, to_working
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -148,7 +148,7 @@ def _row_norm(
     )
     params = _params(found, wide, scale, bias)
     attributes = found.attributes(center, scale, bias)
-    return tuple(call(x, epsilon.astype(wide), *params, **attributes))
+    return x, *call(x, epsilon.astype(wide), *params, **attributes)
 
 
 def _params(found: RowView, dtype: DTypeLike, *params: Any) -> list[Array]:
@@ -163,16 +163,10 @@ ROW_NORM = Kernel(_row_norm, _row_norm_unfit, _name)
 def _row_gradient_unfit(
     adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
 ) -> str | None:
-    like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
-    if like.epsilon is not None or row.epsilon.ndim:
-        return "the kernel of rows takes one epsilon, and gives no gradient of it"
-    dy, *_ = cotangents
-    if dy is None:
-        return "y has no cotangent"
-    if row.scale is None and like.scale is not None:
-        return "there is a gradient of a scale that is None"
-    if row_view(adjoint.axes, row.scale, like.scale, like.bias) is None:
-        return "scale and bias are others for each row"
+    problem = why_no_gradient(adjoint, row, cotangents)
+    if problem:
+        return problem
+    dy = cotangents[1]
     if dy.dtype not in (row.x.dtype, jnp.float32):
         return f"the kernel of rows does not mix {dy.dtype} and {row.x.dtype}"
     return _why_unfit(adjoint.axes, None, row.x, dy)
@@ -186,7 +180,7 @@ def _row_gradient(
     wide = mean.dtype
     found = row_view(axes, scale, like.scale, like.bias)
     assert found is not None
-    dy, *dmoments = cotangents
+    skip, dy, *dmoments = cotangents
     has_moments = any(v is not None for v in dmoments)
     dmoments = [jnp.zeros((), wide) if v is None else v for v in dmoments]
     given = mean, var, residue, *dmoments
@@ -210,20 +204,14 @@ def _row_gradient(
         has_moments=has_moments,
         **attributes,
     )
+    dx = dx if skip is None else dx + skip
     dscale = None if scale is None else dparams.pop(0)
     dbias = dparams.pop(0) if dparams else None
     return tuple(
-        _as_like(v, struct)
+        as_like(v, struct)
         for v, struct in zip((dx, None, dscale, dbias), like, strict=True)
         if struct is not None
     )
-
-
-def _as_like(v: Any, struct: Struct) -> Array:
-    """A gradient summed over the axes along which its parameter is the same."""
-    if v.shape != struct.shape:
-        v = v.sum(reduced(v.shape, struct.shape), keepdims=True)
-    return v.astype(struct.dtype)
 
 
 ROW_GRADIENT = Kernel(_row_gradient, _row_gradient_unfit, _name)

@@ -3,7 +3,8 @@
 import functools
 
 from jaxnorm._primitives import _moment_formulas as formulas
-from jaxnorm._primitives import affine, cpu, rows
+from jaxnorm._primitives import activated, affine, cpu, gpu, rows
+from jaxnorm._primitives.activated import ACTIVATED_NORM, ACTIVATED_TANGENT
 from jaxnorm._primitives.affine import TANGENT
 from jaxnorm._primitives.columns import LINE, MOMENTS
 from jaxnorm._primitives.rows import ROW_NORM, ROW_TANGENT
@@ -28,7 +29,9 @@ ROW_TANGENT.lower(
     formula=functools.partial(rows.tangent, rows.as_given, affine.by_products),
     adjoint_kernel=cpu.ROW_GRADIENT,
 )
-ROW_TANGENT.lower(
-    *GPUS,
-    formula=functools.partial(rows.tangent, rows.moments_again, affine.by_sums),
-)
+_on_gpus = functools.partial(rows.tangent, rows.moments_again, affine.by_sums)
+ROW_TANGENT.lower("cuda", formula=_on_gpus, adjoint_kernel=gpu.row_gradient())
+ROW_TANGENT.lower("rocm", formula=_on_gpus)
+
+ACTIVATED_NORM.lower(*GPUS, formula=functools.partial(activated.norm, formulas.on_gpu))
+ACTIVATED_TANGENT.lower("cuda", adjoint_kernel=gpu.activated_gradient())

@@ -1,9 +1,10 @@
 """Rows that are normalized by their own moments, in one pass, and their gradient."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -11,8 +12,9 @@ from jaxnorm import _exact as exact
 from jaxnorm._moments import Moments
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives import affine
-from jaxnorm._primitives._linear import Linear
+from jaxnorm._primitives._linear import Adjoint, Linear
 from jaxnorm._primitives._operation import Operation, Reduction, Struct
+from jaxnorm._primitives._views import row_view
 from jaxnorm._primitives.affine import Change, Line, Stood
 from jaxnorm._working import from_working, to_working
 
@@ -45,14 +47,18 @@ def norm(
     scale: Array | None,
     bias: Array | None,
 ) -> tuple[Array, ...]:
-    """The norm of rows, and their moments by the formula `centered`."""
+    """The rows as they are, their norm, and their moments by the formula `centered`.
+
+    What reads x beside the norm reads it from here, so that the norm's gradient can add
+    its own to that of the others in one pass.
+    """
     axes, dtype = reduction.axes, reduction.dtype
     m = formulas.of_any(centered)(reduction, x, None, None)
     mean, var, residue = m
     residue = residue if reduction.center else None
     line = Line(mean, residue, exact.rstd(var, epsilon), scale, bias)
     y = affine.apply_line(x, None, line, axes)
-    return from_working(y, None, axes, dtype), *m
+    return x, from_working(y, None, axes, dtype), *m
 
 
 def tangent(
@@ -62,13 +68,15 @@ def tangent(
     row: Row,
     change: RowChange,
 ) -> tuple[Array, ...]:
-    """The tangents of y, mean and variance of rows: the chain rule, all in one."""
+    """The tangents of x, y, mean and variance of rows: the chain rule, all in one."""
     axes, center, *_ = reduction
     x, epsilon, scale, mean, var, residue = again(reduction, row)
     dx, dmean, dvar = None, jnp.zeros_like(mean), jnp.zeros_like(var)
+    same = jnp.zeros_like(x)
     if change.x is not None:
-        # Once, so that both its uses are summed before they are rounded.
+        # Once, so that all its uses are summed before they are rounded.
         dx = change.x.astype(mean.dtype)
+        same = dx.astype(x.dtype)
         own = Moments(mean, var, axes.size, residue)
         working = to_working(dx, None, axes)
         dmean, dvar = formulas.tangent(axes, center, x, None, own, working)
@@ -77,7 +85,7 @@ def tangent(
     line = Line(mean, residue if center else None, rstd, scale, None)
     dline = Line(dmean, None, -0.5 * rstd**3 * dsquare, change.scale, change.bias)
     (dy,) = affine.tangent(rows, reduction, Stood(x, None, line), Change(dx, dline))
-    return dy, dmean, dvar
+    return same, dy, dmean, dvar
 
 
 def as_given(reduction: Reduction, row: Row) -> Row:
@@ -97,14 +105,29 @@ def moments_again(reduction: Reduction, row: Row) -> Row:
     return row._replace(x=x, mean=mean, var=var, residue=residue)
 
 
+def why_no_gradient(
+    adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
+) -> str | None:
+    """Why no kernel of rows can give the gradient; None if one may."""
+    like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
+    if like.epsilon is not None or row.epsilon.ndim:
+        return "the kernel of rows takes one epsilon, and gives no gradient of it"
+    if cotangents[1] is None:
+        return "y has no cotangent"
+    if row.scale is None and like.scale is not None:
+        return "there is a gradient of a scale that is None"
+    if row_view(adjoint.axes, row.scale, like.scale, like.bias) is None:
+        return "scale and bias are others for each row"
+    return None
+
+
 def _norm_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:
     y = Struct(reduction.axes.shape, reduction.dtype)
-    return [y, *formulas.results(reduction, x)]
+    return [Struct(x.shape, x.dtype), y, *formulas.results(reduction, x)]
 
 
 def _tangent_results(reduction: Reduction, row: Row, _: Any) -> list[Struct]:
-    y = Struct(reduction.axes.shape, reduction.dtype)
-    return [y, *formulas.results(reduction, row.x)[:2]]
+    return _norm_results(reduction, row.x)[:4]
 
 
 ROW_TANGENT = Linear(
@@ -120,9 +143,9 @@ class _RowNorm(Operation):
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:
         x, epsilon, scale, _ = operands
-        row = Row(x, epsilon, scale, *out[1:])
-        dy, dmean, dvar = ROW_TANGENT(static, row, RowChange(*changes))
-        return [dy, dmean, dvar, jnp.zeros_like(row.residue)]
+        row = Row(x, epsilon, scale, *out[2:])
+        found = ROW_TANGENT(static, row, RowChange(*changes))
+        return [*found, jnp.zeros_like(row.residue)]
 
 
 ROW_NORM = _RowNorm(

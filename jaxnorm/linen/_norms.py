@@ -106,9 +106,19 @@ class LayerNorm(Checked, nn.LayerNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(layer_norm.LayerNorm, self), x, False, mask)
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Any:
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        With a residual, `x + residual` and that normalized.
+        """
+        norm = settings(layer_norm.LayerNorm, self)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
 class RMSNorm(Checked, nn.RMSNorm):
@@ -121,9 +131,19 @@ class RMSNorm(Checked, nn.RMSNorm):
     implementation: str | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return _apply(self, settings(rms_norm.RMSNorm, self), x, False, mask)
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Any:
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        With a residual, `x + residual` and that normalized.
+        """
+        norm = settings(rms_norm.RMSNorm, self)
+        return _apply(self, norm, x, False, mask, inputs={"residual": residual})
 
 
 class GroupNorm(Checked, nn.GroupNorm):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
-from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm import _base as base
@@ -78,9 +77,19 @@ class LayerNorm(nnx.LayerNorm):
     def _settings(self) -> base.Norm:
         return settings(layer_norm.LayerNorm, self)
 
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = None) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return apply(self, self._settings(), x, False, mask)
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
+    ) -> Any:
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        With a residual, `x + residual` and that normalized.
+        """
+        how = {"residual": residual}
+        return apply(self, self._settings(), x, False, mask, inputs=how)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -134,6 +143,16 @@ class RMSNorm(nnx.RMSNorm):
     def _settings(self) -> base.Norm:
         return settings(rms_norm.RMSNorm, self)
 
-    def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> Array:
-        """Returns `x` normalized; what `mask` excludes comes out as 0."""
-        return apply(self, self._settings(), x, False, mask)
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = None,
+        *,
+        residual: ArrayLike | None = None,
+    ) -> Any:
+        """Returns `x` normalized; what `mask` excludes comes out as 0.
+
+        With a residual, `x + residual` and that normalized.
+        """
+        how = {"residual": residual}
+        return apply(self, self._settings(), x, False, mask, inputs=how)
