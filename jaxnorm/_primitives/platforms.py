@@ -7,7 +7,7 @@ from jaxnorm._primitives import activated, affine, cpu, gpu, rows
 from jaxnorm._primitives.activated import ACTIVATED_NORM, ACTIVATED_TANGENT
 from jaxnorm._primitives.affine import TANGENT
 from jaxnorm._primitives.columns import LINE, MOMENTS
-from jaxnorm._primitives.rows import ROW_NORM, ROW_TANGENT
+from jaxnorm._primitives.rows import KEPT, OWN_MOMENTS, ROW_NORM, ROW_TANGENT
 
 GPUS = "cuda", "rocm"
 
@@ -32,6 +32,11 @@ ROW_TANGENT.lower(
 _on_gpus = functools.partial(rows.tangent, rows.moments_again, affine.by_sums)
 ROW_TANGENT.lower("cuda", formula=_on_gpus, adjoint_kernel=gpu.row_gradient())
 ROW_TANGENT.lower("rocm", formula=_on_gpus)
+
+KEPT.lower(*GPUS, formula=rows.kept_nothing)
+OWN_MOMENTS.lower(
+    *GPUS, formula=functools.partial(rows.moments_of_row, rows.moments_again)
+)
 
 ACTIVATED_NORM.lower(*GPUS, formula=functools.partial(activated.norm, formulas.on_gpu))
 ACTIVATED_TANGENT.lower("cuda", adjoint_kernel=gpu.activated_gradient())

@@ -16,6 +16,7 @@ from jaxnorm._primitives._linear import Adjoint, Linear
 from jaxnorm._primitives._operation import Operation, Reduction, Struct
 from jaxnorm._primitives._views import row_view
 from jaxnorm._primitives.affine import Change, Line, Stood
+from jaxnorm._primitives.columns import any_moments_tangent
 from jaxnorm._working import from_working, to_working
 
 
@@ -92,6 +93,12 @@ def as_given(reduction: Reduction, row: Row) -> Row:
     return row
 
 
+def kept_or_again(reduction: Reduction, row: Row) -> Row:
+    """Whichever of the two the platform takes."""
+    mean, var, residue = OWN_MOMENTS(reduction, row)
+    return row._replace(mean=mean, var=var, residue=residue)
+
+
 def moments_again(reduction: Reduction, row: Row) -> Row:
     """On a GPU, the moments of rows once more, and about a pivot.
 
@@ -103,6 +110,64 @@ def moments_again(reduction: Reduction, row: Row) -> Row:
     formula = formulas.of_any(formulas.about_a_pivot_apart)
     mean, var, residue = formula(reduction, x, None, None)
     return row._replace(x=x, mean=mean, var=var, residue=residue)
+
+
+def moments_of_row(
+    again: Callable[..., Row], reduction: Reduction, row: Row
+) -> tuple[Array, ...]:
+    moments = again(reduction, row)[3:]
+    return tuple(jnp.broadcast_to(v, reduction.axes.stats_shape) for v in moments)
+
+
+class _OwnMoments(Operation):
+    """The moments of a row, kept or taken again: a function of x alone."""
+
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        (row,), (change,) = operands, changes
+        zeros = [jnp.zeros_like(v) for v in out]
+        if change.x is None:
+            return zeros
+        mean, var, residue = out
+        own = Moments(mean, var, static.axes.size, residue)
+        return [*any_moments_tangent(static, row.x, None, own, change.x), zeros[2]]
+
+
+def _row_moments(reduction: Reduction, row: Row) -> list[Struct]:
+    return [*formulas.results(reduction, row.x)]
+
+
+OWN_MOMENTS = _OwnMoments(
+    "own_moments", functools.partial(moments_of_row, as_given), _row_moments
+)
+
+
+def kept(reduction: Reduction, *moments: Array) -> tuple[Array, ...]:
+    """What a forward pass keeps of the moments for where they are not taken again."""
+    return tuple(jnp.broadcast_to(v, reduction.axes.stats_shape) for v in moments)
+
+
+def kept_nothing(reduction: Reduction, *moments: Array) -> tuple[Array, ...]:
+    """On a GPU, where the kernel of the forward pass would be parted to write them."""
+    return tuple(jnp.zeros(reduction.axes.stats_shape, v.dtype) for v in moments)
+
+
+class _Kept(Operation):
+    def tangent(
+        self, static: Reduction, operands: Any, changes: Any, out: list[Array]
+    ) -> list[Array]:
+        """None, as what is kept is a function of x, which `OWN_MOMENTS` knows."""
+        return [jnp.zeros_like(v) for v in out]
+
+
+KEPT = _Kept(
+    "kept_moments",
+    kept,
+    lambda reduction, *moments: [
+        Struct(reduction.axes.stats_shape, v.dtype) for v in moments
+    ],
+)
 
 
 def why_no_gradient(
@@ -133,7 +198,7 @@ def _tangent_results(reduction: Reduction, row: Row, _: Any) -> list[Struct]:
 ROW_TANGENT = Linear(
     "row_tangent",
     "row_gradient",
-    functools.partial(tangent, as_given, affine.by_sums),
+    functools.partial(tangent, kept_or_again, affine.by_sums),
     _tangent_results,
 )
 
@@ -143,7 +208,7 @@ class _RowNorm(Operation):
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:
         x, epsilon, scale, _ = operands
-        row = Row(x, epsilon, scale, *out[2:])
+        row = Row(x, epsilon, scale, *KEPT(static, *out[2:]))
         found = ROW_TANGENT(static, row, RowChange(*changes))
         return [*found, jnp.zeros_like(row.residue)]
 
