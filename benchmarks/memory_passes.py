@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jax
 from compiled import TARGETS, Kernel, compile_for, kernels
-from norm_programs import LAYERS, Library
+from norm_programs import Library
 from passes_cases import Case, cases
 from passes_table import DEVICES, Count, Table, legend, markdown, versions
 from tqdm import tqdm
@@ -84,7 +84,7 @@ def count(target: str, case: Case, library: Library) -> Count:
     memory = compile_for(target, program.f, *program.args).memory_analysis()
     if memory is None:
         raise RuntimeError(f"XLA gives no memory analysis for {DEVICES[target]}")
-    return Count(memory.temp_size_in_bytes / LAYERS / case.unit)
+    return Count(memory.temp_size_in_bytes / case.unit)
 
 
 def measure(target: str, chosen: list[Case], columns: list[Library]) -> Table:

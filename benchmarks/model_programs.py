@@ -43,30 +43,33 @@ def conv(x, kernel):
 
 
 def transformer(kind: str, shape, library):
-    """A block of a transformer: causal attention and an MLP, a norm before each."""
+    """A block of a transformer, from the hidden layer of one MLP to that of the next.
+
+    So that each norm follows the sum that it normalizes.
+    """
     width = shape[-1]
     layer = Layer(library, kind)
     params, _ = layer.variables(*shape)
     weights = (
+        array(4 * width, width),
         array(width, 3 * width),
         array(width, width),
         array(width, 4 * width),
-        array(4 * width, width),
     )
 
-    def step(x, weights, params, last):
-        def block(x, weights, params):
-            qkv, out, up, down = weights
-            y, _ = layer(params[0], {}, x)
-            x = x + attention(y @ qkv) @ out
-            y, _ = layer(params[1], {}, x)
-            return x + jax.nn.gelu(y @ up) @ down
+    def step(x, hidden, weights, params, last):
+        def block(x, hidden, weights, params):
+            down, qkv, out, up = weights
+            x, y = layer.add_and_norm(params[0], hidden @ down, x)
+            x, y = layer.add_and_norm(params[1], attention(y @ qkv) @ out, x)
+            return x, jax.nn.gelu(y @ up)
 
-        z, pull = jax.vjp(block, x, weights, params)
-        return pull(z @ last)
+        (x, hidden), pull = jax.vjp(block, x, hidden, weights, params)
+        return pull((x @ last[0], hidden @ last[1]))
 
-    args = (array(*shape), weights, (params, params), array(width, width))
-    return [Program(step, args)]
+    hidden = array(*shape[:-1], 4 * width)
+    last = array(width, width), array(4 * width, 4 * width)
+    return [Program(step, (array(*shape), hidden, weights, (params, params), last))]
 
 
 def attention(qkv):
@@ -89,7 +92,8 @@ def scanned(kind: str, shape, library):
         def net(x, weights, params):
             def body(x, of_layer):
                 w, params = of_layer
-                return x + layer(params, {}, x)[0] @ w, None
+                x, y = layer.add_and_norm(params, x)
+                return x + y @ w, None
 
             return lax.scan(body, x, (weights, params))[0]
 

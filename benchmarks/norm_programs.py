@@ -6,6 +6,7 @@ result of one more product, so that it depends on all of the forward pass.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ class Library(NamedTuple):
         fields = dataclasses.fields(getattr(self.module, kind))
         return any(f.name == field for f in fields)
 
+    def takes(self, kind: str, name: str) -> bool:
+        """Whether a call of the class takes an argument of this name."""
+        call = getattr(self.module, kind).__call__
+        return name in inspect.signature(call).parameters
+
     def offers(self, kind: str) -> bool:
         """Whether the class can be asked for the kernels of this column."""
         return self.implementation is None or self.has(kind, "implementation")
@@ -58,6 +64,7 @@ class Layer:
         if library.implementation is not None:
             options["implementation"] = library.implementation
         self.module = getattr(library.module, kind)(dtype=DTYPE, **options)
+        self.adds = library.takes(kind, "residual")
 
     def variables(self, *shape: int) -> tuple[Any, Any]:
         """The shapes of parameters and statistics, for inputs of this shape."""
@@ -73,6 +80,13 @@ class Layer:
         if self.fused:
             return y, updates
         return self.activation(y if residual is None else y + residual), updates
+
+    def add_and_norm(self, params, x, residual: Any = 0):
+        """The sum, and the norm of it: by the norm where it takes a residual."""
+        if self.adds:
+            return self.module.apply({"params": params}, x, residual=residual)
+        x = x + residual
+        return x, self.module.apply({"params": params}, x)
 
 
 def sandwich(make: Callable[[Library], Layer], shape, residual: bool, library):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from model_programs import bottleneck, scanned, transformer
 from norm_programs import (
     DTYPE,
+    LAYERS,
     Layer,
     Library,
     Program,
@@ -17,13 +18,33 @@ from norm_programs import (
     split,
 )
 
+# Of which XLA makes programs that differ: by the bytes of the array, and of a row.
+ROWS = (
+    (8192, 4096),
+    (2048, 4096),
+    (4096, 8192),
+    (131072, 128),
+    (4096, 12288),
+    (2048, 32768),
+)
+MAPS = (
+    (16, 64, 64, 320),
+    (16, 64, 64, 128),
+    (16, 64, 64, 960),
+    (16, 32, 32, 640),
+    (8, 128, 128, 320),
+    (64, 16, 16, 512),
+    (8, 16, 16, 1280),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What is compiled and counted, and the passes over `x` that it needs at least.
 
     `quantity` is "passes" over an array of `shape`, the "kept" residuals of the forward
-    pass, or the "temporaries" of a loop per layer, all in units of that array. Where
+    pass, or the "temporaries" of a program, all in units of that array, and of each of
+    its layers. Where
     there are `products`, the floor holds if these are kernels of their own.
     """
 
@@ -34,10 +55,11 @@ class Case:
     programs: Callable[[Library], list[Program]]
     quantity: str = "passes"
     products: bool = True
+    layers: int = 1
 
     @property
     def unit(self) -> int:
-        return math.prod(self.shape) * DTYPE.dtype.itemsize
+        return math.prod(self.shape) * DTYPE.dtype.itemsize * self.layers
 
     @property
     def key(self) -> str:
@@ -56,7 +78,7 @@ def cases() -> Iterator[Case]:
     layer, rms = norm("LayerNorm"), norm("RMSNorm")
     group = norm("GroupNorm", num_groups=32)
     group_silu = norm("GroupNorm", "silu", num_groups=32)
-    images, rows, maps = (256, 28, 28, 512), (8192, 4096), (16, 64, 64, 320)
+    images, rows, wide, maps = (256, 28, 28, 512), ROWS[0], ROWS[-1], MAPS[0]
 
     for name, kind, make, shape, floor in (
         ("BN", "BatchNorm", batch, images, 8),
@@ -65,10 +87,10 @@ def cases() -> Iterator[Case]:
         ("BN + ReLU", "BatchNorm", batch_relu, (256, 14, 14, 256), 8),
         # Forward x twice and r; backward x, dy twice, dx, dr; a bit per element thrice.
         ("BN + add + ReLU", "BatchNorm", batch_relu, images, 10 + 3 / 16),
-        ("LN", "LayerNorm", layer, rows, 5),
-        ("RMS", "RMSNorm", rms, rows, 5),
+        *(("LN", "LayerNorm", layer, shape, 5) for shape in ROWS),
+        *(("RMS", "RMSNorm", rms, shape, 5) for shape in ROWS),
         ("GN", "GroupNorm", group, maps, 8),
-        ("GN + SiLU", "GroupNorm", group_silu, maps, 8),
+        *(("GN + SiLU", "GroupNorm", group_silu, shape, 8) for shape in MAPS),
     ):
         programs = functools.partial(sandwich, make, shape, "add" in name)
         yield Case(f"{name}, train", kind, shape, floor, programs)
@@ -83,6 +105,7 @@ def cases() -> Iterator[Case]:
     for name, kind, make, shape, floor in (
         ("BN", "BatchNorm", running, images, 2),
         ("LN", "LayerNorm", layer, rows, 2),
+        ("LN", "LayerNorm", layer, wide, 2),
         ("RMS", "RMSNorm", rms, rows, 2),
         ("GN", "GroupNorm", group, maps, 3),
     ):
@@ -117,5 +140,6 @@ def cases() -> Iterator[Case]:
     for name, kind in (("LN", "LayerNorm"), ("RMS", "RMSNorm")):
         shape = (8192, 2048)
         programs = functools.partial(scanned, kind, shape)
-        name = f"scan, {name}, temporaries"
-        yield Case(name, kind, shape, None, programs, "temporaries")
+        for quantity in ("passes", "temporaries"):
+            title = f"scan, {name}, {quantity} per layer"
+            yield Case(title, kind, shape, None, programs, quantity, layers=LAYERS)

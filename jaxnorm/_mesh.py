@@ -7,16 +7,7 @@ from jax import Array
 
 from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._running import as_arrays
-from jaxnorm._sharding import automatically, on_explicit_mesh
-
-
-def is_for_automatic_axes(norm: Norm, *arrays: Any) -> bool:
-    """Whether `norm` of `arrays` has to be computed with explicit axes made automatic.
-
-    Kernels are parted along explicit axes, so that they can be exported.
-    """
-    by_kernels = getattr(norm, "implementation", None) not in (None, "xla")
-    return not by_kernels and on_explicit_mesh(*arrays)
+from jaxnorm._sharding import automatically
 
 
 def apply_automatically(

@@ -93,15 +93,19 @@ def add_and_normalize(
 ) -> tuple[Array, Array]:
     """`x + residual`, and that normalized as by `normalize`, which takes `how`, too.
 
-    What reads the sum reads it from here, and its gradient is added within the norm's.
+    What reads the sum reads it from here, and its gradient is added within the norm's:
+    also that of x itself, where the residual is the number 0.
     """
-    x, residual = as_floating(x), as_floating(residual, "residual")
-    check_residual(residual, x)
-    wide = promote(x.dtype, residual.dtype)
-    x, residual = x.astype(wide), residual.astype(wide)
+    x = as_floating(x)
+    none = isinstance(residual, int | float) and residual == 0
+    added = None if none else as_floating(residual, "residual")
+    if added is not None:
+        check_residual(added, x)
+        wide = promote(x.dtype, added.dtype)
+        x, added = x.astype(wide), added.astype(wide)
     reduction, operands = _checked(x, None, params, axes, **how)
     formula = functools.partial(_add_and_normalize, reduction)
-    return _on_any_mesh(formula, operands, residual, like=(x, x))
+    return _on_any_mesh(formula, operands, added, like=(x, x))
 
 
 def _checked(
@@ -175,8 +179,9 @@ def _is_for_gpu_kernels(reduction: Reduction, operands: Operands) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add_and_normalize(
-    reduction: Reduction, operands: Operands, residual: Array
+    reduction: Reduction, operands: Operands, residual: Array | None
 ) -> tuple[Array, Array]:
-    operands = operands._replace(x=operands.x + residual)
+    if residual is not None:
+        operands = operands._replace(x=operands.x + residual)
     x, y, _ = standardize_by_own(reduction, operands)
     return x, y

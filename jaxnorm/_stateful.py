@@ -14,9 +14,10 @@ from jaxnorm import _running as running
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Norm, Params, Stats
 from jaxnorm._marks import BATCH, MARKS, SWITCHES, use, without
-from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
+from jaxnorm._mesh import apply_automatically
 from jaxnorm._moments import Moments
 from jaxnorm._running import as_arrays
+from jaxnorm._sharding import on_explicit_mesh
 
 
 class StatefulNorm(Norm):
@@ -109,7 +110,7 @@ class StatefulNorm(Norm):
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         how = {"mask": mask, "dtype": dtype, **inputs}
-        if is_for_automatic_axes(self, x, params, stats, how, use_running_average):
+        if on_explicit_mesh(x, params, stats, how, use_running_average):
             how["use_running_average"] = use_running_average
             return apply_automatically(self, x, params, stats, how)
         by_batch, updates = use(stats, use_running_average)

@@ -11,8 +11,9 @@ from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import ActivatedNorm, Norm, Params, Stats
 from jaxnorm._dtypes import at_least_float32, promote
 from jaxnorm._marks import MARKS, without
-from jaxnorm._mesh import apply_automatically, is_for_automatic_axes
+from jaxnorm._mesh import apply_automatically
 from jaxnorm._running import as_arrays
+from jaxnorm._sharding import on_explicit_mesh
 
 
 class StatelessNorm(Norm):
@@ -51,7 +52,7 @@ class StatelessNorm(Norm):
         **inputs: Any,
     ) -> tuple[Array, dict[str, Array]]:
         how = {"mask": mask, "dtype": dtype, **inputs}
-        if is_for_automatic_axes(self, x, params, stats, how):
+        if on_explicit_mesh(x, params, stats, how):
             how["use_running_average"] = use_running_average
             return apply_automatically(self, x, params, stats, how)
         self.check_bound()
@@ -99,8 +100,8 @@ class ReductionNorm(KernelNorm):
     """A norm over `reduction_axes`, with parameters along `feature_axes`.
 
     With `zero_centered_scale` the scale is kept less 1, so that weight decay draws it
-    to 1. A `residual` at the call is added before the norm, and the sum is returned,
-    too: `(x + residual, y)` instead of y.
+    to 1. A `residual` at the call, an array or 0, is added before the norm, and the sum
+    is returned, too: `(x + residual, y)` instead of y.
     """
 
     optional_inputs = ("residual",)

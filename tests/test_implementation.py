@@ -1,55 +1,74 @@
-"""Kernels where they are asked for: as without them, or an error that says why not."""
+"""Kernels for GPUs where they are asked for, interpreted: as the formula without."""
 
 import functools
-import inspect
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from flax import nnx
-from norms import assert_close
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from norms import assert_close, changed
 from test_activation import EXACT
 
 import jaxnorm
-import jaxnorm.linen
-import jaxnorm.nnx
-from jaxnorm import _kernels as kernels
+from jaxnorm._kernels import support
+from jaxnorm._primitives import gpu
+from jaxnorm._primitives._operation import Operation
+from jaxnorm._primitives.activated import ACTIVATED_TANGENT
+from jaxnorm._primitives.rows import ROW_TANGENT
 
 CASES = {
     "layer": (jaxnorm.LayerNorm(), (6, 5, 256)),
     "rms": (jaxnorm.RMSNorm(epsilon=1e-3), (16, 128)),
-    "group": (jaxnorm.GroupNorm(num_groups=4), (3, 4, 4, 64)),
     "group relu": (jaxnorm.GroupNorm(num_groups=2, activation="relu"), (2, 8, 8, 32)),
     "group silu": (jaxnorm.GroupNorm(num_groups=8, activation="silu"), (2, 16, 64)),
-    "instance": (jaxnorm.InstanceNorm(), (2, 4, 8, 32)),
+    "instance": (jaxnorm.InstanceNorm(activation="silu"), (2, 4, 8, 32)),
 }
 
 
-def problem(name, dtype=np.float32):
+@pytest.fixture(autouse=True)
+def interpreted():
+    """What is meant for NVIDIA's GPUs runs on this CPU, its kernels interpreted."""
+    jax.clear_caches()  # what has been compiled has chosen
+    known = {op: op.kernels.get("cpu") for op in Operation.every.values()}
+    formulas = {op: op.formulas.get("cpu") for op in Operation.every.values()}
+    for op in Operation.every.values():
+        op.lower("cpu", formula=op.formulas.get("cuda"))
+    for op, kernel in (
+        (ROW_TANGENT, gpu.row_gradient(interpret=True)),
+        (ACTIVATED_TANGENT, gpu.activated_gradient(interpret=True)),
+    ):
+        op.lower("cpu", formula=op.formulas.get("cuda"), adjoint_kernel=kernel)
+    yield
+    for op, kernel in known.items():
+        op.lower("cpu", formula=formulas[op], kernel=kernel)
+    jax.clear_caches()
+
+
+def problem(name, dtype=np.float32, mean=0.5):
     norm, shape = CASES[name]
     rng = np.random.default_rng(0)
-    x, dy = (rng.normal(0.5, 2, shape).astype(dtype) for _ in range(2))
+    x = rng.normal(mean, 2, shape).astype(dtype)
+    dy = rng.normal(0.5, 2, shape).astype(dtype)
     params = {
         k: rng.uniform(0.5, 2, shape[-1:]).astype(np.float32) for k in norm.param_names
     }
-    return norm, x, params, dy
+    return changed(norm, implementation="triton"), x, params, dy
 
 
-def by_kernels(norm, x, params):
-    """What normalize does with an implementation, interpreted."""
-    axes = norm.axes(x.shape)
-    how = kernels.KernelCall(
-        "triton",
-        norm.epsilon,
-        jnp.dtype(x.dtype),
-        interpret=True,
-        center=norm.center,
-        activation=getattr(norm, "activation", None),
-    )
-    return kernels.normalized(how, axes, x, params["scale"], params.get("bias"))
+def by_formula(norm):
+    return changed(norm, implementation="xla")
+
+
+def gradients(norm, x, params, dy):
+    @jax.jit
+    def both(x, params, dy):
+        y, pull = jax.vjp(lambda x, params: norm(x, params, {})[0], x, params)
+        return y, *pull(dy)
+
+    return both(x, params, dy)
 
 
 def exact(norm, x, params):
@@ -67,95 +86,240 @@ def exact(norm, x, params):
     return EXACT[norm.activation](y) if getattr(norm, "activation", None) else y
 
 
+def wide_gradients(norm, *args):
+    """Those of the formula in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: np.asarray(v, np.float64), args)
+        return jax.tree.map(np.asarray, gradients(by_formula(norm), *wide))
+
+
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mean", [0.5, 1e4])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_kernels_give_what_xla_gives(name, dtype):
-    norm, x, params, dy = problem(name, dtype)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(f, x, dy):
-        y, pull = jax.vjp(f, x, params)
-        return y, *pull(dy)
-
-    y, dx, dparams = both(functools.partial(by_kernels, norm), x, dy)
-    wide = x.astype(np.float32)  # nothing but the results of kernels is rounded
-    plain = both(lambda x, params: norm(x, params, {})[0], wide, dy.astype(np.float32))
-    _, ex, eparams = plain
+def test_values_and_gradients(name, dtype, mean):
+    """Also far from 0, where relu must cut off what it cut off in the forward pass."""
+    norm, x, params, dy = problem(name, dtype, 0.5 if name == "rms" else mean)
+    y, dx, dparams = gradients(norm, x, params, dy)
+    _, ex, eparams = wide_gradients(norm, x, params, dy)
     assert y.dtype == dtype
     assert_close(y, exact(norm, x, params), dtype=dtype, summed=4, size=2)
-    assert_close(dx, np.asarray(ex, np.float64), dtype=dtype, summed=4, size=4)
+    assert_close(dx, ex, dtype=dtype, summed=4, size=4)
     for k, v in dparams.items():
         assert v.dtype == params[k].dtype
-        size = 1 + np.abs(np.asarray(eparams[k])).max()
+        size = 1 + np.abs(eparams[k]).max()
         assert_close(v, eparams[k], dtype=jnp.float32, summed=x.size, size=size)
 
 
+def loss(norm, dy, x, params):
+    return (jnp.sin(norm(x, params, {})[0]) * dy).sum()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_kernel_is_in_the_program_only_where_asked_for(name):
-    norm, x, params, dy = problem(name, jnp.bfloat16)
+def test_every_derivative(name):
+    """Forward, second and third derivatives, in any order."""
+    norm, shape = CASES[name]
+    norm = changed(norm, implementation="triton")
+    features = 8
+    shape = (2, *[4] * (len(shape) - 2), features)
+    rng = np.random.default_rng(1)
+    x, dy, v, w = (rng.normal(1, 2, shape).astype(np.float32) for _ in range(4))
+    params = {k: np.full(features, 1.5, np.float32) for k in norm.param_names}
 
-    def traced(implementation):
-        asked = type(norm)(**(vars(norm) | {"implementation": implementation}))
+    def along(norm, x, v, w):
+        f = functools.partial(loss, norm, dy, params=params)
+        slope = jax.jvp(f, (x,), (v,))[1]
+        reverse = jax.grad(lambda x: (jax.grad(f)(x) * v).sum())(x)
+        forward = jax.jvp(jax.grad(f), (x,), (v,))[1]
+        third = jax.grad(lambda x: (jax.jvp(jax.grad(f), (x,), (v,))[1] * w).sum())(x)
+        return slope, reverse, forward, third
 
-        def gradient(x, params, dy):
-            return jax.vjp(lambda *a: asked(*a, {})[0], x, params)[1](dy)
+    found = along(norm, x, v, w)
+    with jax.enable_x64(True):
+        wide = (np.asarray(a, np.float64) for a in (x, v, w))
+        exact = jax.tree.map(np.asarray, along(by_formula(norm), *wide))
+    for a, b in zip(found, exact, strict=True):
+        size = 10 * np.abs(b).max()
+        assert_close(a, b, dtype=jnp.float32, summed=x.size, size=size)
 
-        return str(jax.make_jaxpr(gradient)(x, params, dy))
 
-    assert "pallas_call" in traced("triton")
-    assert "pallas_call" not in traced(None)
-    assert "pallas_call" not in traced("xla")
+@pytest.mark.parametrize("name", CASES)
+def test_batches_of_vmap(name):
+    """Gradients of each, and of the sum, where rows of all examples are rows of one."""
+    norm, x, params, dy = problem(name)
+    x, dy = (np.stack([v, v[::-1]]) for v in (x, dy))
+
+    def each(norm, x, dy):
+        return jax.grad(functools.partial(loss, norm, dy), (0, 1))(x, params)
+
+    def whole(norm, x, dy):
+        mapped = jax.vmap(functools.partial(loss, norm), (0, 0, None))
+        return jax.grad(lambda x, p: mapped(dy, x, p).sum(), (0, 1))(x, params)
+
+    for f in (jax.vmap(functools.partial(each, norm)), functools.partial(whole, norm)):
+        assert "a kernel for NVIDIA's GPUs" in str(
+            jaxnorm.models.implementations(f, x, dy)
+        )
+        plain = jax.vmap(functools.partial(each, by_formula(norm)))
+        plain = (
+            plain
+            if f(x, dy)[1]["scale"].ndim > 1
+            else functools.partial(whole, by_formula(norm))
+        )
+        for a, b in zip(
+            jax.tree.leaves(f(x, dy)), jax.tree.leaves(plain(x, dy)), strict=True
+        ):
+            size = 4 * np.abs(b).max()
+            assert_close(a, b, dtype=jnp.float32, summed=x.size, size=size)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", CASES)
+def test_sharded_arrays_stay_where_they_are(name, kind):
+    norm, x, params, dy = problem(name)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    want = gradients(norm, x, params, dy)
+    with jax.set_mesh(mesh):
+        x, dy = jax.device_put((x, dy), P("data"))
+
+        def both(x, params, dy):
+            y, pull = jax.vjp(lambda x, params: norm(x, params, {})[0], x, params)
+            return y, *pull(dy)
+
+        compiled = jax.jit(both).lower(x, params, dy).compile()
+        found = compiled(x, params, dy)
+    assert "all-gather" not in str(compiled.as_text())
+    assert "while" in str(compiled.as_text())  # an interpreted kernel walks its grid
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        size = 4 * np.abs(b).max()
+        assert_close(a, b, dtype=jnp.float32, summed=x.size, size=size)
+
+
+@pytest.mark.parametrize("name", ["layer", "group silu"])
+def test_each_device_of_a_shard_map_takes_its_part(name):
+    norm, x, params, dy = problem(name)
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds)
+    want, _ = jax.grad(functools.partial(loss, norm, dy), (0, 1))(x, params)
+
+    def part(x, dy, params):
+        return jax.grad(functools.partial(loss, norm, dy))(x, params)
+
+    specs = {"in_specs": (P("data"), P("data"), P()), "out_specs": P("data")}
+    for names in ({"data", "model"}, {"data"}):
+        f = jax.shard_map(part, mesh=mesh, axis_names=names, **specs)
+        found = jax.jit(f)(x, dy, params)
+        assert_close(found, want, dtype=jnp.float32, summed=x.size, size=10)
+
+
+def test_a_program_for_several_platforms():
+    """The formula, which needs no jaxnorm where it runs."""
+    norm, x, params, dy = problem("layer")
+    f = jax.jit(functools.partial(gradients, norm))
+    exported = jax.export.export(f, platforms=["cuda", "cpu", "tpu"])(x, params, dy)
+    for a, b in zip(
+        jax.tree.leaves(exported.call(x, params, dy)),
+        jax.tree.leaves(gradients(norm, x, params, dy)),
+        strict=True,
+    ):
+        assert_close(a, b, dtype=jnp.float32, summed=x.size, size=np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", [jaxnorm.LayerNorm, jaxnorm.RMSNorm])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_gradient_of_a_residual_is_added_by_the_kernel(kind, dtype):
+    norm = kind(implementation="triton")
+    rng = np.random.default_rng(0)
+    x, r, ds, dy = (rng.normal(0.5, 2, (12, 128)).astype(dtype) for _ in range(4))
+    params = {k: np.full(128, 1.5, np.float32) for k in norm.param_names}
+
+    def step(norm, x, r, ds, dy):
+        call = functools.partial(norm, params=params, stats={})
+        (s, y), pull = jax.vjp(lambda x, r: call(x, residual=r)[0], x, r)
+        return s, y, *pull((ds, dy))
+
+    both = jax.jit(functools.partial(step, norm))
+    s, y, dx, dr = both(x, r, ds, dy)
+    assert "row_gradient" in (
+        said := str(jaxnorm.models.implementations(both, x, r, ds, dy))
+    )
+    assert "add" not in said and "NVIDIA" in said
+    np.testing.assert_array_equal(s, x + r)
+    np.testing.assert_array_equal(dx, dr)
+    with jax.enable_x64(True):
+        wide = [np.asarray(v, np.float64) for v in (s, 0 * s, ds, dy)]
+        _, ey, ex, _ = step(by_formula(norm), *wide)
+    assert_close(y, ey, dtype=dtype, summed=4, size=4)
+    assert_close(dx, ex, dtype=dtype, summed=4, size=8)
+
+
+def test_a_kernel_is_taken_only_where_asked_for():
+    norm, x, params, dy = problem("group silu", jnp.bfloat16)
+
+    def said(implementation):
+        asked = changed(norm, implementation=implementation)
+        f = functools.partial(gradients, asked)
+        return str(jaxnorm.models.implementations(f, x, params, dy))
+
+    assert "a kernel for NVIDIA's GPUs" in said("triton")
+    assert "a kernel" not in said(None).replace("no kernel", "")
+    assert "a kernel" not in said("xla").replace("no kernel", "")
 
 
 UNFIT = {
-    "they do not take a mask": ("layer", {"mask": np.ones(1, bool)}, {}),
-    "they do not take axis_name": ("layer", {}, {"axis_name": "i"}),
-    "they do not take a residual": ("group", {"residual": np.ones((3, 4, 4, 64))}, {}),
-    "kernels take bfloat16, float16, float32, got complex64": ("rms", "complex", {}),
-    "kernels of columns take activations": ("group", {}, {"activation": "gelu"}),
-    "not for axes (1, 2)": ("layer", {}, {"reduction_axes": (1, 2)}),
-    "of the shape of the last axis": ("group", "per example", {}),
-    "implementation='cuda' is none of": ("layer", {}, {"implementation": "cuda"}),
+    "kernels take bfloat16, float16, float32, got float64": ("layer", "wide"),
+    "a row of 10000 features does not fit": ("long", {}),
+    "is empty": ("empty", {}),
+    "the kernel takes one epsilon, and gives no gradient of it": ("silu", "epsilon"),
+    "the kernel takes the activations ['relu', 'silu']": ("gelu", {}),
+    "the kernel does not reduce": ("channels first", {}),
 }
 
 
 @pytest.mark.parametrize("message", UNFIT)
-def test_what_does_not_fit_says_why(message):
-    name, call, settings = UNFIT[message]
-    norm, x, params, _ = problem(name)
-    settings = vars(norm) | {"implementation": "triton"} | settings
-    if call == "complex":
-        call, x = {}, x + 1j
-    if call == "per example":
-        call, params = {}, {"scale": np.ones((3, 64), np.float32)}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        norm = type(norm)(**settings)
-        jax.vmap(lambda x: norm(x, params, {}, **call), axis_name="i")(x[None])
+def test_what_does_not_fit_gets_the_formula_and_says_why(message):
+    what, how = UNFIT[message]
+    group = functools.partial(jaxnorm.GroupNorm, num_groups=2, implementation="triton")
+    layer = jaxnorm.LayerNorm(implementation="triton")
+    norm, shape = {
+        "layer": (layer, (4, 128)),
+        "long": (layer, (2, 10000)),
+        "empty": (layer, (0, 128)),
+        "silu": (group(activation="silu"), (2, 4, 8)),
+        "gelu": (group(activation="gelu"), (2, 4, 8)),
+        "channels first": (group(activation="silu", axis=1), (2, 8, 4)),
+    }[what]
+
+    def f(x, epsilon):
+        own = changed(norm, epsilon=epsilon) if how == "epsilon" else norm
+        return own(x, {}, {})[0].sum()
+
+    with jax.enable_x64(how == "wide"):
+        x = np.ones(shape, np.float64 if how == "wide" else np.float32)
+        gradient = jax.grad(f, (0, 1)) if how == "epsilon" else jax.grad(f)
+        epsilon = np.asarray(1e-5, x.dtype)
+        assert message in str(jaxnorm.models.implementations(gradient, x, epsilon))
+        for v in jax.tree.leaves(jax.jit(gradient)(x, epsilon)):
+            assert np.isfinite(v).all()
 
 
-def test_batch_norm_and_traced_epsilons_have_no_kernels():
-    x = np.ones((4, 8, 128), np.float32)
-    assert "implementation" not in inspect.signature(jaxnorm.batch_norm).parameters
-    with pytest.raises(ValueError, match="there are kernels for the last axis alone"):
-        axes = jaxnorm.Axes.keep(x.shape, -1)
-        jaxnorm.normalize(x, {}, axes, epsilon=1e-5, implementation="mosaic")
-
-    def f(epsilon):
-        return jaxnorm.layer_norm(x, epsilon=epsilon, implementation="triton")
-
-    with pytest.raises(ValueError, match="an epsilon that is traced"):
-        jax.jit(f)(1e-6)
+def test_another_implementation_raises():
+    with pytest.raises(ValueError, match="implementation='cuda' is none of"):
+        jaxnorm.layer_norm(np.ones((2, 8)), implementation="cuda")
 
 
-def test_classes_of_both_apis_ask_for_it():
-    x = np.ones((2, 4, 32), np.float32)
-    for kind in ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"):
-        groups = {"num_groups": 4} if kind == "GroupNorm" else {}
-        linen = getattr(jaxnorm.linen, kind)(implementation="triton", **groups)
-        with pytest.raises(ValueError, match="they do not take a mask"):
-            linen.init(jax.random.key(0), x, mask=np.ones(1, bool))
-        layer = getattr(jaxnorm.nnx, kind)(
-            32, implementation="triton", rngs=nnx.Rngs(0), **groups
-        )
-        with pytest.raises(ValueError, match="they do not take a mask"):
-            layer(x, mask=np.ones(1, bool))
+@pytest.mark.parametrize(
+    ("capability", "says"),
+    [
+        ("gfx942", "kernels are for NVIDIA's GPUs, this one is gfx942"),
+        ("7.5", "triton needs compute capability 8.0, this GPU has 7.5"),
+        ("9.0", None),
+    ],
+)
+def test_which_gpus(monkeypatch, capability, says):
+
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert support.why_not_on_this_gpu("triton") == says

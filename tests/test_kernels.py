@@ -4,11 +4,9 @@ Triton's interpreter is in every jax; Mosaic's has come with jax 0.11. What they
 is tested here, not what a GPU's compiler makes of it.
 """
 
-import functools
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm._kernels import columns, rows, spread, support
+from jaxnorm._kernels import columns, rows, spread, support, tiles
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -49,43 +47,37 @@ def assert_close(got, want, *, summed: int, dtype: str = "float32"):
     assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
 
 
-def rows_reference(x, dy, scale, bias, center):
-    """y, mean, rstd, dx, dscale, dbias in float64."""
+def rows_reference(x, dy, skip, scale, center):
+    """dx, dscale, dbias in float64."""
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    skip = 0.0 if skip is None else np.asarray(skip, np.float64)
     scale = 1.0 if scale is None else np.asarray(scale, np.float64)
-    bias = 0.0 if bias is None else np.asarray(bias, np.float64)
-    mean = x.mean(1, keepdims=True) if center else np.zeros((len(x), 1))
+    mean = x.mean(1, keepdims=True) if center else 0.0
     rstd = 1 / np.sqrt(((x - mean) ** 2).mean(1, keepdims=True) + EPSILON)
     x_hat = (x - mean) * rstd
     d = dy * scale
     dx = d - x_hat * (d * x_hat).mean(1, keepdims=True)
     dx = dx - d.mean(1, keepdims=True) if center else dx
-    y = x_hat * scale + bias
-    sums = (dy * x_hat).sum(0), dy.sum(0)
-    return y, mean[:, 0], rstd[:, 0], dx * rstd, *sums
+    return dx * rstd + skip, (dy * x_hat).sum(0), dy.sum(0)
 
 
 def columns_reference(x, dy, vectors, activation):
     """The sums of `columns.gradient_sums` in float64."""
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     mean, slope, shift = (np.asarray(v, np.float64)[:, None] for v in vectors)
-    z = x * slope + shift
+    z = (x - mean) * slope + shift
     gate = 1 / (1 + np.exp(-z))
-    by_activation = {None: 1.0, "relu": z > 0, "silu": gate + z * gate * (1 - gate)}
+    by_activation = {"relu": z > 0, "silu": gate + z * gate * (1 - gate)}
     d = dy * by_activation[activation]
     return d.sum(1), (d * (x - mean)).sum(1)
 
 
-def forward(x, scale, bias, *, center=True, dtype=None, **run):
-    dtype = x.dtype if dtype is None else dtype
-    return rows.forward(
-        x, scale, bias, epsilon=EPSILON, center=center, dtype=dtype, **run
-    )
-
-
-def backward(x, dy, scale, mean, rstd, *, with_bias=True, **run):
-    settings = {"center": mean is not None, "with_bias": with_bias, **run}
-    return rows.backward(x, dy, scale, mean, rstd, **settings)
+def backward(x, dy, scale, skip=None, *, center=True, sums=True, **run) -> Any:
+    """The kernel of rows, of one batch, with sums for both parameters or none."""
+    settings = {"center": center, "with_scale": sums, "with_bias": sums, **run}
+    given = [None if v is None else v[None] for v in (x, dy, skip, scale)]
+    dx, *sums_of = rows.backward(*given, jnp.float32(EPSILON), **settings)
+    return dx[0], *(None if v is None else v[0] for v in sums_of)
 
 
 ROWS = [
@@ -101,98 +93,81 @@ ROWS = [
 @pytest.mark.parametrize(("name", "shape"), ROWS)
 def test_rows(name, shape, dtype):
     run = backend(name)
-    x, dy = (normal(*shape, dtype=dtype, seed=k) for k in (1, 2))
-    scale, bias = normal(shape[1], seed=3), normal(shape[1], seed=4)
-    for center in (True, False):
-        y, mean, rstd = forward(x, scale, bias, center=center, **run)
-        got = backward(x, dy, scale, mean, rstd, **run)
-        assert (mean is None) == (not center)
-        assert y.dtype == got[0].dtype == dtype
-        assert rstd.dtype == got[1].dtype == got[2].dtype == jnp.float32
-        want = rows_reference(x, dy, scale, bias, center)
-        features = functools.partial(assert_close, summed=shape[1])
-        features(y, want[0], dtype=dtype)
-        features(rstd, want[2])
-        features(got[0], want[3], dtype=dtype)
-        if center:
-            features(mean, want[1])
-        assert_close(got[1], want[4], summed=shape[0] + shape[1])
-        assert_close(got[2], want[5], summed=shape[0])
+    x, dy, skip = (normal(*shape, dtype=dtype, seed=k) for k in (1, 2, 3))
+    scale = normal(shape[1], seed=4)
+    for center, added in ((True, None), (False, None), (True, skip), (False, skip)):
+        dx, dscale, dbias = backward(x, dy, scale, added, center=center, **run)
+        assert dx.dtype == dtype
+        assert dscale.dtype == dbias.dtype == jnp.float32
+        want = rows_reference(x, dy, added, scale, center)
+        assert_close(dx, want[0], summed=shape[1], dtype=dtype)
+        assert_close(dscale, want[1], summed=shape[0] + shape[1])
+        assert_close(dbias, want[2], summed=shape[0])
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic"])
 @pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-def test_rows_without_scale_or_bias(name, scaled, biased):
-    run = backend(name)
+def test_rows_without_parameters(name, scaled):
     x, dy = normal(6, 128, seed=1), normal(6, 128, seed=2)
     scale = normal(128, seed=3) if scaled else None
-    bias = normal(128, seed=4) if biased else None
-    y, mean, rstd = forward(x, scale, bias, **run)
-    settings = {"with_bias": biased, **run}
-    dx, dscale, dbias = backward(x, dy, scale, mean, rstd, **settings)
-    want = rows_reference(x, dy, scale, bias, True)
-    assert_close(y, want[0], summed=128)
-    assert_close(dx, want[3], summed=128)
-    assert (dscale is None, dbias is None) == (not scaled, not biased)
-    if scaled:
-        assert_close(dscale, want[4], summed=128)
-    if biased:
-        assert_close(dbias, want[5], summed=128)
+    dx, *sums = backward(x, dy, scale, sums=False, **backend(name))
+    assert_close(dx, rows_reference(x, dy, None, scale, True)[0], summed=128)
+    assert sums == [None, None]
 
 
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e5])
 @pytest.mark.parametrize("name", ["triton", "mosaic"])
-def test_rows_far_from_zero(name):
-    run = backend(name)
-    x = normal(5, 768 if name == "mosaic" else 700, mean=1e4, std=1.0)
-    y, mean, rstd = forward(x, None, None, **run)
-    want = rows_reference(x, x, None, None, True)
-    assert_close(rstd, want[2], summed=1)
-    assert_close(mean, want[1], summed=1)
-    assert_close(y, want[0], summed=700)
-    y, _, rstd = forward(jnp.full((3, 384), 0.1), None, None, **run)
-    assert not np.any(y)
-    np.testing.assert_allclose(rstd, EPSILON**-0.5, rtol=1e-6)
+def test_rows_far_from_zero(name, mean):
+    """The kernel takes the moments again, about an element of the row."""
+    x = normal(5, 768 if name == "mosaic" else 700, mean=mean, std=1.0)
+    dy, scale = normal(*x.shape, seed=1), normal(x.shape[1], seed=2)
+    found = backward(x, dy, scale, **backend(name))
+    for v, want in zip(found, rows_reference(x, dy, None, scale, True), strict=True):
+        assert_close(v, want, summed=700)
+    dx, dscale, _ = backward(
+        jnp.full((3, 384), 0.1), x[:3, :384], None, **backend(name)
+    )
+    assert not np.any(dscale)
+    assert np.isfinite(dx).all()
 
 
-@pytest.mark.parametrize("name", ["triton", "mosaic"])
-def test_rows_take_a_traced_epsilon_and_return_another_dtype(name):
-    run = backend(name)
-    x = normal(4, 128, dtype="bfloat16")
-    call = functools.partial(rows.forward, x, None, None, center=True, **run)
-    traced = jax.jit(lambda epsilon: call(epsilon=epsilon, dtype=jnp.float32))
-    y, _, _ = traced(jnp.float32(EPSILON))
-    assert y.dtype == jnp.float32
-    assert_close(y, rows_reference(x, x, None, None, True)[0], summed=128)
+@pytest.mark.parametrize("rows_of", [512, 2048, 8192])
+def test_no_multiprocessor_is_idle_for_want_of_rows(rows_of):
+    """Partial sums cost less than multiprocessors that wait."""
+    programs = tiles.programs(1, rows_of, 1, 2)
+    least = min(tiles.MULTIPROCESSORS, rows_of // tiles.LEAST_STEPS)
+    assert least <= programs <= 2 * tiles.MULTIPROCESSORS
 
 
 def test_kernels_where_jax_has_64_bits():
     run = backend("triton")
     with jax.enable_x64(True):
         x, dy = normal(40, 100, seed=1), normal(40, 100, seed=2)
-        y, mean, rstd = forward(x, None, None, **run)
-        dx, _, dbias = backward(x, dy, None, mean, rstd, **run)
-        moments = columns.moments(x[None], **run)
-        slope = jnp.ones((1, 100), jnp.float32)
+        ones = jnp.ones((1, 100), jnp.float32)
+        found = backward(x, dy, ones[0], **run)
         settings = {"activation": "silu", **run}
-        sums = columns.gradient_sums(
-            x[None], dy[None], moments[0], slope, slope, **settings
-        )
-    want = rows_reference(x, dy, None, None, True)
-    for v in (y, mean, rstd, dx, dbias, *moments, *sums):
+        sums = columns.gradient_sums(x[None], dy[None], ones, ones, ones, **settings)
+    want = rows_reference(x, dy, None, np.ones(100), True)
+    for v in (*found, *sums):
         assert v.dtype == jnp.float32
-    assert_close(y, want[0], summed=100)
-    assert_close(dx, want[3], summed=100)
+    for v, w in zip(found, want, strict=True):
+        assert_close(v, w, summed=140)
 
 
 def test_what_is_not_finite_stays_in_its_row():
-    run = backend("triton")
     x = normal(40, 100).at[7].set(jnp.nan)
-    y, mean, rstd = forward(x, None, None, **run)
-    dx, _, _ = backward(x, x, None, mean, rstd, with_bias=False, **run)
-    for v in (y, dx):
-        finite = np.all(np.isfinite(np.asarray(v)), axis=1)
-        np.testing.assert_array_equal(finite, np.arange(40) != 7)
+    dx, _, _ = backward(x, x, None, sums=False, **backend("triton"))
+    finite = np.all(np.isfinite(np.asarray(dx)), axis=1)
+    np.testing.assert_array_equal(finite, np.arange(40) != 7)
+
+
+def test_rows_that_are_not_there_are_in_no_sum():
+    """Blocks are filled up with zeros, of which the variance is 0, and epsilon, too."""
+    x, dy = normal(5, 64, seed=1), normal(5, 64, seed=2)
+    settings = {"center": True, "with_scale": True, "with_bias": True}
+    run = settings | backend("triton")
+    found = rows.backward(x[None], dy[None], None, None, jnp.float32(0), **run)
+    assert all(np.isfinite(v).all() for v in found if v is not None)
 
 
 COLUMNS = [
@@ -208,62 +183,33 @@ def test_columns(name, shape, dtype):
     x, dy = (normal(*shape, dtype=dtype, seed=k) for k in (1, 2))
     batch, space, features = shape
     vectors = [normal(batch, features, seed=k) for k in (3, 4, 5)]
-    exact = np.asarray(x, np.float64)
-    mean, var = columns.moments(x, **run)
-    assert mean.dtype == var.dtype == jnp.float32
-    assert_close(mean, exact.mean(1), summed=space)
-    if space == 1:
-        assert not np.any(var)
-    else:
-        assert_close(var, exact.var(1), summed=space)
-    for activation in columns.ACTIVATIONS if dtype != "float16" else (None,):
+    for activation in columns.ACTIVATIONS:
         got = columns.gradient_sums(x, dy, *vectors, activation=activation, **run)
         want = columns_reference(x, dy, vectors, activation)
         for g, w in zip(got, want, strict=True):
-            assert_close(g, w, summed=space)
+            assert_close(g, w, summed=4 * space)  # four roundings of each, or so
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic"])
-def test_column_moments_far_from_zero(name):
-    run = backend(name)
-    x = normal(2, 1024, 64, mean=1e4, std=1.0)
-    mean, var = columns.moments(x, **run)
-    exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(var, exact.var(1), rtol=1e-5)
-    np.testing.assert_allclose(mean, exact.mean(1), rtol=2e-7)
-    constant = columns.moments(jnp.full((2, 1024, 64), 0.1), **run)
-    np.testing.assert_array_equal(constant[0], np.float32(0.1))
-    np.testing.assert_array_equal(constant[1], 0)
+def test_columns_far_from_zero(name):
+    """What relu cuts off is what it cut off in the forward pass."""
+    x = normal(2, 1024, 128, mean=1e4, std=1.0)
+    dy = normal(*x.shape, seed=1)
+    mean = jnp.asarray(np.asarray(x, np.float64).mean(1), jnp.float32)
+    vectors = mean, normal(2, 128, seed=2), normal(2, 128, seed=3)
+    got = columns.gradient_sums(x, dy, *vectors, activation="relu", **backend(name))
+    want = columns_reference(x, dy, vectors, "relu")
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, summed=1024)
 
 
-def test_column_moments_where_one_place_is_zero():
-    """A pivot far from the mean costs accuracy, so it must not be one for all data."""
-    x = normal(1, 4096, 128, mean=100.0, std=1.0).at[:, 0].set(0)
-    _, var = columns.moments(x, **backend("triton"))
-    exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(var, exact.var(1), rtol=1e-4)
+def rows_alone(x, dy, scale):
+    return backward(x, dy, scale, **backend("triton"))
 
 
-def rows_there_and_back(name: str) -> Callable[..., tuple[Any, ...]]:
-    run = backend(name)
-
-    def call(x, dy, scale, bias):
-        y, mean, rstd = forward(x, scale, bias, **run)
-        return y, mean, *backward(x, dy, scale, mean, rstd, **run)
-
-    return call
-
-
-def columns_there_and_back(name: str) -> Callable[..., tuple[Any, ...]]:
-    run = backend(name)
-
-    def call(x, dy, slope, shift):
-        mean, var = columns.moments(x, **run)
-        last = slope, shift
-        sums = columns.gradient_sums(x, dy, mean, *last, activation="silu", **run)
-        return mean, var, *sums
-
-    return call
+def columns_alone(x, dy, *vectors):
+    settings = {"activation": "silu", **backend("triton")}
+    return columns.gradient_sums(x, dy, *vectors, **settings)
 
 
 def assert_alike(got, want):
@@ -272,80 +218,33 @@ def assert_alike(got, want):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["triton", "mosaic"])
-@pytest.mark.parametrize(
-    "axes", [(0, 0, None), (0, 0, 0), (None, None, 0), (0, None, 0)]
-)
-def test_vmapped_rows_equal_a_loop(name, axes):
-    run = rows_there_and_back(name)
-    given = normal(2, 5, 128, seed=1), normal(2, 5, 128, seed=2), normal(2, 128, seed=3)
-    bias = normal(128, seed=4)
-    given = [v if a == 0 else v[0] for v, a in zip(given, axes, strict=True)]
-
-    def one(i):
-        own = [v if a is None else v[i] for v, a in zip(given, axes, strict=True)]
-        return run(*own, bias)
-
-    got = jax.vmap(run, (*axes, None))(*given, bias)
-    assert_alike(got, stacked([one(0), one(1)]))
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def test_rows_vmapped_twice_equal_loops():
-    """The parameters of each of two models, on three inputs."""
-    run = rows_there_and_back("triton")
-    x, dy = normal(2, 3, 5, 128, seed=1), normal(2, 3, 5, 128, seed=2)
-    scales, bias = normal(2, 128, seed=3), normal(128, seed=4)
-    inner = jax.vmap(run, (0, 0, None, None))
-    got = jax.vmap(inner, (0, 0, 0, None))(x, dy, scales, bias)
-    loops = [
-        stacked([run(x[i, j], dy[i, j], scales[i], bias) for j in range(3)])
-        for i in range(2)
-    ]
-    assert_alike(got, stacked(loops))
+def sharding(*spec):
+    return NamedSharding(mesh(), P(*spec))
 
 
-def stacked(calls):
-    """Each result of several calls as one array."""
-    return [np.stack(v) for v in zip(*calls, strict=True)]
-
-
-def test_vmapped_columns_equal_a_loop():
-    run = columns_there_and_back("triton")
-    x, dy = normal(3, 2, 9, 20, seed=1), normal(3, 2, 9, 20, seed=2)
-    slope, shift = normal(2, 20, seed=3), normal(3, 2, 20, seed=4)
-    got = jax.vmap(run, (0, 0, None, 0))(x, dy, slope, shift)
-    one = [run(x[i], dy[i], slope, shift[i]) for i in range(3)]
-    assert_alike(got, stacked(one))
-
-
-def mesh(kind: AxisType):
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("data"), P(("data", "model")), P(None, "model")])
-def test_sharded_rows_stay_where_they_are(kind, spec):
-    run = rows_there_and_back("triton")
-    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-    sharded = jax.device_put((x, dy), NamedSharding(mesh(kind), spec))
-    call = jax.jit(run).lower(*sharded, *params).compile()
-    assert_alike(call(*sharded, *params), run(x, dy, *params))
+@pytest.mark.parametrize("spec", [("data",), (("data", "model"),), (None, "model")])
+def test_sharded_rows_stay_where_they_are(spec):
+    x, dy, scale = normal(64, 128, seed=1), normal(64, 128, seed=2), normal(128, seed=3)
+    sharded = jax.device_put((x, dy), sharding(*spec))
+    call = jax.jit(rows_alone).lower(*sharded, scale).compile()
+    assert_alike(call(*sharded, scale), rows_alone(x, dy, scale))
     gathers = "all-gather" in str(call.as_text())
-    assert gathers == (spec == P(None, "model"))  # whole rows are needed
+    assert gathers == (spec == (None, "model"))  # whole rows are needed
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
-    "spec", [P("data"), P(None, "data"), P(None, None, "data"), P("model", "data")]
+    "spec", [("data",), (None, "data"), (None, None, "data"), ("model", "data")]
 )
-def test_sharded_columns_stay_where_they_are(kind, spec):
-    run = columns_there_and_back("triton")
+def test_sharded_columns_stay_where_they_are(spec):
     x, dy = normal(4, 16, 64, seed=1), normal(4, 16, 64, seed=2)
-    vectors = normal(4, 64, seed=3), normal(4, 64, seed=4)
-    sharded = jax.device_put((x, dy), NamedSharding(mesh(kind), spec))
-    call = jax.jit(run).lower(*sharded, *vectors).compile()
-    assert_alike(call(*sharded, *vectors), run(x, dy, *vectors))
+    vectors = [normal(4, 64, seed=k) for k in (3, 4, 5)]
+    sharded = jax.device_put((x, dy), sharding(*spec))
+    call = jax.jit(columns_alone).lower(*sharded, *vectors).compile()
+    assert_alike(call(*sharded, *vectors), columns_alone(x, dy, *vectors))
     assert "f32[4,16,64]" not in "".join(
         line for line in str(call.as_text()).splitlines() if " all-gather" in line
     )
@@ -363,90 +262,33 @@ def test_parts_that_do_not_fit_are_whole_examples():
         return spread.call(sums, signature, [x], fits=lambda s: s[1] == 16)[0]
 
     x = normal(4, 16, 64)
-    sharded = jax.device_put(x, NamedSharding(mesh(AxisType.Auto), P("model", "data")))
+    sharded = jax.device_put(x, sharding("model", "data"))
     np.testing.assert_allclose(jax.jit(call)(sharded), x.sum(1), rtol=1e-4, atol=1e-5)
     assert seen[-1] == (2, 16, 64)
 
 
 def test_rows_that_do_not_divide_evenly():
-    run = rows_there_and_back("triton")
-    x, dy = normal(30, 128, seed=1), normal(30, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-    sharding = NamedSharding(mesh(AxisType.Auto), P("data"))
+    x, dy, scale = normal(30, 128, seed=1), normal(30, 128, seed=2), normal(128, seed=3)
 
     @jax.jit
-    def uneven(x, dy, scale, bias):
-        x, dy = (jax.lax.with_sharding_constraint(v, sharding) for v in (x, dy))
-        return run(jnp.cos(x), jnp.cos(dy), scale, bias)  # what pads the parts is not 0
+    def uneven(x, dy, scale):
+        x, dy = (jax.lax.with_sharding_constraint(v, sharding("data")) for v in (x, dy))
+        return rows_alone(jnp.cos(x), jnp.cos(dy), scale)  # what pads parts is not 0
 
-    assert_alike(uneven(x, dy, *params), run(jnp.cos(x), jnp.cos(dy), *params))
-
-
-def test_rows_in_shard_map_are_of_each_device():
-    run = rows_there_and_back("triton")
-    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-    call = jax.shard_map(
-        lambda *a: [v if v.ndim > 1 else v[None] for v in run(*a)],
-        mesh=mesh(AxisType.Auto),
-        in_specs=(P("data"), P("data"), P(), P()),
-        out_specs=P("data"),
-        check_vma=False,  # Triton's interpreter does not keep track
-    )
-    y, _, dx, dscale, dbias = call(x, dy, *params)
-    want = run(x, dy, *params)
-    assert_alike((y, dx), (want[0], want[2]))
-    assert_alike((dscale.sum(0), dbias.sum(0)), want[3:])
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_rows_where_some_axes_of_the_mesh_are_mapped(kind):
-    run = rows_there_and_back("triton")
-    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-
-    def part(x, dy, scale, bias):
-        *per_row, dscale, dbias = run(x, dy, scale, bias)
-        return *per_row, jax.lax.psum(dscale, "data"), jax.lax.psum(dbias, "data")
-
-    with jax.set_mesh(mesh(kind)):
-        sharded = jax.device_put((x, dy), P("data"))
-        call = jax.shard_map(
-            part,
-            in_specs=(P("data"), P("data"), P(), P()),
-            out_specs=(P("data"), P("data"), P("data"), P(), P()),
-            axis_names={"data"},
-            check_vma=False,
-        )
-        assert_alike(jax.jit(call)(*sharded, *params), run(x, dy, *params))
+    assert_alike(uneven(x, dy, scale), rows_alone(jnp.cos(x), jnp.cos(dy), scale))
 
 
 def test_rows_older_than_the_mesh():
-    run = rows_there_and_back("triton")
-    x, dy = normal(64, 128, seed=1), normal(64, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-    want = run(x, dy, *params)
+    x, dy, scale = normal(64, 128, seed=1), normal(64, 128, seed=2), normal(128, seed=3)
+    want = rows_alone(x, dy, scale)
 
     @jax.jit
     def call(x, dy):
         x, dy = (jax.lax.with_sharding_constraint(v, P("data")) for v in (x, dy))
-        return run(x, dy, *params)
+        return rows_alone(x, dy, scale)
 
-    with jax.set_mesh(mesh(AxisType.Auto)):
+    with jax.set_mesh(mesh()):
         assert_alike(call(x, dy), want)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_rows_vmapped_over_a_sharded_axis(kind):
-    run = rows_there_and_back("triton")
-    x, dy = normal(8, 4, 128, seed=1), normal(8, 4, 128, seed=2)
-    params = normal(128, seed=3), normal(128, seed=4)
-    mapped = jax.jit(jax.vmap(run, (0, 0, None, None)))
-    sharded = jax.device_put((x, dy), NamedSharding(mesh(kind), P("data")))
-    with jax.set_mesh(mesh(kind)):
-        call = mapped.lower(*sharded, *params).compile()
-    assert "all-gather" not in str(call.as_text())
-    assert_alike(call(*sharded, *params), mapped(x, dy, *params))
 
 
 REASONS = [
@@ -488,28 +330,18 @@ def test_unknown_names_raise():
         support.why_unfit("diagonals", "triton", (8, 8), "float32")
     with pytest.raises(ValueError, match="backend='cuda' is none of"):
         support.why_unfit("rows", "cuda", (8, 8), "float32")
-    x = normal(1, 4, 8)
-    vector = normal(1, 8)
-    call = functools.partial(columns.gradient_sums, x, x, vector, backend="triton")
+    x, vector = normal(1, 4, 8), normal(1, 8)
     with pytest.raises(ValueError, match="activation='tanh' is none of"):
-        call(activation="tanh")
-    with pytest.raises(
-        ValueError, match="activation='relu' needs both slope and shift"
-    ):
-        call(activation="relu")
+        given = x, x, vector, vector, vector
+        columns.gradient_sums(*given, activation="tanh", backend="triton")
 
 
 def test_a_kernel_that_does_not_fit_raises():
+    x = normal(2, 10000)
     with pytest.raises(ValueError, match="at most 8192"):
-        forward(normal(2, 10000), None, None, **backend("triton"))
+        backward(x, x, None, **backend("triton"))
     with pytest.raises(ValueError, match="got float64"), jax.enable_x64(True):
-        scale = jnp.ones(8, jnp.float64)
-        forward(normal(2, 8), scale, None, **backend("triton"))
-    x = normal(2, 8)
-    with pytest.raises(ValueError, match="center=True needs the mean"):
-        rows.backward(
-            x, x, None, None, x[:, 0], center=True, with_bias=False, backend="triton"
-        )
+        backward(x[:, :8].astype(jnp.float64), x[:, :8], None, **backend("triton"))
 
 
 @pytest.mark.parametrize("name", support.BACKENDS)

@@ -105,7 +105,7 @@ class Linear(_InSecond):
         return jax.tree.unflatten(tree, self.adjoint(adjoint, fixed, cotangents))
 
     def _transpose(
-        self, cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Any
+        self, cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Any, **_: Any
     ) -> list[Any]:
         fixed, change = jax.tree.unflatten(tree, leaves)
         wanted = [ad.is_undefined_primal(v) for v in leaves]
@@ -128,14 +128,19 @@ class _Transposed(_InSecond):
         ad.primitive_transposes[self.primitive] = self._transpose
 
     def _batch(
-        self, leaves: Sequence[Array], dims: Sequence[Any], *, tree: Any, static: Any
+        self,
+        leaves: Sequence[Array],
+        dims: Sequence[Any],
+        *,
+        static: Any,
+        **params: Any,
     ) -> tuple[Sequence[Array], list[int]]:
-        out, dims = super()._batch(leaves, dims, tree=tree, static=static)
+        out, dims = super()._batch(leaves, dims, static=static, **params)
         pairs = zip(out, static.like, strict=True)
         return [v if s.shape else v.reshape(-1) for v, s in pairs], dims
 
     def _transpose(
-        self, changes: Sequence[Any], *leaves: Any, tree: Any, static: Adjoint
+        self, changes: Sequence[Any], *leaves: Any, tree: Any, static: Adjoint, **_: Any
     ) -> list[Any]:
         fixed, cotangents = jax.tree.unflatten(tree, leaves)
         change = jax.tree.unflatten(static.tree, [*map(or_none, changes)])

@@ -209,7 +209,11 @@ def on_cpu(axes: Axes, x: Array) -> MeanVarResidue:
 
 def on_gpu(axes: Axes, x: Array) -> MeanVarResidue:
     """What XLA makes the fewest passes over memory of on a GPU."""
-    return (about_the_mean if axes.of_rows else about_a_pivot)(axes, x)
+    if not axes.of_rows:
+        return about_a_pivot(axes, x)
+    # A longer row is in no kernel as a whole, so that a second sum reads it again.
+    wide = axes.size_is_known and axes.size > 16384
+    return (about_a_pivot_apart if wide else about_the_mean)(axes, x)
 
 
 def about_the_mean(axes: Axes, x: Array) -> MeanVarResidue:

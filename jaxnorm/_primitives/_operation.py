@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -77,7 +78,14 @@ class Operation:
 
     def __call__(self, static: Static, *operands: Tree) -> list[Array]:
         leaves, tree = jax.tree.flatten(vary_alike(*operands))
-        return self.primitive.bind(*leaves, tree=tree, static=static)
+        return self._bind(leaves, tree, static)
+
+    def _bind(self, leaves: Sequence[Any], tree: Tree, static: Any) -> list[Array]:
+        """With what makes JAX name the devices, where a kernel may be parted."""
+        asked = static.implementation not in (None, "xla")
+        devices = needs_devices() if asked else None
+        params = {"tree": tree, "static": static, "devices": devices}
+        return self.primitive.bind(*leaves, **params)
 
     def lower(
         self,
@@ -90,6 +98,7 @@ class Operation:
         formula = formula or self.formula
         for platform in platforms:
             self.formulas[platform] = formula
+            self.kernels.pop(platform, None)
             if kernel is not None:
                 self.kernels[platform] = kernel
             self._lower_by(formula, platform, kernel)
@@ -104,14 +113,17 @@ class Operation:
             return mlir.lower_fun(_flat(formula, self.primitive.name))
 
         plain = lowered(formula)
-        ours = None if kernel is None else lowered(kernel.formula)
-        parted = lowered(kernel.parted) if kernel and kernel.parted else None
+        ours = {}
+        if kernel is not None:
+            ours = {"one": lowered(kernel.formula)}
+        if kernel is not None and kernel.parted is not None:
+            ours["all"] = lowered(kernel.parted)
 
-        def rule(ctx: Any, *operands: Any, tree: Any, static: Static) -> Any:
+        def rule(ctx: Any, *operands: Any, tree: Any, static: Static, **_: Any) -> Any:
             # Bare, as within a kernel nothing is mapped over a mesh.
             avals = [ShapedArray(v.shape, v.dtype) for v in ctx.avals_in]
             ctx = ctx.replace(avals_in=avals)
-            chosen = parted if is_spread(ctx) else ours
+            chosen = ours.get(mapping_of(ctx))
             if (
                 kernel is None
                 or chosen is None
@@ -126,7 +138,7 @@ class Operation:
     def _run(self, *leaves: Array, **params: Any) -> Sequence[Array]:
         return _compiled(self.primitive, *params.items())(*leaves)
 
-    def _abstract(self, *leaves: Any, tree: Any, static: Static) -> list[Any]:
+    def _abstract(self, *leaves: Any, tree: Any, static: Static, **_: Any) -> list[Any]:
         like = leaves[0]
         made = self.results(static, *jax.tree.unflatten(tree, leaves))
         return [
@@ -142,18 +154,30 @@ class Operation:
         ]
 
     def _batch(
-        self, leaves: Sequence[Array], dims: Sequence[Any], *, tree: Any, static: Static
+        self,
+        leaves: Sequence[Array],
+        dims: Sequence[Any],
+        *,
+        tree: Any,
+        static: Static,
+        **_: Any,
     ) -> tuple[Sequence[Array], list[int]]:
         pairs = [*zip(leaves, dims, strict=True)]
         size = next(v.shape[d] for v, d in pairs if d is not None)
         leaves = [_leading(v, d, size, static.axes) for v, d in pairs]
-        out = self.primitive.bind(*leaves, tree=tree, static=static.batched(size))
+        out = self._bind(leaves, tree, static.batched(size))
         return out, [0] * len(out)
 
     def _jvp(
-        self, primals: Sequence[Any], tangents: Sequence[Any], *, tree: Any, static: Any
+        self,
+        primals: Sequence[Any],
+        tangents: Sequence[Any],
+        *,
+        tree: Any,
+        static: Any,
+        **_: Any,
     ) -> tuple[list[Array], list[Any]]:
-        out = self.primitive.bind(*primals, tree=tree, static=static)
+        out = self._bind(primals, tree, static)
         operands = jax.tree.unflatten(tree, primals)
         changes = jax.tree.unflatten(tree, [or_none(t) for t in tangents])
         return out, self.tangent(static, operands, changes, out)
@@ -173,7 +197,19 @@ def formula_of(eqn: Any) -> Any:
         return None
     structs = [Struct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     flat = _flat(op.formula, op.primitive.name)
-    return jax.make_jaxpr(functools.partial(flat, **eqn.params))(*structs)
+    known = {k: eqn.params[k] for k in ("tree", "static")}
+    return jax.make_jaxpr(functools.partial(flat, **known))(*structs)
+
+
+@functools.cache
+def needs_devices() -> Any:
+    """A jaxpr that needs to know the devices when it is lowered.
+
+    JAX looks for such in the parameters of equations, and names the devices then.
+    """
+    nothing = custom_partitioning(lambda x: x)
+    nothing.def_partition(lambda mesh, *_: (mesh, lambda x: x, None, (None,)))
+    return jax.make_jaxpr(nothing)(0.0)
 
 
 def is_for_export(ctx: Any) -> bool:
@@ -181,14 +217,16 @@ def is_for_export(ctx: Any) -> bool:
     return ctx.module_context.lowering_parameters.for_export
 
 
-def is_spread(ctx: Any) -> bool:
-    """Whether XLA spreads what `ctx` lowers over devices."""
+def mapping_of(ctx: Any) -> str:
+    """How what `ctx` lowers is mapped to devices: "one" computes it, or XLA spreads it,
+    over "all", or over "some" axes of the mesh of a shard_map over the others."""
     axes = ctx.module_context.axis_context
-    devices = getattr(axes, "num_devices", None) or 1
     mesh, manual = getattr(axes, "mesh", None), getattr(axes, "manual_axes", ())
-    if mesh is not None:
-        devices = mesh.size if set(manual) < set(mesh.axis_names) else 1
-    return devices > 1
+    if mesh is None:
+        return "all" if (getattr(axes, "num_devices", None) or 1) > 1 else "one"
+    if mesh.size == 1 or set(manual) == set(mesh.axis_names):
+        return "one"
+    return "some" if manual else "all"
 
 
 def why_unfit(kernel: Kernel, static: Any, *avals: Any) -> str | None:

@@ -24,6 +24,8 @@ ROW_NORM.lower(
     kernel=cpu.ROW_NORM,
 )
 
+ROW_NORM.lower(*GPUS, formula=functools.partial(rows.norm, formulas.on_gpu))
+
 ROW_TANGENT.lower(
     "cpu",
     formula=functools.partial(rows.tangent, rows.as_given, affine.by_products),
