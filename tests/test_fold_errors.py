@@ -41,6 +41,7 @@ VARIABLES = {
 PAIR = ("dense", "norm")
 RNGS = nnx.Rngs(0)
 MODEL = nnx.Sequential(nnx.Linear(3, 3, rngs=RNGS), jx.BatchNorm(3, rngs=RNGS))
+WRAPPED = jx.WeightNorm(nnx.Linear(3, 3, rngs=RNGS), rngs=RNGS)
 HELD, X = jx.variables(MODEL), jnp.ones((2, 3))
 BATCH_STATS = {"mean": ONES, "var": ONES}
 
@@ -146,6 +147,7 @@ TOOLS = {
         {"model": MODEL, "variables": HELD},
         {"model": MODELS, "variables": UPDATES},
     ),
+    "nnx.bake": Tool(jx.bake, {"model": WRAPPED}, {"model": MODELS}),
     "nnx.convert": Tool(
         jx.convert,
         {"model": MODEL, "norm": jaxnorm.BatchRenorm()},

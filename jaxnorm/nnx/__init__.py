@@ -1,5 +1,6 @@
 """Flax NNX: norms under Flax's names, one for any method, wrappers, whole models."""
 
+from jaxnorm.nnx._bake import bake as bake
 from jaxnorm.nnx._convert import convert as convert
 from jaxnorm.nnx._fold import fold as fold
 from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
@@ -25,6 +26,7 @@ __all__ = [
     "SpectralNorm",
     "WeightNorm",
     "WeightStandardization",
+    "bake",
     "convert",
     "fold",
     "recalibrate",
