@@ -3,6 +3,7 @@
 from jaxnorm.nnx._bake import bake as bake
 from jaxnorm.nnx._convert import convert as convert
 from jaxnorm.nnx._fold import fold as fold
+from jaxnorm.nnx._fold_scales import fold_scales as fold_scales
 from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._norm import Norm as Norm
@@ -29,6 +30,7 @@ __all__ = [
     "bake",
     "convert",
     "fold",
+    "fold_scales",
     "recalibrate",
     "update",
     "variables",

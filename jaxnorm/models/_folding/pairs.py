@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxnorm.models._call import by_arrays, check_apply
+from jaxnorm.models._call import check_apply
 from jaxnorm.models._folding.affine import ones_along
 from jaxnorm.models._folding.formula import (
     adds_bias,
@@ -14,9 +14,8 @@ from jaxnorm.models._folding.formula import (
     shifts,
 )
 from jaxnorm.models._folding.pair import Pair
-from jaxnorm.models._folding.trace import Trace
-from jaxnorm.models._folding.values import Flow, Known, Value, variable_at
-from jaxnorm.models._leaves import is_box
+from jaxnorm.models._folding.trace import Trace, traced
+from jaxnorm.models._folding.values import Flow
 from jaxnorm.models._paths import Tree, check_variables
 
 
@@ -72,17 +71,8 @@ def find_pairs(
     fix = "jaxnorm.nnx.fold(model, ...) finds its pairs and folds them"
     check_apply(apply, "find_pairs", fix)
     check_variables(variables)
-    flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
-    call, arrays = by_arrays(apply, args, kwargs)
-    closed = jax.make_jaxpr(call)(variables, arrays)
-    found = [variable_at(path) for path, _ in flat]
-    invars = closed.jaxpr.invars
-    trace = Trace({v: u.aval for v, u in zip(found, invars, strict=False)})
-    inputs: list[Value] = [Known(frozenset([v]), variable=v) for v in found]
-    inputs += [Flow(u.aval) for u in invars[len(found) :]]
-    consts = [Known(frozenset(), value=v) for v in closed.consts]
+    trace = traced(apply, variables, args, kwargs)
     with jax.ensure_compile_time_eval():  # also while something else is traced
-        trace.read_by(Flow(None), trace.run(closed.jaxpr, consts, inputs))
         return _pairs(trace)
 
 
@@ -101,6 +91,8 @@ def _output_pair(trace: Trace, flow: Flow) -> Pair | None:
     """The pair of the layer that gives `flow` and the norm that takes it."""
     layer, steps, at = flow.layer, [], trace.step_after(flow)
     if layer is None or trace.readers[layer.kernel] != {flow}:
+        return None
+    if layer.kernel_output is None or layer.output_axis is None:
         return None
     bias = bias_of(trace, flow)
     feature_ones = ones_along(flow.aval, layer.output_axis)
