@@ -59,9 +59,15 @@ class Block(nn.Module):
         return x + nn.Dense(FEATURES)(h)
 
 
+def zero_centered(use_scale):
+    norm = jaxnorm.RMSNorm(zero_centered_scale=True)
+    return jaxnorm.linen.Norm(norm, use_scale=use_scale)
+
+
 NORMS = {
     "layer norm": jaxnorm.linen.LayerNorm,
     "rms norm": jaxnorm.linen.RMSNorm,
+    "one plus scale": zero_centered,
     "flax's layer norm": nn.LayerNorm,
     "flax's rms norm": nn.RMSNorm,
 }
@@ -240,8 +246,30 @@ def squared_scale(x, params):
     return product(norm(x, params) * params["norm"]["scale"], params)
 
 
-def one_plus(x, params):
-    return product(jaxnorm.layer_norm(x, 1 + params["norm"]["scale"]), params)
+def with_and_without_offset(x, params):
+    scale = params["norm"]["scale"]
+    x = jaxnorm.rms_norm(x, 1 + scale) + jaxnorm.rms_norm(x, scale)
+    return product(x + params["norm"]["bias"], params)
+
+
+def offset_by_another(x, params):
+    scale = params["norm"]["scale"] + params["dense"]["bias"]
+    return product(jaxnorm.rms_norm(x, scale), params)
+
+
+def offset_of_a_part(x, params):
+    scale = 1 + 0.5 * params["norm"]["scale"]
+    return product(jaxnorm.rms_norm(x, scale), params)
+
+
+def twice_the_scale(x, params):
+    scale = params["norm"]["scale"] + params["norm"]["scale"]
+    return product(jaxnorm.rms_norm(x, scale + 1), params)
+
+
+def offset_of_each(x, params):
+    scale = params["norm"]["scale"] + jnp.arange(8.0)
+    return product(jaxnorm.rms_norm(x, scale), params)
 
 
 def masked(x, params):
@@ -273,7 +301,11 @@ REFUSED = {
     twice_the_bias: "its scale and bias are not added along one axis",
     without_bias: "something is added that is not scaled",
     squared_scale: "what is scaled, or its bias, is multiplied by something",
-    one_plus: "something is added that is not scaled",
+    with_and_without_offset: "its scale and bias are not added along one axis",
+    offset_by_another: "something is added that is not scaled",
+    offset_of_a_part: "something is added that is not scaled",
+    twice_the_scale: "something is added that is not scaled",
+    offset_of_each: "something is added that is not scaled",
     masked: "'select_n' reads it, which is no layer",
     convolved: "the layer at 'conv' is a convolution",
     unread: "no layer reads it",

@@ -121,7 +121,7 @@ def fold_input(
 
 
 def scale_input(
-    layer: LayerParams, scale: ArrayLike, bias: ArrayLike | None, *, axis: int
+    layer: LayerParams, scale: Array, bias: ArrayLike | None, *, axis: int
 ) -> dict[str, ArrayLike]:
     """The layer whose output for `x` is that of `layer` for `scale * x + bias`.
 
@@ -129,7 +129,7 @@ def scale_input(
     sums over one `axis` of its kernel, and may have several for its outputs.
     """
     kernel, a, b = _arrays(
-        layer, scale, jnp.zeros_like(unboxed(scale)) if bias is None else bias
+        layer, scale, jnp.zeros_like(scale) if bias is None else bias
     )
     _check_features(kernel, a.size, axis)
     shape = [1] * kernel.ndim

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxnorm.models._folding.kernels import is_real
 from jaxnorm.models._folding.values import Known, Value, Variable
 
@@ -13,16 +15,17 @@ class Unknown(Exception):
 
 
 class Scaled(NamedTuple):
-    """What is `scale * anything + biases * bias`, with the features along one axis.
+    """What is `(scale + offset) * anything + biases * bias`, with the features along
+    one axis.
 
     Attributes:
         axis: of the features.
-        has_scale: whether there is anything but the bias.
+        offset: what is added to the scale; None where there is nothing but the bias.
         biases: how many times the bias is in it: 0, 1 or -1.
     """
 
     axis: int
-    has_scale: bool
+    offset: float | None
     biases: int
 
 
@@ -33,7 +36,7 @@ class Forms:
     """The form of each value of a computation, for one norm's scale and bias."""
 
     def __init__(self, scale: Variable, bias: Variable):
-        self.start = {scale: Scaled(0, True, 0), bias: Scaled(0, False, 1)}
+        self.start = {scale: Scaled(0, 0.0, 0), bias: Scaled(0, None, 1)}
         self.found: dict[Value, Form] = {}
 
     def form(self, value: Value) -> Form:
@@ -51,7 +54,28 @@ class Forms:
         forms = [self.form(arg) for arg in value.args]
         if not any(forms):
             return None
-        return image(value.eqn, forms)
+        return _with_offset(value, forms) or image(value.eqn, forms)
+
+
+def _with_offset(value: Value, forms: Sequence[Form]) -> Form:
+    """The form of the scale plus one number; None for anything else."""
+    if not isinstance(value, Known) or value.eqn.primitive.name != "add":
+        return None
+    pairs = [*zip(value.args, forms, strict=True)]
+    for (scale, form), (added, none) in (pairs, pairs[::-1]):
+        if form and not none and not added.variables and _is_moved(scale):
+            numbers = np.unique(np.asarray(added.evaluate({}), float))
+            if form.offset == 0 and numbers.size == 1:
+                return form._replace(offset=float(numbers[0]))
+    return None
+
+
+def _is_moved(value: Known) -> bool:
+    """Whether a value is that of a variable, moved about."""
+    if value.eqn is None:
+        return value.variable is not None
+    moved = value.eqn.primitive.name in (*_MOVES, "convert_element_type", "copy")
+    return moved and _is_moved(value.args[0])
 
 
 def image(eqn: Any, forms: Sequence[Form]) -> Form:
@@ -85,9 +109,10 @@ def _sum(a: Form, b: Form) -> Form:
     if a is None or b is None:
         raise Unknown("something is added that is not scaled")
     biases = a.biases + b.biases
-    if a.axis != b.axis or abs(biases) > 1:
+    offsets = {v.offset for v in (a, b)} - {None}
+    if a.axis != b.axis or abs(biases) > 1 or len(offsets) > 1:
         raise Unknown("its scale and bias are not added along one axis")
-    return Scaled(a.axis, a.has_scale or b.has_scale, biases)
+    return Scaled(a.axis, offsets.pop() if offsets else None, biases)
 
 
 def _difference(a: Form, b: Form) -> Form:

@@ -12,6 +12,7 @@ from jaxnorm.models._folding.layer import scale_input
 from jaxnorm.models._folding.scaled import Forms, Unknown
 from jaxnorm.models._folding.trace import Trace, traced
 from jaxnorm.models._folding.values import Flow, Variable
+from jaxnorm.models._leaves import array_of
 from jaxnorm.models._paths import (
     Tree,
     Where,
@@ -93,17 +94,22 @@ def fold_scales(
         check_dicts(path, params)
         for reader in found:
             layer = nodes_of(params)[reader.path]
-            new = scale_input(layer, norm["scale"], norm.get("bias"), axis=reader.axis)
+            scale = array_of("scale", norm["scale"]) + reader.offset
+            new = scale_input(layer, scale, norm.get("bias"), axis=reader.axis)
             params = with_node(params, reader.path, new)
         params = with_node(params, path, {})
     return copied({**variables, "params": params})
 
 
 class _Reader(NamedTuple):
-    """A layer that reads a norm, by its path, and the input axis of its kernel."""
+    """A layer that reads a norm, by its path, and the input axis of its kernel.
+
+    The norm multiplies by its scale plus `offset`.
+    """
 
     path: str
     axis: int
+    offset: float
 
 
 def _readers(trace: Trace, norms: Mapping[str, Any]) -> dict[str, list[_Reader]]:
@@ -158,10 +164,10 @@ def _reader(
         raise Unknown(f"{name} is a convolution")
     if layer.kernel_input is None or layer.data_axis != form.axis:
         raise Unknown(f"{name} sums over more than the features, or along another axis")
-    if not form.has_scale or form.biases != has_bias:
+    if form.offset is None or form.biases != has_bias:
         raise Unknown(f"{name} reads it without its scale or its bias")
     if not trace.readers[layer.kernel] <= {*flows}:
         raise Unknown(f"the kernel of {name} is read elsewhere, too")
     if has_bias and not adds_bias(trace, flow):
         raise Unknown(f"{name} does not add its bias to its output, as it is")
-    return _Reader(layer.path, layer.kernel_input)
+    return _Reader(layer.path, layer.kernel_input, form.offset)
