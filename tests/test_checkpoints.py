@@ -507,6 +507,24 @@ def test_sigma_is_that_of_the_kernel(in_float64):
     assert row.change == "its largest singular value"
 
 
+def test_the_vector_that_torch_keeps(in_float64):
+    """Of a transposed convolution, whose outputs are the second axis in torch."""
+    kernel = np.random.default_rng(0).normal(size=(2, 3, 3, 4))
+    u = np.linalg.svd(kernel.reshape(-1, 4))[2][:1]
+    params = {"up": {"kernel": kernel}}
+    stats = {"SpectralNorm_0": {"up/kernel/u": u, "up/kernel/sigma": np.ones(())}}
+    back = jaxnorm.models.to_checkpoint(
+        "torch",
+        {"params": params, "batch_stats": stats},
+        kinds={"up": "conv_transpose"},
+    )
+    matrix = np.moveaxis(back["up.parametrizations.weight.original"], 1, 0)
+    v = back["up.parametrizations.weight.0._v"]
+    np.testing.assert_allclose(np.linalg.norm(v), 1, 1e-12)
+    image = matrix.reshape(4, -1) @ v
+    np.testing.assert_allclose(image / np.linalg.norm(image), u[0], 1e-9, 1e-9)
+
+
 def test_torch_loads_wrapped_layers(in_float64):
     torch = pytest.importorskip("torch")
     _, variables, _ = wrappers("linen")

@@ -228,6 +228,12 @@ def bias_that_is_not_added(x, params):
     return norm(x, params) @ dense["kernel"] * dense["bias"]
 
 
+def twice_the_bias_of_heads(x, params):
+    heads = params["heads"]
+    y = jnp.einsum("bld,dhk->blhk", norm(x, params), heads["kernel"])
+    return y + 2 * heads["bias"]
+
+
 def scaled_bias(x, params):
     return product(norm(x, params) * 0.5, params)
 
@@ -240,6 +246,14 @@ def twice_the_bias(x, params):
 def without_bias(x, params):
     x, bias = norm(x, params, shift=False), params["norm"]["bias"]
     return product(x, params) + bias
+
+
+def minus_the_bias(x, params):
+    return product(norm(x, params, shift=False) - params["norm"]["bias"], params)
+
+
+def divided_by_the_scale(x, params):
+    return product(x / params["norm"]["scale"] + params["norm"]["bias"], params)
 
 
 def squared_scale(x, params):
@@ -297,9 +311,12 @@ REFUSED = {
     several_axes: "'both' sums over more than the features",
     split_features: r"split or spread by 'reshape', from shape \(2, 5, 8\)",
     bias_that_is_not_added: "'dense' does not add its bias to its output",
+    twice_the_bias_of_heads: "'heads' does not add its bias to its output, as it is",
     scaled_bias: "what is scaled, or its bias, is multiplied by something",
     twice_the_bias: "its scale and bias are not added along one axis",
     without_bias: "something is added that is not scaled",
+    minus_the_bias: "reads it without its scale or its bias",
+    divided_by_the_scale: "something is divided by it",
     squared_scale: "what is scaled, or its bias, is multiplied by something",
     with_and_without_offset: "its scale and bias are not added along one axis",
     offset_by_another: "something is added that is not scaled",
@@ -319,10 +336,12 @@ def test_what_is_not_exact_is_refused(model):
         "long": (5, 3),
         "both": (5, FEATURES, 3),
         "half": (4, 4),
+        "heads": (FEATURES, 2, 4),
         "conv": (1, FEATURES, 3),
     }
     params: Any = {k: {"kernel": jnp.ones(shape)} for k, shape in layers.items()}
     params["dense"]["bias"] = jnp.ones(FEATURES)
+    params["heads"]["bias"] = jnp.ones((2, 4))
     params["norm"] = {"scale": jnp.ones(FEATURES), "bias": jnp.ones(FEATURES)}
     params["embed"] = {"embedding": jnp.ones((3, FEATURES))}
 
@@ -332,6 +351,16 @@ def test_what_is_not_exact_is_refused(model):
 
     words = f"(?s)cannot be folded.*norm: .*({REFUSED[model]}).*with `where`"
     with pytest.raises(ValueError, match=words):
+        fold_scales(apply, {"params": params}, X)
+
+
+def test_one_number_for_all_features_is_no_scale_of_them():
+    def apply(variables, x):
+        scale, dense = (variables["params"][k] for k in ("norm", "dense"))
+        return (x * scale["scale"].reshape(1, 1, 1)) @ dense["kernel"]
+
+    params = {"norm": {"scale": jnp.ones(1)}, "dense": {"kernel": jnp.ones((8, 8))}}
+    with pytest.raises(ValueError, match="norm: 'mul' broadcasts its features"):
         fold_scales(apply, {"params": params}, X)
 
 

@@ -48,40 +48,39 @@ def bake(model: nnx.Module) -> Any:
     """
     check_model(model)
     copy = copy_of(model)
-    if not _bake_outermost(copy):
+    if not _bake(copy):
         raise ValueError(
             "the model holds no WeightNorm, SpectralNorm or WeightStandardization of "
             "jaxnorm.nnx, so that there is nothing to bake: its layers are plain ones "
             "already"
         )
-    while _bake_outermost(copy):  # those that were within these
+    while _bake(copy):  # a layer that is a wrapper, too
         pass
     return copy
 
 
-def _bake_outermost(model: nnx.Module) -> bool:
-    """Bakes the wrappers in `model` that no other one wraps; returns if there are any.
+def _bake(model: nnx.Module) -> bool:
+    """Puts the layers of all wrappers in their places; returns if there are any.
 
-    A layer is called with what the outer wrapper makes of its parameters.
+    A layer that is a wrapper stays one, of what the outer one made of its kernels.
     """
-    found = {path: m for path, m in nnx.iter_modules(model) if _is_wrapper(path, m)}
-    outermost: dict[Any, Any] = {
+    found: dict[Any, Any] = {
         path: module
-        for path, module in found.items()
-        if not any(path[:n] in found for n in range(len(path)))
+        for path, module in nnx.iter_modules(model)
+        if _is_wrapper(path, module)
     }
-    layers = [module.layer_instance for module in outermost.values()]
-    baked = [effective_layer(module) for module in outermost.values()]
-    for module in outermost.values():
+    layers = [module.layer_instance for module in found.values()]
+    baked = [effective_layer(module) for module in found.values()]
+    for module in found.values():
         module.layer_instance = None
     elsewhere = _params(model)
-    for path, layer, new in zip(outermost, layers, baked, strict=True):
+    for path, layer, new in zip(found, layers, baked, strict=True):
         held = _params(layer, (*path, "layer_instance"))
         _check_alone(path, held.keys() - _params(new).keys(), elsewhere)
         elsewhere |= held
-    for module, new in zip(outermost.values(), baked, strict=True):
+    for module, new in zip(found.values(), baked, strict=True):
         become(module, new)
-    return bool(outermost)
+    return bool(found)
 
 
 def _is_wrapper(path: tuple[Any, ...], module: Any) -> bool:
