@@ -48,20 +48,25 @@ def assert_close(got, want, tolerance=1e-5):
 # ---- Linen ------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """Wrappers of every kind, at every place; with `wrap=plain`, the same without."""
+def wrapped(layer, kind, **settings):
+    return kind(layer, **settings)
 
-    wrap: Any = None
+
+def unwrapped(layer, kind, **settings):
+    return plain(layer)
+
+
+class Net(nn.Module):
+    """Wrappers of every kind, at every place."""
 
     def setup(self):
-        wrap = self.wrap or (lambda layer, kind, **settings: kind(layer, **settings))
         standardized = jaxnorm.linen.WeightStandardization
-        self.stem = wrap(nn.Conv(4, (3, 3)), kind=standardized, scaled=True)
+        self.stem = standardized(nn.Conv(4, (3, 3)), scaled=True)
         self.branches = [
-            wrap(nn.Dense(4), kind=jaxnorm.linen.WeightNorm, use_scale=use_scale)
+            jaxnorm.linen.WeightNorm(nn.Dense(4), use_scale=use_scale)
             for use_scale in (True, False)
         ]
-        self.body = Body(wrap)
+        self.body = Body(wrapped)
 
     def __call__(self, x):
         x = self.stem(x)
@@ -94,12 +99,8 @@ class Body(nn.Module):
         return last(x, update_stats=False)
 
 
-def unwrapped(layer, kind, **settings):
-    return plain(layer)
-
-
 class Placed(Net):
-    """As `Net`, whose layers in `setup` have the names of its attributes."""
+    """The same without them: layers in `setup` have the names of its attributes."""
 
     def setup(self):
         self.stem = nn.Conv(4, (3, 3))
@@ -227,7 +228,7 @@ class Own(jaxnorm.linen.WeightNorm):
         return super().__call__(2 * x)
 
 
-class Body1(nn.Module):
+class OneLayer(nn.Module):
     call: Any
 
     @nn.compact
@@ -247,7 +248,7 @@ class Body1(nn.Module):
     ],
 )
 def test_what_cannot_be_baked_is_said(call, words):
-    model = Body1(call)
+    model = OneLayer(call)
     variables = model.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=words):
         bake(model.apply, variables, X)
