@@ -176,6 +176,13 @@ NORMS: dict[str, Row] = {
         LAST,
         split=None,
     ),
+    "layer_heads": row(
+        jaxnorm.LayerNorm,
+        reference.layer_norm,
+        {"feature_axes": (-2, -1)},
+        LAST,
+        split=None,
+    ),
     "rms": row(
         jaxnorm.RMSNorm,
         reference.rms_norm,
@@ -183,6 +190,13 @@ NORMS: dict[str, Row] = {
         LAST,
         ((8, 5), (7,)),
         bad=(((), "reduction_axes=-1 is out of range"),),
+        split=None,
+    ),
+    "rms_heads": row(  # a scale for each head, as for queries and keys
+        jaxnorm.RMSNorm,
+        reference.rms_norm,
+        {"feature_axes": (-2, -1)},
+        LAST,
         split=None,
     ),
     "rms_space": row(

@@ -22,6 +22,7 @@ from named_values import filled
 from torch_resnet import ResNet, torch_name
 
 import jaxnorm
+import jaxnorm.linen
 import jaxnorm.nnx
 from jaxnorm.linen import BatchNorm
 
@@ -368,6 +369,204 @@ def test_a_resnet_goes_back_bit_for_bit(in_float64):
     back = jaxnorm.models.to_checkpoint("torch", variables, rename=torch_name)
     counts = {k: np.int64(0) for k in checkpoint if k.endswith("tracked")}
     same(back, checkpoint | counts)
+
+
+# ---- Weight norm and spectral norm ------------------------------------------------
+
+
+class LinenWrappers(nn.Module):
+    """The model of `torch_wrappers`, wrapped in place."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm, spectral = jaxnorm.linen.WeightNorm, jaxnorm.linen.SpectralNorm
+        up = nn.ConvTranspose(6, (2, 2), (2, 2), padding="VALID", name="1")
+        x = norm(nn.Conv(4, (3, 3), name="0"))(x)
+        x = norm(up, feature_axes=-2)(x)  # torch's are the inputs here
+        x = spectral(nn.Conv(5, (3, 3), name="2"))(x, update_stats=False)
+        x = norm(nn.Dense(4, name="5"), feature_axes=None)(x.mean((1, 2)))
+        x = spectral(nn.Dense(6, name="6"))(x, update_stats=False)
+        last = nn.Dense(5, use_bias=False, name="7")
+        x = spectral(last)(x, update_stats=False)
+        return norm(nn.Dense(3, name="8"))(x)
+
+
+class LinenHolders(nn.Module):
+    """The same, whose wrappers hold their layers."""
+
+    def setup(self):
+        norm, spectral = jaxnorm.linen.WeightNorm, jaxnorm.linen.SpectralNorm
+        up = nn.ConvTranspose(6, (2, 2), (2, 2), padding="VALID")
+        self.layers = [
+            norm(nn.Conv(4, (3, 3))),
+            norm(up, feature_axes=-2),
+            spectral(nn.Conv(5, (3, 3))),
+            norm(nn.Dense(4), feature_axes=None),
+            spectral(nn.Dense(6)),
+            spectral(nn.Dense(5, use_bias=False)),
+            norm(nn.Dense(3)),
+        ]
+
+    def __call__(self, x):
+        a, b, c, *others, last = self.layers
+        x = c(b(a(x)), update_stats=False).mean((1, 2))
+        x = others[0](x)
+        x = others[2](others[1](x, update_stats=False), update_stats=False)
+        return last(x)
+
+
+def nnx_wrappers():
+    rngs = nnx.Rngs(0)
+    norm = functools.partial(jaxnorm.nnx.WeightNorm, rngs=rngs)
+    spectral = functools.partial(jaxnorm.nnx.SpectralNorm, rngs=rngs)
+    up = nnx.ConvTranspose(4, 6, (2, 2), (2, 2), padding="VALID", rngs=rngs)
+    model = nnx.Sequential(
+        norm(nnx.Conv(3, 4, (3, 3), rngs=rngs)),
+        norm(up, feature_axes=-2),
+        spectral(nnx.Conv(6, 5, (3, 3), rngs=rngs)),
+        lambda x: x.mean((1, 2)),
+        lambda x: x,
+        norm(nnx.Linear(5, 4, rngs=rngs), feature_axes=None),
+        spectral(nnx.Linear(4, 6, rngs=rngs)),
+        spectral(nnx.Linear(6, 5, use_bias=False, rngs=rngs)),
+        norm(nnx.Linear(5, 3, rngs=rngs)),
+    )
+    model.eval()
+    return model
+
+
+HELD = {f"layers_{i}": str(n) for i, n in enumerate((0, 1, 2, 5, 6, 7, 8))}
+OF_WRAPPERS: dict[str, dict[str, Any]] = {
+    "linen": {"kinds": {"1": "conv_transpose"}},
+    "held": {"rename": HELD, "kinds": {"layers_1": "conv_transpose"}},
+    "nnx": {"rename": {"layers": ""}, "kinds": {"layers/1": "conv_transpose"}},
+}
+
+
+def wrappers(name):
+    """The model, its variables, and the report of them."""
+    checkpoint, x = case("torch_wrappers", "start"), case("torch_wrappers")["images"]
+    model: Any = nnx_wrappers() if name == "nnx" else LinenWrappers()
+    model = LinenHolders() if name == "held" else model
+    template = jaxnorm.nnx.variables(model) if name == "nnx" else shapes_of(model, x)
+    in_float64 = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, np.float64), template
+    )
+    variables, report = jaxnorm.models.from_checkpoint(
+        "torch", checkpoint, in_float64, **OF_WRAPPERS[name]
+    )
+    return model, variables, report
+
+
+@pytest.mark.parametrize("name", OF_WRAPPERS)
+def test_wrapped_layers_evaluate_alike(in_float64, name):
+    model, variables, report = wrappers(name)
+    x = np.asarray(case("torch_wrappers")["images"], np.float64)
+    if name == "nnx":
+        called = jax.tree.map(lambda v: v.astype(np.float64), nnx.state(model))
+        nnx.update(model, called)
+        jaxnorm.nnx.update(model, variables)
+        y = model(x)
+    else:
+        y = jax.jit(model.apply)(variables, x)
+    np.testing.assert_allclose(y, case("torch_wrappers")["y"], 1e-9, 1e-9)
+    dropped = ["2.weight_v", "6.parametrizations.weight.0._v", "7.weight_v"]
+    assert sorted(report.dropped) == dropped
+
+
+@pytest.mark.parametrize("name", OF_WRAPPERS)
+def test_wrapped_layers_go_back(in_float64, name):
+    """Bit for bit, but for the vector that torch keeps and Flax does not."""
+    checkpoint = case("torch_wrappers", "start")
+    _, variables, _ = wrappers(name)
+    how = OF_WRAPPERS[name]
+    back = jaxnorm.models.to_checkpoint("torch", variables, template=checkpoint, **how)
+    left = {key for key in checkpoint if key.endswith("_v") and key[:-1] + "u" in back}
+    assert len(left) == 3
+    for key in left:
+        np.testing.assert_allclose(back.pop(key), checkpoint.pop(key), 1e-9, 1e-9)
+    same(back, checkpoint)
+
+    # Without a template, under the names of the kind that is not deprecated.
+    back = jaxnorm.models.to_checkpoint("torch", variables, **how)
+    scale = back.pop("8.parametrizations.weight.original0")
+    np.testing.assert_array_equal(scale, checkpoint["8.weight_g"])
+    assert back["7.parametrizations.weight.0._v"].shape == (6,)
+    assert back["1.parametrizations.weight.original0"].shape == (4, 1, 1, 1)
+    assert not [key for key in back if re.search("weight_|_sigma", key)]
+
+
+def test_sigma_is_that_of_the_kernel(in_float64):
+    _, variables, report = wrappers("linen")
+    sigma = variables["batch_stats"]["SpectralNorm_1"]["6/kernel/sigma"]
+    kernel = case("torch_wrappers", "start")["6.parametrizations.weight.original"]
+    np.testing.assert_allclose(sigma, np.linalg.svd(kernel)[1][0], 1e-9)
+    mapped = {row.path: row for row in report.mapped}
+    row = mapped["batch_stats/SpectralNorm_1/6/kernel/sigma"]
+    assert row.key == "6.parametrizations.weight.original"
+    assert row.change == "its largest singular value"
+
+
+def test_the_vector_that_torch_keeps(in_float64):
+    """Of a transposed convolution, whose outputs are the second axis in torch."""
+    kernel = np.random.default_rng(0).normal(size=(2, 3, 3, 4))
+    u = np.linalg.svd(kernel.reshape(-1, 4))[2][:1]
+    params = {"up": {"kernel": kernel}}
+    stats = {"SpectralNorm_0": {"up/kernel/u": u, "up/kernel/sigma": np.ones(())}}
+    back = jaxnorm.models.to_checkpoint(
+        "torch",
+        {"params": params, "batch_stats": stats},
+        kinds={"up": "conv_transpose"},
+    )
+    matrix = np.moveaxis(back["up.parametrizations.weight.original"], 1, 0)
+    v = back["up.parametrizations.weight.0._v"]
+    np.testing.assert_allclose(np.linalg.norm(v), 1, 1e-12)
+    image = matrix.reshape(4, -1) @ v
+    np.testing.assert_allclose(image / np.linalg.norm(image), u[0], 1e-9, 1e-9)
+
+
+def test_torch_loads_wrapped_layers(in_float64):
+    torch = pytest.importorskip("torch")
+    _, variables, _ = wrappers("linen")
+    kinds = OF_WRAPPERS["linen"]
+    state_dict = jaxnorm.models.to_checkpoint("torch", variables, **kinds)
+    parametrized = torch.nn.utils.parametrizations
+    norm = parametrized.weight_norm(torch.nn.Linear(5, 3))
+    spectral = parametrized.spectral_norm(torch.nn.Linear(4, 6))
+    for module, name in ((norm, "8."), (spectral, "6.")):
+        own = {
+            k.removeprefix(name): torch.from_numpy(v)
+            for k, v in state_dict.items()
+            if k.startswith(name)
+        }
+        module.double().load_state_dict(own)
+    kernel = case("torch_wrappers", "start")["8.weight_v"]
+    scale = case("torch_wrappers", "start")["8.weight_g"]
+    expected = kernel / np.linalg.norm(kernel, axis=1, keepdims=True) * scale
+    np.testing.assert_allclose(norm.weight.detach().numpy(), expected, 1e-9)
+    largest = np.linalg.svd(spectral.eval().weight.detach().numpy())[1][0]
+    np.testing.assert_allclose(largest, 1, 1e-9)
+
+
+def test_what_does_not_fit_a_wrapper_is_named():
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    def problems(source, template):
+        return "\n".join(raised(source, template))
+
+    template = {
+        "params": {
+            "WeightNorm_0": {"a/kernel/scale": ones(3)},
+            "a": {"kernel": ones(2, 3), "bias": ones(3)},
+        }
+    }
+    arrays = {"a.weight_v": ones(3, 2), "a.weight": ones(3, 2)}
+    text = problems(arrays | {"a.weight_g": ones(1, 2)}, template)
+    assert "scale: 'a.weight_g' of shape (1, 2) becomes (1, 2), the template" in text
+    assert "not used: 'a.weight'" in text
+    text = problems({"a.weight": ones(3, 2), "a.bias": ones(3)}, template)
+    assert "scale: there is no 'a.parametrizations.weight.original0'" in text
 
 
 # ---- Trees, dtypes, files ---------------------------------------------------------

@@ -41,6 +41,9 @@ VARIABLES = {
 PAIR = ("dense", "norm")
 RNGS = nnx.Rngs(0)
 MODEL = nnx.Sequential(nnx.Linear(3, 3, rngs=RNGS), jx.BatchNorm(3, rngs=RNGS))
+SCALES = nnx.Sequential(jx.RMSNorm(3, rngs=RNGS), nnx.Linear(3, 3, rngs=RNGS))
+VARIABLES_OF_SCALES = {"params": {"dense": LAYER, "norm": {"scale": ONES}}}
+WRAPPED = jx.WeightNorm(nnx.Linear(3, 3, rngs=RNGS), rngs=RNGS)
 HELD, X = jx.variables(MODEL), jnp.ones((2, 3))
 BATCH_STATS = {"mean": ONES, "var": ONES}
 
@@ -105,6 +108,11 @@ def apply(variables, x):
     return x @ variables["params"]["dense"]["kernel"]
 
 
+def scaled(variables, x):
+    params = variables["params"]
+    return jaxnorm.rms_norm(x, **params["norm"]) @ params["dense"]["kernel"]
+
+
 FORM = {"layer": LAYER, "a": ONES, "b": ZEROS}
 WRONG_FORM = {"layer": LAYERS, "a": ARRAYS, "b": ARRAYS, "axis": (*AXIS, None)}
 FLAGS_OF_CONVERT = {"use_scale": FLAGS, "use_bias": FLAGS}
@@ -146,6 +154,7 @@ TOOLS = {
         {"model": MODEL, "variables": HELD},
         {"model": MODELS, "variables": UPDATES},
     ),
+    "nnx.bake": Tool(jx.bake, {"model": WRAPPED}, {"model": MODELS}),
     "nnx.convert": Tool(
         jx.convert,
         {"model": MODEL, "norm": jaxnorm.BatchRenorm()},
@@ -156,6 +165,18 @@ TOOLS = {
         lambda model, **options: jx.fold(model, X, **options),
         {"model": MODEL, "pairs": [("layers/0", "layers/1")], "epsilon": 0.1},
         {"model": MODELS, "pairs": PAIRS, "epsilon": EPSILON},
+    ),
+    "fold_scales": Tool(
+        lambda apply, variables, where: jaxnorm.models.fold_scales(
+            apply, variables, X, where=where
+        ),
+        {"apply": scaled, "variables": VARIABLES_OF_SCALES, "where": "norm".__eq__},
+        {"apply": (*FUNCTIONS, MODEL), "variables": TREES, "where": FUNCTIONS},
+    ),
+    "nnx.fold_scales": Tool(
+        lambda model, where: jx.fold_scales(model, X, where=where),
+        {"model": SCALES, "where": "layers/0".__eq__},
+        {"model": MODELS, "where": FUNCTIONS},
     ),
     "nnx.recalibrate": Tool(
         jx.recalibrate,

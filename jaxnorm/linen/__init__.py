@@ -1,9 +1,10 @@
-"""Flax Linen: one generic module for any norm, and the classes that Flax has.
+"""Flax Linen: one generic module for any norm, the classes that Flax has, and `bake`.
 
 The named classes inherit their constructors and defaults from the Flax that is
 installed, so that they follow it; what they compute is jaxnorm's.
 """
 
+from jaxnorm.linen._bake import bake as bake
 from jaxnorm.linen._norms import BatchNorm as BatchNorm
 from jaxnorm.linen._norms import GroupNorm as GroupNorm
 from jaxnorm.linen._norms import InstanceNorm as InstanceNorm
@@ -24,6 +25,7 @@ __all__ = [
     "SpectralNorm",
     "WeightNorm",
     "WeightStandardization",
+    "bake",
 ]
 
 

@@ -19,6 +19,7 @@ from jaxnorm.models._folding.layer import fold_output as fold_output
 from jaxnorm.models._folding.norm import affine_form as affine_form
 from jaxnorm.models._folding.pair import Pair as Pair
 from jaxnorm.models._folding.pairs import find_pairs as find_pairs
+from jaxnorm.models._folding.scales import fold_scales as fold_scales
 from jaxnorm.models._freeze import decay_mask as decay_mask
 from jaxnorm.models._freeze import freeze as freeze
 from jaxnorm.models._freeze import frozen as frozen
@@ -57,6 +58,7 @@ __all__ = [
     "fold",
     "fold_input",
     "fold_output",
+    "fold_scales",
     "freeze",
     "from_checkpoint",
     "frozen",

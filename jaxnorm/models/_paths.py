@@ -227,6 +227,21 @@ def set_at(
     return new | ({keys[0]: inner} if inner else {})
 
 
+def with_node(tree: Tree, path: str, node: Mapping[str, Any]) -> Tree:
+    """`tree` with `node` at `path`, if it has that; an empty one leaves nothing."""
+    keys = keys_at([tree], path)
+    return tree if keys is None else set_at(tree, keys, node)
+
+
+def nodes_of(tree: Tree, path: str = "") -> dict[str, Mapping[str, Any]]:
+    """Each mapping within `tree`, by its path."""
+    found = {path: tree} if path else {}
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            found |= nodes_of(node, join_path(path, name))
+    return found
+
+
 def norm_params(params: Tree) -> dict[str, dict[str, Any]]:
     """The parameters of each norm of a model, by its path.
 

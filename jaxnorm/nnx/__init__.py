@@ -1,7 +1,9 @@
 """Flax NNX: norms under Flax's names, one for any method, wrappers, whole models."""
 
+from jaxnorm.nnx._bake import bake as bake
 from jaxnorm.nnx._convert import convert as convert
 from jaxnorm.nnx._fold import fold as fold
+from jaxnorm.nnx._fold_scales import fold_scales as fold_scales
 from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._norm import Norm as Norm
@@ -25,8 +27,10 @@ __all__ = [
     "SpectralNorm",
     "WeightNorm",
     "WeightStandardization",
+    "bake",
     "convert",
     "fold",
+    "fold_scales",
     "recalibrate",
     "update",
     "variables",

@@ -67,7 +67,7 @@ def convert(
     norms = {
         path_of(path): module
         for path, module in nnx.iter_modules(new)
-        if isinstance(module, _NORMS)
+        if isinstance(module, NORMS)
     }
     for path, module in select(norms, where, "norms of the model").items():
         become(module, _converted(path, module, norm, use_scale, use_bias))
@@ -143,7 +143,7 @@ _FLAX_NORMS = (
 )
 
 
-_NORMS = (Norm, *_FLAX_NORMS)
+NORMS = (Norm, *_FLAX_NORMS)
 
 
-_KNOWN = (*_NORMS, BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
+_KNOWN = (*NORMS, BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm)

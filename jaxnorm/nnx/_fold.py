@@ -135,7 +135,7 @@ def fold(
     copy.eval()
 
     def found() -> list[Pair]:
-        return models.find_pairs(_functional(copy), variables(copy), *args, **kwargs)
+        return models.find_pairs(functional(copy), variables(copy), *args, **kwargs)
 
     folding = found() if pairs is None else as_pairs(pairs)
     folded = models.fold(variables(copy), folding, epsilon=epsilon)
@@ -148,7 +148,7 @@ def fold(
     left = {pair: _left(pair, modules[pair.norm]) for pair in folding}
     flat = {path_of(path): v for path, v in flattened(folded["params"]).items()}
     for pair in folding:
-        _set_bias(pair.layer, modules[pair.layer], flat[f"{pair.layer}/bias"])
+        set_bias(pair.layer, modules[pair.layer], flat[f"{pair.layer}/bias"])
     for pair in {*folding} - {*found()} if pairs is None else ():
         raise ValueError(
             f"the layer at {pair.layer!r}, {class_of(modules[pair.layer])}, does not "
@@ -192,7 +192,7 @@ def _left(pair: Pair, norm: Any) -> Identity:
     )
 
 
-def _functional(model: nnx.Module) -> Callable[..., Any]:
+def functional(model: nnx.Module) -> Callable[..., Any]:
     """The function `apply(variables, ...)` that calls `model` with these variables."""
     graph, state = nnx.split(model)
 
@@ -208,7 +208,7 @@ def _functional(model: nnx.Module) -> Callable[..., Any]:
     return apply
 
 
-def _set_bias(path: str, layer: Any, bias: Array) -> None:
+def set_bias(path: str, layer: Any, bias: Array) -> None:
     """Gives `layer` the bias, unless it has one, which `update` sets."""
     if not hasattr(layer, "bias"):
         raise ValueError(

@@ -68,8 +68,10 @@ class WeightNorm(nnx.WeightNorm):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels normalized."""
-        transform = functools.partial(_rescaled, self, weight_normed)
-        return _call_layer(self, transform, x, *args, **kwargs)
+        return effective_layer(self)(x, *args, **kwargs)
+
+    def _transform(self, path: Path, param: Param) -> Array | None:
+        return _rescaled(self, weight_normed, path, param)
 
 
 class WeightStandardization(nnx.Module):
@@ -126,8 +128,10 @@ class WeightStandardization(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns what the layer makes of the arguments, its kernels standardized."""
-        transform = functools.partial(_rescaled, self, weight_standardized)
-        return _call_layer(self, transform, x, *args, **kwargs)
+        return effective_layer(self)(x, *args, **kwargs)
+
+    def _transform(self, path: Path, param: Param) -> Array | None:
+        return _rescaled(self, weight_standardized, path, param)
 
 
 class SpectralNorm(nnx.SpectralNorm):
@@ -174,19 +178,22 @@ class SpectralNorm(nnx.SpectralNorm):
         if update_stats is None:
             update_stats = not self.use_running_average
 
-        def transform(path: Path, param: Param) -> Array | None:
-            kernel = param.get_value()
-            if not has_spectrum(self, kernel):
-                return None
-            u, sigma = (
-                _of_kernel(self.batch_stats, (*path, name)) for name in ("u", "sigma")
-            )
-            kernel, new_u, new_sigma = spectral_normed(self, kernel, u[...], sigma[...])
-            if update_stats:
-                u[...], sigma[...] = new_u, new_sigma
-            return kernel
+        transform = functools.partial(self._transform, update_stats=update_stats)
+        return effective_layer(self, transform)(x, **kwargs)
 
-        return _call_layer(self, transform, x, **kwargs)
+    def _transform(
+        self, path: Path, param: Param, update_stats: bool = False
+    ) -> Array | None:
+        kernel = param.get_value()
+        if not has_spectrum(self, kernel):
+            return None
+        u, sigma = (
+            _of_kernel(self.batch_stats, (*path, name)) for name in ("u", "sigma")
+        )
+        kernel, new_u, new_sigma = spectral_normed(self, kernel, u[...], sigma[...])
+        if update_stats:
+            u[...], sigma[...] = new_u, new_sigma
+        return kernel
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Sets the default of `not update_stats`; called by `nnx.view`."""
@@ -194,27 +201,25 @@ class SpectralNorm(nnx.SpectralNorm):
             self.use_running_average = use_running_average
 
 
-def _call_layer(
-    module: Any,
-    transform: Callable[[Path, Param], Array | None],
-    *args: Any,
-    **kwargs: Any,
+def effective_layer(
+    module: Any, transform: Callable[[Path, Param], Array | None] | None = None
 ) -> Any:
-    """Calls the layer of `module` with other values for its parameters.
+    """The layer of `module` with the kernels that it computes with.
 
-    `transform` gives the value, or None for what stays, by path and parameter. The
-    layer called is one beside the stored one: it shares all variables but those given
-    a value, so that statistics, caches and random keys are updated as ever, and nothing
-    that is stored is written to. So it also works where writing is not allowed, such
-    as in a gradient by the input, taken by jax.grad of a closure.
+    `transform` gives the value, or None for what stays, by path and parameter; it is
+    that of `module` by default. The layer is one beside the stored one: it shares all
+    variables but those given a value, so that statistics, caches and random keys are
+    updated as ever, and nothing that is stored is written to. So it also works where
+    writing is not allowed, such as in a gradient by the input, taken by jax.grad of a
+    closure.
     """
+    value_of = transform or module._transform
     graphdef, state = nnx.split(module.layer_instance)
-    called = []
+    effective = []
     for path, v in nnx.to_flat_state(state):
-        value = transform(path, v) if isinstance(v, nnx.Param) else None
-        called.append((path, v if value is None else v.replace(value)))
-    layer = nnx.merge(graphdef, nnx.from_flat_state(called))
-    return layer(*args, **kwargs)
+        value = value_of(path, v) if isinstance(v, nnx.Param) else None
+        effective.append((path, v if value is None else v.replace(value)))
+    return nnx.merge(graphdef, nnx.from_flat_state(effective))
 
 
 def _has_fan_in(path: Path, param: Param) -> bool:

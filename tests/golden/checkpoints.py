@@ -105,6 +105,31 @@ def torch_layers(rng):
     return state_of(model, "start") | {"tokens": tokens, "y": y}
 
 
+def torch_wrappers(rng):
+    """Weight norm and spectral norm of torch, of the old kind and of the new.
+
+    The power iterations have settled, as torch takes no step of them in evaluation.
+    """
+    old, new = nn.utils, nn.utils.parametrizations
+    model = nn.Sequential(
+        old.weight_norm(nn.Conv2d(3, 4, 3, padding=1)),
+        new.weight_norm(nn.ConvTranspose2d(4, 6, 2, stride=2)),
+        old.spectral_norm(nn.Conv2d(6, 5, 3, padding=1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        new.weight_norm(nn.Linear(5, 4), dim=None),
+        new.spectral_norm(nn.Linear(4, 6)),
+        old.spectral_norm(nn.Linear(6, 5, bias=False)),
+        old.weight_norm(nn.Linear(5, 3)),
+    )
+    fill(rng, model)
+    images = draw(rng, (2, 6, 4, 3))
+    for _ in range(500):
+        model(channels_first(images))
+    y = array(model.eval()(channels_first(images)))
+    return state_of(model, "start") | {"images": images, "y": y}
+
+
 def torchvision_basic(rng):
     kind = torchvision_resnet
     return named(kind.ResNet(kind.BasicBlock, [1, 1, 1, 1], num_classes=5))
@@ -246,6 +271,7 @@ def channels_first(x):
 CASES = (
     torch_training,
     torch_layers,
+    torch_wrappers,
     torchvision_basic,
     torchvision_bottleneck,
     timm_basic,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxnorm._arguments import as_epsilon, as_integer, as_share, shown
 
 SAME = object()  # an extra that has the value of the statistic that it accompanies
+LEFT = object()  # an extra that is torch's v, the singular vector that belongs to u
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Convention:
         unbiased: the running variance that is kept is the unbiased one.
         arguments: names of the arguments of norms.
         extras: what goes along with a statistic, and is dropped when read.
+        wrappers: names of the arrays of WeightNorm, "scale", and SpectralNorm, "u" and
+            "sigma", and of the kernel that has one of these beside it.
         collections: names of the two collections; None if all keys are in one.
         modules: a collection is {module: {name: array}}, however deep modules are.
         keeps_rank: the arrays of a norm may have axes of length 1, as its input has.
@@ -48,6 +51,9 @@ class Convention:
     momentum: float | None
     arguments: Mapping[str, str]
     extras: Mapping[str, Mapping[str, Any]]
+    wrappers: Mapping[str, Mapping[str, tuple[str, ...]]] = dataclasses.field(
+        default_factory=dict
+    )
     new_weight: bool = False
     unbiased: bool = False
     collections: Mapping[str, str] | None = None
@@ -113,6 +119,20 @@ TORCH = Convention(
     unbiased=True,
     arguments={"eps": "epsilon", "momentum": "momentum", "num_groups": "num_groups"},
     extras={"mean": {"num_batches_tracked": np.int64(0)}},
+    wrappers={
+        "scale": {
+            "kernel": ("parametrizations.weight.original1", "weight_v"),
+            "scale": ("parametrizations.weight.original0", "weight_g"),
+        },
+        "u": {
+            "kernel": ("parametrizations.weight.original", "weight_orig"),
+            "u": ("parametrizations.weight.0._u", "weight_u"),
+        },
+        # There is no sigma, which is that of the kernel.
+        "sigma": dict.fromkeys(
+            ("kernel", "sigma"), ("parametrizations.weight.original", "weight_orig")
+        ),
+    },
     numpy_only=True,
 )
 

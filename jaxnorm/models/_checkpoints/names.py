@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxnorm._arguments import check_function, shown
-from jaxnorm.models._checkpoints.conventions import FLAX, Convention
-from jaxnorm.models._paths import Tree, path_name
+from jaxnorm.models._checkpoints.conventions import FLAX, LEFT, Convention
+from jaxnorm.models._checkpoints.wrappers import LAYER, Own, Parts, own_arrays, parts_of
+from jaxnorm.models._paths import Tree
 
 Renamed = Callable[[str], str | None] | Mapping[str, str] | None  # layers' paths
 Kinds = Callable[[str], str | None] | Mapping[str, str] | None
@@ -22,11 +23,12 @@ class Leaf:
     Attributes:
         path: such as "params/Conv_0/kernel".
         layer: its layer's path, such as "Conv_0".
-        name: its last part, such as "kernel".
+        name: its last part, such as "kernel"; of a wrapper's array its role, "scale".
         value: the array, or what has its shape and dtype.
         keys: of the checkpoint, in the order in which they are looked for.
         kind: of a kernel of axes in and out; None for all else.
         extras: what goes along with it, by key.
+        kernel: of a wrapper's array, the kernel that it belongs to.
     """
 
     path: str
@@ -36,32 +38,29 @@ class Leaf:
     keys: tuple[str, ...]
     kind: str | None
     extras: Mapping[str, Any]
+    kernel: "Leaf | None" = None
 
 
 def leaves(
     variables: Tree, table: Convention, rename: Renamed, kinds: Kinds
 ) -> list[Leaf]:
     """All leaves of `variables`, in JAX's order of them."""
-    found = [
-        ([path_name((key,)) for key in path], _shaped(value))
-        for path, value in jax.tree_util.tree_flatten_with_path(variables)[0]
-    ]
-    _check_collections({path[0] if path else "" for path, _ in found})
-    for name, argument in (("rename", rename), ("kinds", kinds)):
-        if not isinstance(argument, Mapping) and argument is not None:
-            check_function(name, argument)
+    flat = jax.tree_util.tree_flatten_with_path(variables)[0]
+    found = {parts_of(path): _shaped(value) for path, value in flat}
+    _check_collections({path[0] if path else "" for path in found})
+    _check_functions(rename=rename, kinds=kinds)
+    own = own_arrays(path for path, _ in flat) if table.wrappers else {}
+    places = {path: _place(path, own, table) for path in found}
     layers: dict[str, set[str]] = {}
-    for (_, *layer, name), _ in found:
-        layers.setdefault("/".join(layer), set()).add(name)
+    for _, layer, name in places.values():
+        layers.setdefault(layer, set()).add(name)
     _check_paths("rename", rename, layers, _within)
     _check_paths("kinds", kinds, layers, str.__eq__)
+    names = _names(places, layers, own, table)
 
-    def leaf(path: list[str], value: Any) -> Leaf:
-        collection, *layer, name = path
-        layer = "/".join(layer)
-        kernelled = not layers[layer].isdisjoint(("kernel", "embedding"))
+    def leaf(path: Parts) -> Leaf:
+        (collection, layer, name), value = places[path], found[path]
         is_kernel = name == "kernel" and value.ndim > 1
-        names = table.names if kernelled else table.norm_names
         place = [_source_name(layer, rename, table.separator)]
         if table.collections:
             place.insert(0, table.collections[collection])
@@ -69,17 +68,55 @@ def leaves(
         def key(name: str) -> str:
             return table.separator.join([v for v in place if v] + [name])
 
+        extras = table.extras.get(name, {})
+        if path in own:
+            extras = {f"{v[:-1]}v": LEFT for v in names[path] if name == "u"}
         return Leaf(
             path="/".join(path),
             layer=layer,
             name=name,
             value=value,
-            keys=tuple(key(v) for v in names.get(name, (name,))),
+            keys=tuple(key(v) for v in names[path]),
             kind=_kind(layer, kinds) if is_kernel else None,
-            extras={key(k): v for k, v in table.extras.get(name, {}).items()},
+            extras={key(k): v for k, v in extras.items()},
+            kernel=leaf(own[path].kernel) if path in own else None,
         )
 
-    return [leaf(path, value) for path, value in found]
+    return [leaf(path) for path in found]
+
+
+def _place(
+    path: Parts, own: Mapping[Parts, Own], table: Convention
+) -> tuple[str, str, str]:
+    """The collection of the array at a path, the path of its layer, and its name.
+
+    A wrapper's array is of the layer in it, which is called as the wrapper is.
+    """
+    collection, *layer, name = path
+    if path in own:
+        *layer, name = *own[path].kernel[1:-1], own[path].role
+    if table.wrappers:
+        layer = [part for part in layer if part != LAYER]
+    return collection, "/".join(layer), name
+
+
+def _names(
+    places: Mapping[Parts, tuple[str, str, str]],
+    layers: Mapping[str, set[str]],
+    own: Mapping[Parts, Own],
+    table: Convention,
+) -> dict[Parts, tuple[str, ...]]:
+    """What the framework calls the array at each path."""
+    names = {}
+    for path, (_, layer, name) in places.items():
+        kernelled = not layers[layer].isdisjoint(("kernel", "embedding"))
+        of_layer = table.names if kernelled else table.norm_names
+        names[path] = of_layer.get(name, (name,))
+    for path, array in own.items():
+        of_wrapper = table.wrappers[array.role]
+        names[path] = of_wrapper[array.role]
+        names[array.kernel] = of_wrapper["kernel"]
+    return names
 
 
 def _shaped(value: Any) -> Any:
@@ -179,6 +216,13 @@ def _check_collections(names: set[str]) -> None:
             f'"batch_stats", got {others or "nothing"}: pass what `init` or '
             "`jaxnorm.nnx.variables` returns, without other collections"
         )
+
+
+def _check_functions(**arguments: Any) -> None:
+    """Raises TypeError for what is neither a function, a mapping nor None."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Mapping) and argument is not None:
+            check_function(name, argument)
 
 
 def _check_paths(

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxnorm._arguments import check_function
 from jaxnorm._marks import MARKS
+from jaxnorm._weights.spectral_norm import spectral_norm
 from jaxnorm.models._checkpoints.arrays import as_numpy
 from jaxnorm.models._checkpoints.conventions import Convention, convention
 from jaxnorm.models._checkpoints.fit import Misfit, fail, key_in, layouts, of_rank
@@ -60,6 +61,12 @@ def from_checkpoint(
     inputs in the order (C, H, W) in torch: move the axes before flattening in Flax,
     too. And a `padding` p of torch's ConvTranspose is `kernel_size - 1 - p` in Flax.
 
+    torch's weight norm and spectral norm, of the old kind ("weight_g", "weight_orig")
+    and the new ("parametrizations"), fit a model with WeightNorm and SpectralNorm. The
+    scales of torch's ConvTranspose are those of its inputs: `feature_axes=-2`. Of
+    spectral norm "v" is dropped, and `sigma` computed. In evaluation jaxnorm takes a
+    step of the power iteration, and torch none, which is the same once "u" has settled.
+
     Args:
         framework: "flax", "haiku", "keras" or "torch".
         checkpoint: arrays by their keys, or nested mappings of them. Tensors of torch
@@ -68,7 +75,8 @@ def from_checkpoint(
             or their shapes and dtypes, from `jax.eval_shape`.
         rename: the framework's name for the layer at a path; a function, which may
             return None, or a mapping of paths, or of their beginnings. Without one,
-            "layer1/0/conv1" is "layer1.0.conv1" in torch and the same elsewhere.
+            "layer1/0/conv1" is "layer1.0.conv1" in torch and the same elsewhere. For
+            torch, the path of a layer in a wrapper has no "layer_instance" in it.
         kinds: which kernels are "conv_transpose", "transpose_kernel" (that of Flax's
             `ConvTranspose(transpose_kernel=True)`) or "depthwise" (with one feature
             out for each in, for Keras); a function or mapping of layers' paths. Shapes
@@ -114,6 +122,9 @@ def from_checkpoint(
     for leaf in wanted:
         try:
             key = _found_key(leaf, found, unused)
+            if leaf.kernel is not None and leaf.name == "sigma":
+                rows.append(Mapped(leaf.path, key, "its largest singular value"))
+                continue
             values[leaf.path], change = _read(leaf, table, key, found[key])
             rows.append(Mapped(leaf.path, key, change))
         except Misfit as misfit:
@@ -126,6 +137,7 @@ def from_checkpoint(
         "of plain layers, `keep` which layers keep the values of the template, and "
         "`ignore` which keys may be left",
     )
+    values |= _sigmas(wanted, values)
     tree = jax.tree.structure(template).unflatten(values[leaf.path] for leaf in model)
     paths = tuple(leaf.path for leaf in kept)
     return tree, Report(tuple(rows), tuple(dropped), tuple(ignored), paths)
@@ -174,7 +186,7 @@ def _read(leaf: Leaf, table: Convention, key: str, value: Any) -> tuple[Any, str
         changes += [" to ".join(both)] if both[0] != both[1] else []
     elif leaf.name == "count" and array.ndim == 0:
         fitted = np.broadcast_to(array, shape)
-    elif table.keeps_rank:
+    elif table.keeps_rank or leaf.kernel is not None:
         fitted = of_rank(array, shape)
     if fitted.shape != shape:
         raise Misfit(
@@ -184,6 +196,18 @@ def _read(leaf: Leaf, table: Convention, key: str, value: Any) -> tuple[Any, str
     if array.dtype != dtype:
         changes.append(f"{array.dtype} to {dtype}")
     return jnp.array(fitted, dtype, copy=True), ", ".join(changes)
+
+
+def _sigmas(wanted: list[Leaf], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the next call of each SpectralNorm would keep for `sigma`, by path."""
+    us = {leaf.kernel.path: leaf for leaf in wanted if leaf.kernel and leaf.name == "u"}
+    sigmas = {}
+    for leaf in wanted:
+        if leaf.kernel is not None and leaf.name == "sigma":
+            kernel, u = (v.path for v in (leaf.kernel, us[leaf.kernel.path]))
+            sigma = spectral_norm(values[kernel], values[u])[2]
+            sigmas[leaf.path] = sigma.astype(leaf.value.dtype)
+    return sigmas
 
 
 def _other_kinds(leaf: Leaf, table: Convention, array: np.ndarray) -> str:

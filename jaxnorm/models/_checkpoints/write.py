@@ -1,14 +1,20 @@
 """How do the variables of a model become the arrays of a checkpoint?"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jax import Array
 
 from jaxnorm._marks import MARKS
 from jaxnorm.models._checkpoints.arrays import as_numpy, as_torch_takes
-from jaxnorm.models._checkpoints.conventions import FLAX, SAME, Convention, convention
+from jaxnorm.models._checkpoints.conventions import (
+    FLAX,
+    LEFT,
+    SAME,
+    Convention,
+    convention,
+)
 from jaxnorm.models._checkpoints.fit import Misfit, fail, key_in, layouts, of_rank
 from jaxnorm.models._checkpoints.layouts import relayout
 from jaxnorm.models._checkpoints.names import (
@@ -36,7 +42,9 @@ def to_checkpoint(
     The inverse of `from_checkpoint`, bit for bit, where dtypes are the same. A norm of
     torch gets the `num_batches_tracked` of its "count", or 0: torch has no use for it
     but with momentum None, where there is a "count". The averages of Haiku's batch norm
-    get a state in which they have forgotten where they started, as jaxnorm's have.
+    get a state in which they have forgotten where they started, as jaxnorm's have. The
+    "v" of torch's spectral norm is computed, and `sigma` left out. Without a `template`
+    the names of wrapped kernels are those of `torch.nn.utils.parametrizations`.
 
     Args:
         framework, rename, kinds: as in `from_checkpoint`.
@@ -71,6 +79,8 @@ def to_checkpoint(
     like = None if template is None else flatten(template, table.separator)
     out, extras, problems = {}, {}, []
     for leaf in leaves(variables, table, rename, kinds):
+        if leaf.kernel is not None and leaf.name == "sigma":
+            continue  # which is that of the kernel
         key = key_in(leaf, like or {}) or leaf.keys[0]
         try:
             if key in out:
@@ -80,7 +90,10 @@ def to_checkpoint(
             problems.append(f"{leaf.path}: {misfit}")
         else:
             for extra, value in leaf.extras.items():
-                extras[extra] = out[key] if value is SAME else value
+                if value is LEFT and extra[:-1] == key[:-1]:
+                    extras[extra] = _left_vector(leaf, table, out[key])
+                elif value is not LEFT:
+                    extras[extra] = out[key] if value is SAME else value
     if like is None:
         out = extras | out
     else:
@@ -120,10 +133,32 @@ def _written(
     if leaf.kind is not None:
         theirs, ours = layouts(leaf, table, leaf.kind)
         return relayout(array, ours, theirs)
+    if leaf.kernel is not None:
+        return _beside(_written(leaf.kernel, table, like), array)
     if leaf.name == "count" and table is not FLAX:
         # A feature that a batch had nothing of has counted fewer.
         return np.asarray(array.max(initial=0), np.int64)
     return array
+
+
+def _beside(kernel: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """The scale of a kernel as torch has it, along its first axis of that size; or u.
+
+    Both are as long as the kernel's features, u with an axis before them.
+    """
+    if array.ndim != 1:
+        return array.reshape(-1) if array.ndim else array
+    axis = [*kernel.shape].index(array.size)
+    return array.reshape([-1 if i == axis else 1 for i in range(kernel.ndim)])
+
+
+def _left_vector(leaf: Leaf, table: Convention, u: np.ndarray) -> np.ndarray:
+    """torch's v, of length 1, of the kernel that has this `u`."""
+    of = cast(Leaf, leaf.kernel)
+    outputs = layouts(of, table, of.kind or "conv")[0].index("O")
+    matrix = np.moveaxis(_written(of, table, None), outputs, 0).reshape(u.size, -1)
+    v = u.astype(np.promote_types(u.dtype, np.float32)) @ matrix
+    return (v / max(np.linalg.norm(v), 1e-12)).astype(u.dtype)
 
 
 def _fitted_to(

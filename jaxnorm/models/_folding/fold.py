@@ -15,11 +15,11 @@ from jaxnorm.models._paths import (
     Tree,
     check_variables,
     copied,
-    join_path,
     keys_at,
     layers,
+    nodes_of,
     path_name,
-    set_at,
+    with_node,
 )
 
 
@@ -65,17 +65,17 @@ def fold(
     check_variables(variables)
     params, stats = variables.get("params", {}), variables.get("batch_stats", {})
     optional(as_epsilon)("epsilon", epsilon)
-    nodes = _nodes(params)
+    nodes = nodes_of(params)
     norms = {path: v for path, v in layers(stats).items() if path}
     pairs = as_pairs(pairs)
     _check_pairs(pairs, nodes, norms)
     for pair in pairs:
-        _check_dicts(pair.norm, params, stats)
+        check_dicts(pair.norm, params, stats)
     for pair in pairs:
         node, norm = nodes[pair.layer], nodes.get(pair.norm, {})
         layer = _folded(pair, node, norm, norms[pair.norm], epsilon)
-        params = _with(params, pair.layer, layer)
-        params, stats = (_with(tree, pair.norm, {}) for tree in (params, stats))
+        params = with_node(params, pair.layer, layer)
+        params, stats = (with_node(tree, pair.norm, {}) for tree in (params, stats))
     left = {**variables, "params": params, "batch_stats": stats}
     return copied(
         {name: tree for name, tree in left.items() if tree or not variables[name]}
@@ -137,7 +137,7 @@ def _check_pairs(
             )
 
 
-def _check_dicts(path: str, *trees: Tree) -> None:
+def check_dicts(path: str, *trees: Tree) -> None:
     """Raises ValueError where the node at `path` is within a list or tuple."""
     for tree in trees:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -147,18 +147,3 @@ def _check_dicts(path: str, *trees: Tree) -> None:
                 f"the norm at {path!r} is within a list or tuple, which cannot lose "
                 "it: fold trees of dicts"
             )
-
-
-def _nodes(tree: Tree, path: str = "") -> dict[str, Mapping[str, Any]]:
-    """Each mapping within `tree`, by its path."""
-    found = {path: tree} if path else {}
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            found |= _nodes(node, join_path(path, name))
-    return found
-
-
-def _with(tree: Tree, path: str, node: LayerParams) -> Tree:
-    """`tree` with `node` at `path`, if it has that; an empty one leaves nothing."""
-    keys = keys_at([tree], path)
-    return tree if keys is None else set_at(tree, keys, node)

@@ -1,7 +1,7 @@
 """Of which norm do some equations compute the formula, and with which epsilon?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxnorm.models._folding.affine import Form, affine_image, ones_along
 from jaxnorm.models._folding.trace import Trace
-from jaxnorm.models._folding.values import ARITHMETIC, Flow, Variable
+from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Variable
 
 
 def norm_applied(
@@ -77,7 +77,10 @@ def _norm(trace: Trace, steps: Sequence[Flow], bias: Variable | None) -> str | N
 
 
 def adds_bias(trace: Trace, flow: Flow) -> bool:
-    """Whether the layer adds its bias to its output, if it has one."""
+    """Whether the layer adds its bias to its output, if it has one.
+
+    That of several output axes is added as it is, to the last ones.
+    """
     bias, step = bias_of(trace, flow), trace.step_after(flow)
     if bias is None:
         return True
@@ -85,9 +88,24 @@ def adds_bias(trace: Trace, flow: Flow) -> bool:
         return False
     assert flow.layer is not None
     values = _drawn(trace, [bias], np.random.default_rng(0))
+    if flow.layer.output_axis is None:
+        return _is_added(step, np.asarray(values[bias]), values)
     feature_ones = ones_along(flow.aval, flow.layer.output_axis)
     form = affine_image([step], values, feature_ones, moved=True)
     return form is not None and _close(form, (1, values[bias]), 1, 1e-4)
+
+
+def _is_added(step: Flow, value: np.ndarray, values: Mapping[Variable, Any]) -> bool:
+    """Whether the step adds `value` to the last axes of its parent, a product whose
+    kernel is the second factor."""
+    parent = step.parent
+    if step.eqn.primitive.name != "add" or parent is None:
+        return False
+    (known,) = (v for v in step.args if isinstance(v, Known))
+    added = np.broadcast_to(known.evaluate(values), step.aval.shape)
+    last = step.aval.shape[step.aval.ndim - value.ndim :]
+    same = last == value.shape and bool((added == value).all())
+    return same and isinstance(parent.args[1], Known)
 
 
 def _epsilon(

@@ -39,10 +39,10 @@ def layer_of(
     axes = (_product_axes if name == "dot_general" else _conv_axes)(eqn, side)
     if places is None or axes is None:
         return None
-    kernel_output = _stored_axis(places, axes.kernel_output, variables[variable].shape)
-    if kernel_output is None:
-        return None
-    kernel_input = _stored_axis(places, axes.kernel_input, variables[variable].shape)
+    kernel_output, kernel_input = (
+        _stored_axis(places, axis, variables[variable].shape)
+        for axis in (axes.kernel_output, axes.kernel_input)
+    )
     return LayerCall(
         path=variable.path,
         kernel=variable,
@@ -59,10 +59,10 @@ def layer_of(
 class _Axes(NamedTuple):
     """The axes of a layer's features: in its kernel as it is used, input and output."""
 
-    kernel_output: int
-    kernel_input: int | None  # None where there are several
+    kernel_output: int | None  # None where there are several
+    kernel_input: int | None
     data: int | None
-    output: int
+    output: int | None
     groups: int = 1
     padded: bool = False
 
@@ -90,15 +90,15 @@ def _product_axes(eqn: Any, side: int) -> _Axes | None:
     contracted, batch = eqn.params["dimension_numbers"]
     of_kernel, of_data = contracted[side], contracted[1 - side]
     free = {*range(eqn.invars[side].aval.ndim)} - {*of_kernel}
-    if any(batch) or len(free) != 1:
+    if any(batch):
         return None
     last = eqn.outvars[0].aval.ndim - 1
-    one = len(of_kernel) == 1
+    one_input, one_output = len(of_kernel) == 1, len(free) == 1
     return _Axes(
-        kernel_output=free.pop(),
-        kernel_input=of_kernel[0] if one else None,
-        data=of_data[0] if one else None,
-        output=last if side == 1 else 0,
+        kernel_output=free.pop() if one_output else None,
+        kernel_input=of_kernel[0] if one_input else None,
+        data=of_data[0] if one_input else None,
+        output=(last if side == 1 else 0) if one_output else None,
     )
 
 

@@ -120,6 +120,26 @@ def fold_input(
     return _layer(layer, jnp.moveaxis(folded, -2, axis), _bias(layer, added) + added)
 
 
+def scale_input(
+    layer: LayerParams, scale: Array, bias: ArrayLike | None, *, axis: int
+) -> dict[str, ArrayLike]:
+    """The layer whose output for `x` is that of `layer` for `scale * x + bias`.
+
+    Without a bias as `fold_input` of one that is 0, but the layer gets none by it. It
+    sums over one `axis` of its kernel, and may have several for its outputs.
+    """
+    kernel, a, b = _arrays(
+        layer, scale, jnp.zeros_like(scale) if bias is None else bias
+    )
+    _check_features(kernel, a.size, axis)
+    shape = [1] * kernel.ndim
+    shape[_axis(kernel, axis)] = a.size
+    if bias is None:
+        return _layer(layer, kernel * a.reshape(shape))
+    added = (kernel * b.reshape(shape)).sum(axis)
+    return _layer(layer, kernel * a.reshape(shape), _bias(layer, added) + added)
+
+
 def _arrays(
     layer: LayerParams, a: ArrayLike, b: ArrayLike
 ) -> tuple[Array, Array, Array]:
@@ -205,10 +225,11 @@ def _bias(layer: LayerParams, like: Array) -> Array:
     return bias.astype(like.dtype)
 
 
-def _layer(layer: LayerParams, kernel: Array, bias: Array) -> dict[str, ArrayLike]:
+def _layer(layer: LayerParams, kernel: Array, *bias: Array) -> dict[str, ArrayLike]:
     """`layer` with this kernel and bias, in the dtypes and boxes of its own."""
-    new = {k: v for k, v in layer.items() if k not in ("kernel", "bias")}
-    for k, v in {"kernel": kernel, "bias": bias}.items():
+    arrays = dict(zip(("kernel", "bias"), (kernel, *bias), strict=False))
+    new = {k: v for k, v in layer.items() if k not in arrays}
+    for k, v in arrays.items():
         old = layer.get(k, unboxed(layer["kernel"]))
         dtype = jnp.result_type(unboxed(old))
         if jnp.iscomplexobj(v) and not jnp.issubdtype(dtype, jnp.complexfloating):

@@ -1,11 +1,11 @@
 """Which norm only scales and shifts the output, or the input, of one layer?"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from jaxnorm._arguments import check_function
+from jaxnorm.models._call import check_apply
 from jaxnorm.models._folding.affine import ones_along
 from jaxnorm.models._folding.formula import (
     adds_bias,
@@ -14,9 +14,8 @@ from jaxnorm.models._folding.formula import (
     shifts,
 )
 from jaxnorm.models._folding.pair import Pair
-from jaxnorm.models._folding.trace import Trace
-from jaxnorm.models._folding.values import Flow, Known, Value, variable_at
-from jaxnorm.models._leaves import is_box
+from jaxnorm.models._folding.trace import Trace, traced
+from jaxnorm.models._folding.values import Flow
 from jaxnorm.models._paths import Tree, check_variables
 
 
@@ -69,46 +68,12 @@ def find_pairs(
     ...     print(pair.layer, pair.norm, pair.epsilon)
     Dense_0 BatchNorm_0 1e-05
     """
-    _check_apply(apply)
+    fix = "jaxnorm.nnx.fold(model, ...) finds its pairs and folds them"
+    check_apply(apply, "find_pairs", fix)
     check_variables(variables)
-    flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
-    values, tree = jax.tree.flatten((args, kwargs))
-
-    def call(variables: Any, arrays: Sequence[Any]) -> Any:
-        rest = iter(arrays)
-        args, kwargs = tree.unflatten(next(rest) if _is_array(v) else v for v in values)
-        return apply(variables, *args, **kwargs)
-
-    closed = jax.make_jaxpr(call)(variables, [v for v in values if _is_array(v)])
-    found = [variable_at(path) for path, _ in flat]
-    invars = closed.jaxpr.invars
-    trace = Trace({v: u.aval for v, u in zip(found, invars, strict=False)})
-    inputs: list[Value] = [Known(frozenset([v]), variable=v) for v in found]
-    inputs += [Flow(u.aval) for u in invars[len(found) :]]
-    consts = [Known(frozenset(), value=v) for v in closed.consts]
+    trace = traced(apply, variables, args, kwargs)
     with jax.ensure_compile_time_eval():  # also while something else is traced
-        trace.read_by(Flow(None), trace.run(closed.jaxpr, consts, inputs))
         return _pairs(trace)
-
-
-def _check_apply(apply: Any) -> None:
-    """Raises TypeError unless `apply` is a function, which a model is not."""
-    if any(c.__module__.startswith("flax.nnx") for c in type(apply).__mro__):
-        raise TypeError(
-            f"apply must be a function of the variables, got {type(apply).__name__}, "
-            "an NNX model: jaxnorm.nnx.fold(model, ...) finds its pairs and folds them"
-        )
-    if hasattr(apply, "apply"):
-        raise TypeError(
-            "apply must be a function of the variables, got a model of "
-            f"{type(apply).__name__}: pass its method, find_pairs(model.apply, ...)"
-        )
-    check_function("apply", apply)
-
-
-def _is_array(value: Any) -> bool:
-    """Whether `value` is an array, or says the shape and dtype of one."""
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _pairs(trace: Trace) -> list[Pair]:
@@ -126,6 +91,8 @@ def _output_pair(trace: Trace, flow: Flow) -> Pair | None:
     """The pair of the layer that gives `flow` and the norm that takes it."""
     layer, steps, at = flow.layer, [], trace.step_after(flow)
     if layer is None or trace.readers[layer.kernel] != {flow}:
+        return None
+    if layer.kernel_output is None or layer.output_axis is None:
         return None
     bias = bias_of(trace, flow)
     feature_ones = ones_along(flow.aval, layer.output_axis)

@@ -1,14 +1,24 @@
 """What does a model compute from its variables alone, and what reads which of them?"""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import Jaxpr, Literal
 
 from jaxnorm._primitives._operation import formula_of
+from jaxnorm.models._call import by_arrays
 from jaxnorm.models._folding.kernels import MOVES, is_real, layer_of
-from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Value, Variable
+from jaxnorm.models._folding.values import (
+    ARITHMETIC,
+    Flow,
+    Known,
+    Value,
+    Variable,
+    variable_at,
+)
+from jaxnorm.models._leaves import is_box
 
 _CALLS = {
     "jit": "jaxpr",
@@ -29,6 +39,7 @@ class Trace:
     def __init__(self, variables: Mapping[Variable, Any]):
         self.variables = variables
         self.layers: list[Flow] = []
+        self.flows: list[Flow] = []  # one for each equation, and one for the outputs
         self.readers: dict[Variable, set[Flow]] = defaultdict(set)
 
     def run(
@@ -63,19 +74,19 @@ class Trace:
                 Known(variables, eqn=eqn, args=known, index=i)
                 for i in range(len(eqn.outvars))
             ]
-        outs = [Flow(v.aval) for v in eqn.outvars]
+        outs = [Flow(v.aval, eqn=eqn, args=args) for v in eqn.outvars]
         if _is_affine(eqn, args):
-            outs[0].eqn, outs[0].args = eqn, args
             outs[0].parent = next(a for a in args if isinstance(a, Flow))
         layer = layer_of(eqn, args, self.variables)
         if layer is not None:
             outs[0].layer = layer
             self.layers.append(outs[0])
-        self.read_by(outs[0] if outs else Flow(None), args)
+        self.read_by(outs[0] if outs else Flow(None, eqn=eqn, args=args), args)
         return outs
 
     def read_by(self, reader: Flow, args: Sequence[Value]) -> None:
         """Notes that `reader` is computed from `args`."""
+        self.flows.append(reader)
         for arg in args:
             if isinstance(arg, Flow):
                 arg.users.append(reader)
@@ -87,6 +98,27 @@ class Trace:
         """The affine image of `flow`, if nothing else is computed from it."""
         only = flow.users[0] if len(flow.users) == 1 else None
         return only if only is not None and only.parent is flow else None
+
+
+def traced(
+    apply: Callable[..., Any],
+    variables: Mapping[str, Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Trace:
+    """The trace of a call of a model, of whose arrays only the shapes count."""
+    call, arrays = by_arrays(apply, args, kwargs)
+    closed = jax.make_jaxpr(call)(variables, arrays)
+    flat = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_box)[0]
+    found, invars = [variable_at(path) for path, _ in flat], closed.jaxpr.invars
+    trace = Trace({v: u.aval for v, u in zip(found, invars, strict=False)})
+    inputs: list[Value] = [Known(frozenset([v]), variable=v) for v in found]
+    inputs += [Flow(u.aval) for u in invars[len(found) :]]
+    consts = [Known(frozenset(), value=v) for v in closed.consts]
+    with jax.ensure_compile_time_eval():  # also while something else is traced
+        outputs = trace.run(closed.jaxpr, consts, inputs)
+    trace.read_by(Flow(None, args=outputs), outputs)
+    return trace
 
 
 def _is_affine(eqn: Any, args: Sequence[Value]) -> bool:

@@ -57,8 +57,8 @@ class Known:
 class Flow:
     """A value that depends on the input.
 
-    It is the affine image of its `parent`, by `eqn` of `args`; or the output of a
-    `layer`; or anything at all. `users` are what is computed from it.
+    It is what `eqn` makes of `args`: the affine image of its `parent`, the output of a
+    `layer`, or anything at all. `users` are what is computed from it.
     """
 
     aval: Any
@@ -80,15 +80,18 @@ Value = Known | Flow
 
 @dataclasses.dataclass(eq=False)
 class LayerCall:
-    """A convolution or product of `data` with a kernel, and where the features are."""
+    """A convolution or product of `data` with a kernel, and where the features are.
+
+    Axes are None where there are several, or where the kernel is stored otherwise.
+    """
 
     path: str
     kernel: Variable
     data: Flow
     data_axis: int | None
     kernel_input: int | None  # axes of the kernel as it is stored
-    kernel_output: int
-    output_axis: int
+    kernel_output: int | None
+    output_axis: int | None
     groups: int
     padded: bool
 
