@@ -394,6 +394,15 @@ def test_what_float32_has_too_few_digits_for(kind):
     assert_close(compiled, scaled)
 
 
+def test_what_float32_has_too_few_digits_for_comes_back_in_float64():
+    x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
+    stats = Standardizer.fit(x)
+    y = stats.apply(x)
+    with jax.enable_x64(True):
+        back = np.asarray(stats.invert(y, dtype=np.float64))
+    assert_close((back - x) / 10, np.zeros_like(x), size=4)
+
+
 def test_missing_values_of_wide_data():
     x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
     mask = np.random.default_rng(1).random(x.shape) > 0.3
@@ -654,6 +663,24 @@ def test_flax_reads_nothing_else():
     saved = serialization.to_bytes({"mean": np.zeros(3), "var": np.ones(3)})
     with pytest.raises(ValueError, match="a Standardizer consists of mean, var, res"):
         serialization.from_bytes(Standardizer.init(3), saved)
+
+
+def test_each_series_by_itself_and_back():
+    """Reversible instance normalization: levels and scales of series cancel."""
+    past = data(4, 48, 3, offset=[0, 1e4, -1e4], deviation=[1, 1, 300])
+
+    def forecast(x):
+        series = Standardizer.fit(x, axis=(0, 2))
+        return series.invert(2 * series.apply(x)[:, ::4])
+
+    exact = past.astype(np.float64)
+    mean, deviation = exact.mean(1, keepdims=True), exact.std(1, keepdims=True)
+    expected = mean + 2 * (exact - mean)[:, ::4]
+    ahead = np.asarray(jax.jit(forecast)(past), np.float64)
+    assert ahead.shape == (4, 12, 3)
+    # Forecasts at level 1e4 are rounded to 1e-3.
+    size = np.maximum(deviation, abs(mean))
+    assert_close(ahead / size, expected / size)
 
 
 class Linen(nn.Module):
