@@ -58,8 +58,11 @@ def overflow_as_nan(square: Array) -> Array:
 
 
 def add_pairs(a: Pair, b: Pair) -> Pair:
-    """The sum of two numbers from 0 on, each the sum of two of which the second is
-    what rounding has cut off the first; exact for integers up to 2**47 in float32."""
+    """The sum of two numbers, each the sum of two of which the second is what rounding
+    has cut off the first; exact for integers up to 2**47 in float32.
+
+    The smaller one may be negative if it is no farther from 0.
+    """
     less = a[0] < b[0]
     large, small = jnp.where(less, b[0], a[0]), jnp.where(less, a[0], b[0])
     total, rest = two_sum(large, small)

@@ -1,4 +1,4 @@
-"""What are the moments of each feature of a data set, as six arrays?"""
+"""What are the moments of each feature of a data set, as seven arrays?"""
 
 import dataclasses
 import functools
@@ -19,12 +19,13 @@ from jaxnorm._dtypes import promote, widened
 from jaxnorm._exact import (
     Pair,
     add_pairs,
+    not_zero,
     overflow_as_nan,
     shrink_pair,
     split_size,
     two_sum,
 )
-from jaxnorm._moments import Moments, like_moments, moved, union
+from jaxnorm._moments import Moments, like_moments, moved
 from jaxnorm._reduce import moments, weighted_moments
 from jaxnorm._samples import Sample, pieces_of
 from jaxnorm._sharding import automatically
@@ -42,6 +43,7 @@ class FeatureMoments:
     mean: Array
     var: Array
     residue: Array
+    var_residue: Array
     spacing: Array
     size_high: Array
     size_low: Array
@@ -82,7 +84,7 @@ class FeatureMoments:
 def moments_of(
     samples: Sequence[Sample], axis_name: str | Sequence[str] | None
 ) -> list[list[dict[str, Array]]]:
-    """The six arrays for each part of each of `samples`, which are several parts where
+    """The arrays for each part of each of `samples`, which are several parts where
     one is too large; by one collective for all of them."""
     axis_name = devices.as_axis_name(axis_name)
     num_devices = devices.group_size(axis_name, None)
@@ -139,14 +141,15 @@ def _joined(vectors: Sequence[Array]) -> Array:
 
 
 def _feature_arrays(sample: Sample, m: Moments) -> dict[str, Array]:
-    """The six arrays for the moments of a sample."""
+    """The arrays for the moments of a sample."""
     dtype, size = m.mean.dtype, jnp.asarray(m.size)
     mean, var, residue, high, low = (
         jnp.broadcast_to(v, m.var.shape).reshape(sample.axes.feature_shape)
         for v in (m.mean, m.var, m.residue, *_as_pair(size, dtype))
     )
     eps = jnp.finfo(dtype).eps ** (1 if sample.data.low is None else 2)
-    return _arrays(Moments(mean, var, high, residue), eps * abs(mean), low)
+    rest = jnp.zeros_like(var)
+    return _arrays((mean, residue), (var, rest), (high, low), eps * abs(mean))
 
 
 def _as_pair(size: Array, dtype: DTypeLike) -> Pair:
@@ -159,16 +162,30 @@ def _as_pair(size: Array, dtype: DTypeLike) -> Pair:
 
 @functools.partial(jax.jit, inline=True)
 def union_of(a: FeatureMoments, b: FeatureMoments) -> dict[str, Array]:
-    """The six arrays for two disjoint parts of the data together.
+    """The arrays for two disjoint parts of the data together.
 
-    Compiled once, also where nothing around it is.
+    As `pool` of the two, without a limit to the sizes; and without a pivot, so that the
+    variance is right also where it is below the rounding of the means. Compiled once,
+    also where nothing around it is.
     """
     dtype = promote(a.mean.dtype, b.mean.dtype)
+    b = dataclasses.replace(b, axis=a.axis)
     a, b = (jax.tree.map(lambda v: v.astype(dtype), m) for m in (a, b))
-    m = union(*(Moments(v.mean, v.var, v.size_high, v.residue) for v in (a, b)))
-    high, low = add_pairs((a.size_high, a.size_low), (b.size_high, b.size_low))
-    spacing = jnp.maximum(a.spacing, b.spacing)
-    return _arrays(m._replace(size=high), spacing, low)
+    less = a.size_high < b.size_high
+    near = jax.tree.map(lambda u, v: jnp.where(less, v, u), a, b)
+    far = jax.tree.map(lambda u, v: jnp.where(less, u, v), a, b)
+    size = add_pairs((near.size_high, near.size_low), (far.size_high, far.size_low))
+    weight = far.size_high / not_zero(size[0])
+    # Relative to the larger set: weights do not add up to 1 to the last bit, which
+    # would add up over many batches.
+    offset = (far.mean - near.mean) + (far.residue - near.residue)
+    spread = (far.var - near.var) + (far.var_residue - near.var_residue)
+    shift = weight * offset
+    change = weight * (spread + (1 - weight) * jnp.square(offset))
+    shift, change = (jnp.where(weight > 0, v, 0) for v in (shift, change))
+    mean = two_sum(near.mean, near.residue + shift)
+    var = add_pairs((near.var, near.var_residue), (change, jnp.zeros_like(change)))
+    return _arrays(mean, var, size, jnp.maximum(near.spacing, far.spacing))
 
 
 def faded(m: FeatureMoments, seen: FeatureMoments, decay: Any) -> dict[str, Array]:
@@ -183,14 +200,16 @@ def faded(m: FeatureMoments, seen: FeatureMoments, decay: Any) -> dict[str, Arra
     return {"spacing": spacing, "size_high": high, "size_low": low}
 
 
-def _arrays(m: Moments, spacing: Array, size_low: Array) -> dict[str, Array]:
+def _arrays(mean: Pair, var: Pair, size: Pair, spacing: Array) -> dict[str, Array]:
+    """All by their names; of each pair the second is what rounding cut off."""
     return {
-        "mean": m.mean,
-        "var": m.var,
-        "residue": m.residue,
+        "mean": mean[0],
+        "var": var[0],
+        "residue": mean[1],
+        "var_residue": var[1],
         "spacing": spacing,
-        "size_high": m.size,
-        "size_low": size_low,
+        "size_high": size[0],
+        "size_low": size[1],
     }
 
 

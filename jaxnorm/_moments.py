@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -76,26 +75,6 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     var = var + (_over(spread.real, whole) - abs_square(shift))
     mean, residue = two_sum(rough, shift)
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
-
-
-def union(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets, whose sizes are floating point.
-
-    As `pool` of the two, without a limit to the sizes; and without a pivot, so that the
-    variance is right also where it is below the rounding of the means.
-    """
-    less = a.size < b.size
-    near = Moments(*(jnp.where(less, w, v) for v, w in zip(a, b, strict=True)))
-    far = Moments(*(jnp.where(less, v, w) for v, w in zip(a, b, strict=True)))
-    size = a.size + b.size
-    weight = far.size / not_zero(size)
-    # Relative to the larger set: the weights do not add up to 1 to the last bit, which
-    # would add up over many batches.
-    change = jax.tree.map(lambda v, u: jnp.where(weight > 0, v - u, 0), far, near)
-    none = jax.tree.map(jnp.zeros_like, near)
-    m = mix((none, change), (1 - weight, weight))
-    mean, residue = two_sum(near.mean, near.residue + m.residue)
-    return Moments(mean, near.var + m.var, size, residue)
 
 
 def mix(

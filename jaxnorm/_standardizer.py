@@ -42,8 +42,8 @@ class Standardizer(FeatureMoments):
     but of all data seen so far: in one array (`fit`), in batches (`init` and `update`)
     or in parts (`merge`). However the data is split, masked or spread over devices, the
     moments are those of the whole, pooled by the numbers of elements or the sums of
-    their weights (Chan, Golub and LeVeque, 1983). A frozen pytree of six arrays of the
-    features' shape: a carry of `lax.scan`, to be donated or not, an entry of a
+    their weights (Chan, Golub and LeVeque, 1983). A frozen pytree of seven arrays of
+    the features' shape: a carry of `lax.scan`, to be donated or not, an entry of a
     checkpoint, a constant of a model. `TreeStandardizer` does the same for dicts of
     arrays and other trees.
 
@@ -61,7 +61,8 @@ class Standardizer(FeatureMoments):
     Attributes:
         mean, var: of each feature, the variance biased; at least float32, and 0 where
             nothing has been seen.
-        residue: what rounding to its dtype has cut off the mean.
+        residue, var_residue: what rounding has cut off mean and variance, so that
+            nothing adds up over millions of batches.
         spacing: of the numbers that the feature consists of: `eps * abs(mean)`, with
             the eps of float32 or float64, or 2**-46 for the sum of two in float32.
         size_high, size_low: number of elements seen of each feature, or the sum of
