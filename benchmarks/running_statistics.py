@@ -15,6 +15,8 @@ benchmarks/results/running_statistics.md; what is not installed is left out.
 """
 
 import argparse
+import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +98,7 @@ def of_jaxnorm(stream: Stream) -> tuple[Any, Any]:
 
 
 def of_brax() -> Callable[[Stream], tuple[Any, Any] | None]:
-    from brax.training.acme import running_statistics as brax
+    brax = importlib.import_module("brax.training.acme.running_statistics")
 
     def run(stream: Stream) -> tuple[Any, Any] | None:
         if stream.decay != 1:
@@ -112,12 +114,13 @@ def of_brax() -> Callable[[Stream], tuple[Any, Any] | None]:
 
 
 def of_stable_baselines3() -> Callable[[Stream], tuple[Any, Any] | None]:
-    from stable_baselines3.common.running_mean_std import RunningMeanStd
+    name = "stable_baselines3.common.running_mean_std"
+    running_mean_std = importlib.import_module(name)
 
     def run(stream: Stream) -> tuple[Any, Any] | None:
         if stream.decay != 1 or stream.weights:
             return None
-        seen = RunningMeanStd(shape=(4,))
+        seen = running_mean_std.RunningMeanStd(shape=(4,))
         for x in stream.batches:
             seen.update(x)
         deviation = np.sqrt(seen.var + 1e-8)
@@ -128,7 +131,7 @@ def of_stable_baselines3() -> Callable[[Stream], tuple[Any, Any] | None]:
 
 
 def of_keras() -> Callable[[Stream], tuple[Any, Any] | None]:
-    import keras
+    keras = importlib.import_module("keras")
 
     def run(stream: Stream) -> tuple[Any, Any] | None:
         if stream.decay != 1 or stream.weights:
@@ -171,13 +174,12 @@ def errors(stream: Stream, run: Callable[[Stream], Any]) -> str:
 
 
 def versions(names: list[str]) -> str:
-    from importlib.metadata import version
-
+    version = importlib.metadata.version
     return ", ".join(f"{name} {version(name)}" for name in [*names, "jax"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--libraries", nargs="*", choices=PEERS, default=[*PEERS])
     parser.add_argument("--scale", type=int, default=1, help="so many times less data")

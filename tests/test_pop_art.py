@@ -33,8 +33,9 @@ def test_outputs_in_original_units_are_preserved(old, new):
     moved = jax.jit(pop_art)(kernel, bias, old, new)
     before = predicted(old, kernel, bias, h)
     after = predicted(new, moved[0], moved[1], h)
-    # The bias is rounded in deviations of the new targets, the outputs are of the old.
-    size = abs(np.asarray(moved[1])).max() * np.asarray(new.deviation)
+    # Kernel and bias are rounded in deviations of the new targets.
+    size = (abs(np.asarray(moved[1])) + 4) * np.asarray(new.deviation)
+    size += 4 * np.asarray(old.deviation)
     assert_close((after - before) / size, np.zeros_like(before))
 
 
