@@ -115,7 +115,7 @@ def _moments_of_one(sample: Sample) -> Moments:
 
 def _synced(parts: list[Moments], axis_name: Any) -> list[Moments]:
     """Each over all devices, joined to one vector for that."""
-    if axis_name is None:
+    if axis_name is None or not parts:
         return parts
     shapes = [m.var.shape for m in parts]
     flat = [
@@ -128,7 +128,10 @@ def _synced(parts: list[Moments], axis_name: Any) -> list[Moments]:
     return [_shaped_as(m, *values) for m, values in zip(parts, each, strict=True)]
 
 
-def _shaped_as(m: Moments, mean: Array, var: Array, size: Array, residue: Array):
+def _shaped_as(
+    m: Moments, mean: Array, var: Array, size: Array, residue: Array
+) -> Moments:
+    """Moments in the shape and dtype of `m`."""
     mean, var, residue = (
         v.reshape(m.var.shape).astype(m.mean.dtype) for v in (mean, var, residue)
     )

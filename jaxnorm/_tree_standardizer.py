@@ -91,8 +91,9 @@ class TreeStandardizer:
         """The moments of each array of `x`.
 
         Args:
-            x: a tree of arrays.
-            axis: as in `Standardizer.fit`, one for all arrays, or a tree like x.
+            x: a tree of arrays; a list is a tree, too.
+            axis: as in `Standardizer.fit`, one for all arrays, or a tree like x; () for
+                an array of one number an example.
             mask, weights: a tree like x, of what `Standardizer.fit` takes; or one array
                 for all, of the axes that they begin with: one value for each example.
             axis_name: as in `Standardizer.fit`.

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from norms import assert_close
 from test_devices import collectives
 
-from jaxnorm import Standardizer, _feature_moments, _samples
+from jaxnorm import Moments, Standardizer, _feature_moments, _samples, pool
 from jaxnorm import linen as _linen  # noqa: F401  # flax.serialization knows it then
 from jaxnorm._exact import add_pairs
 
@@ -254,6 +254,40 @@ def test_weighted_constants_become_zero():
     stats = Standardizer.fit(x, weights=weights).update(x, weights=weights)
     np.testing.assert_array_equal(stats.apply(x), np.zeros_like(x))
     np.testing.assert_array_equal(stats.invert(np.zeros(8, np.float32)), CONSTANTS)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-12])
+def test_sums_of_weights_are_sizes_that_sets_are_pooled_by(scale):
+    mean, var = data(5, 1, 3, offset=1e4), data(5, 1, 3) ** 2
+    sizes = scale * np.random.default_rng(1).random((5, 1, 3)).astype(np.float32)
+    m = Moments(jnp.asarray(mean), jnp.asarray(var), jnp.asarray(sizes))
+    whole = pool(m, lambda v: v.sum(0, keepdims=True))
+    shares = sizes.astype(np.float64) / sizes.sum(0, dtype=np.float64)
+    exact = (shares * mean).sum(0)
+    spread = (shares * (var + (mean - exact) ** 2)).sum(0)
+    assert_close(whole.size[0] / scale, sizes.sum(0) / scale)
+    assert_close(np.asarray(whole.mean[0], np.float64) + whole.residue[0] - exact, 0)
+    assert_close(whole.var[0] / spread, np.ones_like(spread))
+
+
+def test_gradients_of_weighted_moments_over_devices():
+    x, rng = data(4, 5, 2, offset=3), np.random.default_rng(1)
+    weights = rng.random((4, 5, 1)).astype(np.float32)
+
+    def loss(mean, var):
+        return (var * jnp.arange(1.0, 3)).sum() + mean.sum()
+
+    def shared(x):
+        fit = functools.partial(Standardizer.fit, axis_name="data")
+        each = jax.vmap(lambda x, w: fit(x, weights=w), axis_name="data")(x, weights)
+        return loss(each.mean[0], each.var[0])
+
+    def formula(x):
+        share = jnp.asarray(weights / weights.sum())
+        mean = (share * x).sum((0, 1), keepdims=True)
+        return loss(mean[0, 0], (share * (x - mean) ** 2).sum((0, 1)))
+
+    assert_close(jax.grad(shared)(x), jax.grad(formula)(x))
 
 
 def test_negative_weights_that_are_not_known_show():

@@ -118,6 +118,12 @@ def test_each_array_may_have_a_mask_of_its_own():
     assert_moments(stats.parts["seconds"], X["seconds"][4:])
 
 
+def test_a_tree_of_nothing():
+    fit = functools.partial(TreeStandardizer.fit, axis_name="data")
+    empty = jax.vmap(lambda _: fit({}), axis_name="data", axis_size=2)({})
+    assert empty.apply({}) == empty.update({}).parts == {}
+
+
 def test_decay_is_of_all_arrays():
     stats = INIT.update(cut(slice(0, 7))).update(cut(slice(7, 12)), decay=0.25)
     assert_tree(stats, weights=np.repeat([0.25, 1], [7, 5]))
