@@ -92,6 +92,7 @@ from jaxnorm._methods.virtual_batch_norm import virtual_batch_norm as virtual_ba
 from jaxnorm._moments import Moments as Moments
 from jaxnorm._moments import pool as pool
 from jaxnorm._normalize import normalize as normalize
+from jaxnorm._pop_art import pop_art as pop_art
 from jaxnorm._reduce import moments as moments
 from jaxnorm._running import init_stats as init_stats
 from jaxnorm._running import update_stats as update_stats
@@ -100,6 +101,7 @@ from jaxnorm._standardizer import Standardizer as Standardizer
 from jaxnorm._stateful import RunningNorm as RunningNorm
 from jaxnorm._stateful import StatefulNorm as StatefulNorm
 from jaxnorm._stateless import StatelessNorm as StatelessNorm
+from jaxnorm._tree_standardizer import TreeStandardizer as TreeStandardizer
 from jaxnorm._weights.spectral_norm import spectral_norm as spectral_norm
 from jaxnorm._weights.weight_norm import weight_norm as weight_norm
 from jaxnorm._weights.weight_standardize import weight_standardize as weight_standardize
@@ -140,6 +142,7 @@ __all__ = [
     "StatefulNorm",
     "StatelessNorm",
     "SwitchableNorm",
+    "TreeStandardizer",
     "VirtualBatchNorm",
     "batch_norm",
     "batch_renorm",
@@ -165,6 +168,7 @@ __all__ = [
     "normalize",
     "online_norm",
     "pool",
+    "pop_art",
     "positional_norm",
     "power_norm",
     "range_batch_norm",

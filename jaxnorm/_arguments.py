@@ -78,6 +78,14 @@ def as_epsilon(name: str, value: Any) -> Any:
     return value
 
 
+def as_positive(name: str, value: Any) -> Any:
+    """`value` as a number over 0."""
+    value = as_real(name, value)
+    if isinstance(value, int | float) and not value > 0:
+        raise ValueError(f"{name} must be over 0, got {value}")
+    return value
+
+
 def as_share(name: str, value: Any) -> Any:
     """`value` as a number from 0 to 1."""
     value = as_real(name, value)

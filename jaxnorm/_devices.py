@@ -15,7 +15,7 @@ from jax.errors import InconclusiveDimensionOperation
 from jaxnorm._arguments import as_integer, check_instance, shown
 from jaxnorm._axes import is_known
 from jaxnorm._axis_sum import AxisName, axis_sum
-from jaxnorm._exact import join_size, split_size
+from jaxnorm._exact import join_size, not_zero, split_size
 from jaxnorm._moments import Moments, pool
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -200,8 +200,8 @@ def pooled_tangent(
     `offset` is the device's mean less the pooled one, whose tangent drops out of the
     variance's, as these distances sum to zero when weighted.
     """
-    size, whole = (jnp.asarray(v).astype(dvar.dtype) for v in (size, whole))
-    weight = size / jnp.maximum(whole, 1)
+    size, whole = jnp.asarray(size), not_zero(jnp.asarray(whole))
+    weight = size.astype(dvar.dtype) / whole.astype(dvar.dtype)
     dvar = dvar + 2 * (offset.conj() * dmean).real
     shares = [weight.astype(v.dtype) * v for v in (dmean, dvar.astype(dmean.dtype))]
     dmean, dvar = group_sum(jnp.stack(shares), peers)
@@ -214,7 +214,7 @@ def _pool_slots(m: Moments, peers: Peers) -> Moments:
     own = jnp.stack([v.astype(m.mean.dtype) for v in parts])
     slots = gather(own, peers)
     mean, residue, var, high, low = jnp.moveaxis(slots, 1, 0)
-    each = Moments(mean, var.real, join_size(high, low), residue)
+    each = Moments(mean, var.real, join_size(high, low, m.size.dtype), residue)
     pooled = pool(each, lambda v: v.sum(0, keepdims=True))
     return Moments(*(v[0] for v in pooled))
 

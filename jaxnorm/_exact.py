@@ -2,6 +2,9 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
+
+Pair = tuple[Array, Array]
 
 
 def two_sum(pivot: Array, shift: Array) -> tuple[Array, Array]:
@@ -54,12 +57,45 @@ def overflow_as_nan(square: Array) -> Array:
     return lax.rem(square, jnp.full_like(square, jnp.finfo(square.dtype).max))
 
 
-def split_size(size: Array) -> tuple[Array, Array]:
-    """`size` as two integers small enough to be summed exactly in float32, which holds
-    integers up to 2**24."""
+def add_pairs(a: Pair, b: Pair) -> Pair:
+    """The sum of two numbers, each the sum of two of which the second is what rounding
+    has cut off the first; exact for integers up to 2**47 in float32.
+
+    The smaller one may be negative if it is no farther from 0.
+    """
+    less = a[0] < b[0]
+    large, small = jnp.where(less, b[0], a[0]), jnp.where(less, a[0], b[0])
+    total, rest = two_sum(large, small)
+    return two_sum(total, rest + (a[1] + b[1]))
+
+
+def shrink_pair(a: Pair, share: Array) -> Pair:
+    """`a` less this share of it.
+
+    The share of the first is subtracted, not the rest multiplied: only the rounding of
+    what goes would add up over many calls.
+    """
+    total, rest = two_sum(a[0], -(share * a[0]))
+    return two_sum(total, rest + (1 - share) * a[1])
+
+
+def split_size(size: Array) -> Pair:
+    """`size` as two numbers that float32 can sum. A number of elements as integers of
+    16 bits, whose sums are exact up to 2**24; a sum of weights as itself and 0."""
+    if jnp.issubdtype(size.dtype, jnp.floating):
+        return size, jnp.zeros_like(size)
     return size >> 16, size & 0xFFFF
 
 
-def join_size(high: Array, low: Array) -> Array:
-    """The size of these two parts, which may be sums of parts."""
+def join_size(high: Array, low: Array, dtype: DTypeLike) -> Array:
+    """The size, of this dtype, of these two parts, which may be sums of parts."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return high.real.astype(dtype)
     return (high.real.astype(jnp.int32) << 16) + low.real.astype(jnp.int32)
+
+
+def not_zero(size: Array) -> Array:
+    """`size`, and instead of 0 the least that a size can be, to divide by."""
+    whole = jnp.issubdtype(size.dtype, jnp.integer)
+    least = 1 if whole else jnp.finfo(size.dtype).tiny
+    return jnp.maximum(size, jnp.asarray(least, size.dtype))

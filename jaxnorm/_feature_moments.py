@@ -1,7 +1,8 @@
-"""What are the moments of each feature of a data set, as six arrays?"""
+"""What are the moments of each feature of a data set, as seven arrays?"""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxnorm import _devices as devices
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._dtypes import promote, widened
-from jaxnorm._exact import overflow_as_nan
-from jaxnorm._moments import Moments, like_moments, moved, union
-from jaxnorm._reduce import moments
+from jaxnorm._exact import (
+    Pair,
+    add_pairs,
+    not_zero,
+    overflow_as_nan,
+    shrink_pair,
+    split_size,
+    two_sum,
+)
+from jaxnorm._moments import Moments, like_moments, moved
+from jaxnorm._reduce import moments, weighted_moments
+from jaxnorm._samples import Sample, pieces_of
 from jaxnorm._sharding import automatically
 from jaxnorm._standardize import standardize
 from jaxnorm._wide_data import Data
@@ -33,6 +43,7 @@ class FeatureMoments:
     mean: Array
     var: Array
     residue: Array
+    var_residue: Array
     spacing: Array
     size_high: Array
     size_low: Array
@@ -40,27 +51,21 @@ class FeatureMoments:
 
     @property
     def size(self) -> Array | np.ndarray:
-        """The number of elements seen of each feature.
+        """The number of elements seen of each feature, or the sum of their weights.
 
-        As int64 of NumPy and exact; while tracing in the dtype of the moments, which is
-        rounded from 2**24 on in float32.
+        As float64 of NumPy; while tracing in the dtype of the moments, which is rounded
+        from 2**24 on in float32.
         """
-        if isinstance(self.size_low, Tracer):
-            return self.rounded_size(self.var.dtype)
-        high, low = (np.asarray(v, np.int64) for v in (self.size_high, self.size_low))
-        return high * 2**32 + low
+        if isinstance(self.size_high, Tracer):
+            return self.size_high
+        return np.asarray(self.size_high, np.float64) + np.asarray(self.size_low)
 
     @property
     def deviation(self) -> Array:
         """`sqrt(var)`: 0 for constant features, 1 where nothing has been seen."""
         deviation = jnp.sqrt(self.var)
         deviation = jnp.where(deviation <= self.spacing, 0, deviation)
-        return jnp.where((self.size_high | self.size_low) == 0, 1, deviation)
-
-    def rounded_size(self, dtype: DTypeLike) -> Array:
-        """The size as a floating point number."""
-        high, low = (v.astype(dtype) for v in (self.size_high, self.size_low))
-        return high * 2.0**32 + low
+        return jnp.where(self.size_high == 0, 1, deviation)
 
     def axes(self, shape: Shape) -> Axes:
         """The axes of an array of `shape`; raises ValueError unless it has these
@@ -77,59 +82,137 @@ class FeatureMoments:
 
 
 def moments_of(
-    data: Data,
-    axes: Axes,
-    mask: ArrayLike | None,
-    axis_name: str | Sequence[str] | None,
-) -> dict[str, Array]:
-    """The six arrays for data of no more elements than can be taken at once."""
-
-    def whole(x: Array, mask: Any) -> Moments:
-        return devices.sync(moments(x, axes, mask=mask), axis_name)
-
-    def fitted(data: Data, mask: Any) -> Moments:
-        m = whole(data.high, mask)
-        if data.low is None:
-            return m
-        pivot = lax.stop_gradient(m.mean)
-        return moved(whole((data.high - pivot) + data.low, mask), pivot)
-
-    like = like_moments(data.high, axes)
-    m = automatically(fitted, data, mask, like=like)
-    eps = jnp.finfo(m.mean.dtype).eps ** (1 if data.low is None else 2)
-    size = jnp.asarray(m.size, jnp.int32)
-    mean, var, residue, size = (
-        jnp.broadcast_to(v, m.var.shape).reshape(axes.feature_shape)
-        for v in (m.mean, m.var, m.residue, size)
+    samples: Sequence[Sample], axis_name: str | Sequence[str] | None
+) -> list[list[dict[str, Array]]]:
+    """The arrays for each part of each of `samples`, which are several parts where
+    one is too large; by one collective for all of them."""
+    axis_name = devices.as_axis_name(axis_name)
+    num_devices = devices.group_size(axis_name, None)
+    parts = [[*pieces_of(sample, num_devices)] for sample in samples]
+    pieces = [piece for part in parts for piece in part]
+    like = [like_moments(p.data.high, p.axes) for p in pieces]
+    taken = automatically(
+        lambda pieces: _synced([*map(_moments_of_one, pieces)], axis_name),
+        pieces,
+        like=like,
     )
-    spacing, high = eps * abs(mean), jnp.zeros_like(size)
-    return _arrays(Moments(mean, var, size, residue), spacing, high, size)
+    found = iter(map(_feature_arrays, pieces, taken))
+    return [[next(found) for _ in part] for part in parts]
+
+
+def _moments_of_one(sample: Sample) -> Moments:
+    def taken(x: Array) -> Moments:
+        if sample.weights is None:
+            return moments(x, sample.axes, mask=sample.mask)
+        return weighted_moments(x, sample.weights, sample.axes)
+
+    m = taken(sample.data.high)
+    if sample.data.low is None:
+        return m
+    pivot = lax.stop_gradient(m.mean)
+    return moved(taken((sample.data.high - pivot) + sample.data.low), pivot)
+
+
+def _synced(parts: list[Moments], axis_name: Any) -> list[Moments]:
+    """Each over all devices, joined to one vector for that."""
+    if axis_name is None or not parts:
+        return parts
+    shapes = [m.var.shape for m in parts]
+    flat = [
+        [jnp.broadcast_to(jnp.asarray(v), shape).ravel() for v in m]
+        for m, shape in zip(parts, shapes, strict=True)
+    ]
+    whole = devices.sync(Moments(*map(_joined, zip(*flat, strict=True))), axis_name)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    each = zip(*(jnp.split(v, ends) for v in whole), strict=True)
+    return [_shaped_as(m, *values) for m, values in zip(parts, each, strict=True)]
+
+
+def _shaped_as(
+    m: Moments, mean: Array, var: Array, size: Array, residue: Array
+) -> Moments:
+    """Moments in the shape and dtype of `m`."""
+    mean, var, residue = (
+        v.reshape(m.var.shape).astype(m.mean.dtype) for v in (mean, var, residue)
+    )
+    return Moments(mean, var, size.reshape(m.var.shape), residue)
+
+
+def _joined(vectors: Sequence[Array]) -> Array:
+    dtype = promote(*(v.dtype for v in vectors))
+    return jnp.concatenate([v.astype(dtype) for v in vectors])
+
+
+def _feature_arrays(sample: Sample, m: Moments) -> dict[str, Array]:
+    """The arrays for the moments of a sample."""
+    dtype, size = m.mean.dtype, jnp.asarray(m.size)
+    mean, var, residue, high, low = (
+        jnp.broadcast_to(v, m.var.shape).reshape(sample.axes.feature_shape)
+        for v in (m.mean, m.var, m.residue, *_as_pair(size, dtype))
+    )
+    eps = jnp.finfo(dtype).eps ** (1 if sample.data.low is None else 2)
+    rest = jnp.zeros_like(var)
+    return _arrays((mean, residue), (var, rest), (high, low), eps * abs(mean))
+
+
+def _as_pair(size: Array, dtype: DTypeLike) -> Pair:
+    """`size` as the sum of two floating point numbers."""
+    high, low = (v.astype(dtype) for v in split_size(size))
+    if jnp.issubdtype(size.dtype, jnp.floating):
+        return high, low
+    return two_sum(2.0**16 * high, low)
 
 
 @functools.partial(jax.jit, inline=True)
 def union_of(a: FeatureMoments, b: FeatureMoments) -> dict[str, Array]:
-    """The six arrays for two disjoint parts of the data together.
+    """The arrays for two disjoint parts of the data together.
 
-    Compiled once, also where nothing around it is.
+    As `pool` of the two, without a limit to the sizes; and without a pivot, so that the
+    variance is right also where it is below the rounding of the means. Compiled once,
+    also where nothing around it is.
     """
     dtype = promote(a.mean.dtype, b.mean.dtype)
-    both = ((v.mean, v.var, v.rounded_size(dtype), v.residue) for v in (a, b))
-    m = union(*(Moments(*(u.astype(dtype) for u in values)) for values in both))
-    spacing = jnp.maximum(*(v.spacing.astype(dtype) for v in (a, b)))
-    low = a.size_low + b.size_low
-    carry = (low < a.size_low).astype(low.dtype)
-    high = a.size_high + b.size_high + carry
-    return _arrays(m, spacing, high, low)
+    b = dataclasses.replace(b, axis=a.axis)
+    a, b = (jax.tree.map(lambda v: v.astype(dtype), m) for m in (a, b))
+    less = a.size_high < b.size_high
+    near = jax.tree.map(lambda u, v: jnp.where(less, v, u), a, b)
+    far = jax.tree.map(lambda u, v: jnp.where(less, u, v), a, b)
+    size = add_pairs((near.size_high, near.size_low), (far.size_high, far.size_low))
+    weight = far.size_high / not_zero(size[0])
+    # Relative to the larger set: weights do not add up to 1 to the last bit, which
+    # would add up over many batches.
+    offset = (far.mean - near.mean) + (far.residue - near.residue)
+    spread = (far.var - near.var) + (far.var_residue - near.var_residue)
+    shift = weight * offset
+    change = weight * (spread + (1 - weight) * jnp.square(offset))
+    shift, change = (jnp.where(weight > 0, v, 0) for v in (shift, change))
+    mean = two_sum(near.mean, near.residue + shift)
+    var = add_pairs((near.var, near.var_residue), (change, jnp.zeros_like(change)))
+    return _arrays(mean, var, size, jnp.maximum(near.spacing, far.spacing))
 
 
-def _arrays(m: Moments, spacing: Array, high: Array, low: Array) -> dict[str, Array]:
+def faded(m: FeatureMoments, seen: FeatureMoments, decay: Any) -> dict[str, Array]:
+    """The arrays of `m` that weigh it by `decay` in the features that `seen` holds
+    something of."""
+    dtype = m.size_high.dtype
+    share = jnp.where(seen.size_high == 0, 0, jnp.asarray(1 - decay, dtype))
+    high, low = shrink_pair((m.size_high, m.size_low), share)
+    # With its weight, as numbers far from 0 that are forgotten are no reason to take
+    # those near 0 for constant.
+    spacing = (1 - share) * m.spacing
+    return {"spacing": spacing, "size_high": high, "size_low": low}
+
+
+def _arrays(mean: Pair, var: Pair, size: Pair, spacing: Array) -> dict[str, Array]:
+    """All by their names; of each pair the second is what rounding cut off."""
     return {
-        "mean": m.mean,
-        "var": m.var,
-        "residue": m.residue,
+        "mean": mean[0],
+        "var": var[0],
+        "residue": mean[1],
+        "var_residue": var[1],
         "spacing": spacing,
-        "size_high": high.astype(jnp.uint32),
-        "size_low": low.astype(jnp.uint32),
+        "size_high": size[0],
+        "size_low": size[1],
     }
 
 

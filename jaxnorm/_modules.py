@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm import _flax_serialization
 from jaxnorm._arguments import (
     as_bool,
     as_dtype,
@@ -33,6 +34,8 @@ from jaxnorm._weights._arguments import features
 from jaxnorm._weights.spectral_norm import spectral_norm
 from jaxnorm._weights.weight_norm import weight_norm
 from jaxnorm._weights.weight_standardize import weight_standardize
+
+_flax_serialization.register()
 
 
 def _check_norm(name: str, value: Any) -> None:

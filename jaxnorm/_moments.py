@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -17,6 +16,7 @@ from jaxnorm._exact import (
     abs_square,
     drop_last_bit,
     join_size,
+    not_zero,
     rstd,
     split_size,
     two_sum,
@@ -30,7 +30,8 @@ class Moments(NamedTuple):
     All broadcast against the array in its working shape. `mean` and `var` are at least
     float32. `size` is exact: a Python integer where nothing is masked, so that it is
     known while tracing, and an int32 array where the mask decides, or where shapes are
-    open, as in `jax.export`. `residue` is what rounding has cut off the mean: without
+    open, as in `jax.export`. Of weighted elements it is the sum of the weights, in
+    floating point. `residue` is what rounding has cut off the mean: without
     it, moments of small sets far from 0 could not be pooled exactly, nor the sets be
     standardized.
     """
@@ -63,39 +64,17 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
     parts = [size.astype(v.dtype) * v for v in (m.mean, m.var)]
     rough, var, high, low = _unstack(total(_stack([*parts, *split_size(size)], dtype)))
-    whole = join_size(high, low)
-    rough, var = (
-        drop_last_bit(_over(v, jnp.maximum(whole, 1))) for v in (rough, var.real)
-    )
+    whole = join_size(high, low, size.dtype)
+    rough, var = (drop_last_bit(_over(v, whole)) for v in (rough, var.real))
     # About the rough ones, whose own rounding would add up when pooled repeatedly.
     offset = (m.mean - rough) + m.residue
     parts = (offset, (m.var - var) + abs_square(offset))
     parts = (size.astype(v.dtype) * v for v in parts)
     shift, spread = _unstack(total(_stack(parts, dtype)))
-    shift = _over(shift, jnp.maximum(whole, 1))  # what rounding left of the mean
-    var = var + (_over(spread.real, jnp.maximum(whole, 1)) - abs_square(shift))
+    shift = _over(shift, whole)  # what rounding left of the mean
+    var = var + (_over(spread.real, whole) - abs_square(shift))
     mean, residue = two_sum(rough, shift)
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
-
-
-def union(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets, whose sizes are floating point.
-
-    As `pool` of the two, without a limit to the sizes; and without a pivot, so that the
-    variance is right also where it is below the rounding of the means.
-    """
-    less = a.size < b.size
-    near = Moments(*(jnp.where(less, w, v) for v, w in zip(a, b, strict=True)))
-    far = Moments(*(jnp.where(less, v, w) for v, w in zip(a, b, strict=True)))
-    size = a.size + b.size
-    weight = far.size / jnp.maximum(size, 1)
-    # Relative to the larger set: the weights do not add up to 1 to the last bit, which
-    # would add up over many batches.
-    change = jax.tree.map(lambda v, u: jnp.where(weight > 0, v - u, 0), far, near)
-    none = jax.tree.map(jnp.zeros_like, near)
-    m = mix((none, change), (1 - weight, weight))
-    mean, residue = two_sum(near.mean, near.residue + m.residue)
-    return Moments(mean, near.var + m.var, size, residue)
 
 
 def mix(
@@ -146,7 +125,7 @@ def _unstack(x: Array) -> list[Array]:
 
 
 def _over(x: Array, size: Array) -> Array:
-    return x / size.astype(x.dtype)
+    return x / not_zero(size).astype(x.dtype)
 
 
 def like_moments(x: Array, axes: Axes) -> Any:

@@ -9,11 +9,12 @@ from jax.typing import ArrayLike
 from jaxnorm._arguments import as_bool
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating
-from jaxnorm._moments import Moments, like_moments
+from jaxnorm._exact import drop_last_bit, not_zero
+from jaxnorm._moments import Moments, like_moments, moved
 from jaxnorm._primitives import columns
 from jaxnorm._primitives._operation import Reduction
 from jaxnorm._sharding import automatically
-from jaxnorm._working import as_mask, check_axes, mask_to_working
+from jaxnorm._working import as_mask, check_axes, mask_to_working, to_working
 
 
 def moments(
@@ -56,6 +57,28 @@ def moments_of(reduction: Reduction, x: Array, mask: Array | None) -> Moments:
     count = None if mask is None else size
     mean, var, residue = columns.MOMENTS(reduction, x, mask, count)
     return Moments(mean, var, size, residue)
+
+
+def weighted_moments(x: Array, weights: Array, axes: Axes) -> Moments:
+    """As `moments`, of elements that count as often as their weights say.
+
+        size = weights.sum(axes.reduce, keepdims=True)
+        mean = (weights * x).sum(axes.reduce, keepdims=True) / size
+        var = (weights * (x - mean) ** 2).sum(axes.reduce, keepdims=True) / size
+
+    `weights` are as `as_weights` gives them; what has weight 0 may be NaN.
+    """
+    x = to_working(x, weights > 0, axes)
+    weights = mask_to_working(weights, axes).astype(x.dtype)
+    size = weights.sum(axes.reduce, keepdims=True)
+
+    def average(v: Array) -> Array:
+        return (weights * v).sum(axes.reduce, keepdims=True) / not_zero(size)
+
+    pivot = drop_last_bit(average(x))
+    shift, square = average(x - pivot), average(jnp.square(x - pivot))
+    var = jnp.maximum(square - jnp.square(shift), 0)
+    return moved(Moments(shift, var, size), pivot)
 
 
 def _size(axes: Axes) -> Any:

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
 from jaxnorm._arguments import array_or_none, dtype_or_none
-from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating
-from jaxnorm._working import aligned
 
 
 class Data(NamedTuple):
@@ -97,23 +95,3 @@ def _halves_of_integers(x: Array) -> Data:
     low = (x & 0xFFFF).astype(jnp.float32)
     both = high + low
     return Data(both, low - (both - high))
-
-
-def halves_of(
-    data: Data, axes: Axes, mask: Array | None
-) -> Iterator[tuple[Data, Array | None]]:
-    """Data and mask, in two parts along the longest of the axes that are reduced."""
-    along = max(axes.reduce, key=lambda a: axes.shape[a])
-    middle = axes.shape[along] // 2
-    mask = None if mask is None else aligned(mask, axes.shape)
-
-    def part(v: Array, start: int, stop: int) -> Array:
-        whole = v.shape[along] == 1
-        return v if whole else lax.slice_in_dim(v, start, stop, axis=along)
-
-    for cut in ((0, middle), (middle, axes.shape[along])):
-        low = None if data.low is None else part(data.low, *cut)
-        yield (
-            Data(part(data.high, *cut), low),
-            None if mask is None else part(mask, *cut),
-        )

@@ -18,6 +18,7 @@ comparison = importlib.import_module("comparison")
 measure = importlib.import_module("measure")
 peers = importlib.import_module("peers")
 report = importlib.import_module("report")
+running_statistics = importlib.import_module("running_statistics")
 timing = importlib.import_module("timing")
 
 BATCH = cases.Case(cases.BATCH, (8, 4))
@@ -216,3 +217,16 @@ def test_names_of_cases_are_distinct():
     for small in (False, True):
         names = [case.name for case in cases.select(small, "")]
         assert len(names) == len(set(names))
+
+
+def test_running_statistics_are_compared_with_the_exact_ones(tmp_path, monkeypatch):
+    out = tmp_path / "table.md"
+    options = ["--libraries", "jaxnorm", "--scale", "1000", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["running_statistics.py", *options])
+    running_statistics.main()
+    head, _, *body = [line for line in out.read_text().splitlines() if "|" in line]
+    assert head == "| Stream | jaxnorm |"
+    assert len(body) == 9
+    for line in body:
+        found = line.split("|")[2].split(",")
+        assert len(found) == 2 and all(float(v) < 1e-5 for v in found), line

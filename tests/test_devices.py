@@ -361,7 +361,8 @@ def spread_like(grid, tree, features):
 
 def standardized(x, mask):
     state = jaxnorm.Standardizer.init(8).update(x, mask=mask).update(2 * x)
-    return state, state.apply(x, mask=mask), state.invert(x)
+    state = state.update(x, mask=mask, weights=abs(x), decay=0.5)
+    return state, state.apply(x, mask=mask, clip=2), state.invert(x)
 
 
 def accumulated(x, mask):

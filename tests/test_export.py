@@ -158,6 +158,7 @@ def test_constants_become_zero_and_outputs_are_exact_far_from_zero():
 def test_standardized_inputs():
     def f(inputs, x, mask):
         seen = inputs.update(x).update(x, mask=mask)
+        seen = seen.update(x, weights=mask / 4, decay=0.5)
         return seen, seen.apply(x, mask=mask), seen.invert(x)
 
     x = opened((2, 3, 4), [-1], ["b >= 2"])

@@ -7,14 +7,18 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from norms import assert_close
+from test_devices import collectives
 
-from jaxnorm import Standardizer, _standardizer
+from jaxnorm import Moments, Standardizer, _feature_moments, _samples, pool
+from jaxnorm import linen as _linen  # noqa: F401  # flax.serialization knows it then
+from jaxnorm._exact import add_pairs
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -32,6 +36,20 @@ def data(*shape: int, offset: Any = 0.0, deviation: Any = 1.0):
 
 
 FAR: dict[str, Any] = {"offset": [0, 1e4, -1e4, 7], "deviation": [1, 1, 300, 1e-2]}
+
+
+def assert_weighted(stats, x, weights):
+    """The moments of rows of features that count by their weights."""
+    x = np.asarray(x, np.float64)
+    weights = np.broadcast_to(weights, x.shape).astype(np.float64)
+    x = np.where(weights > 0, x, 0)
+    size = weights.sum(0)
+    mean = (weights * x).sum(0) / size
+    var = (weights * (x - mean) ** 2).sum(0) / size
+    assert_close(stats.size / size, np.ones_like(size))
+    whole_mean = np.asarray(stats.mean, np.float64) + np.asarray(stats.residue)
+    np.testing.assert_array_less(abs(whole_mean - mean) / np.sqrt(var), 1e-6)
+    np.testing.assert_allclose(stats.var, var, rtol=1e-5)
 
 
 def assert_moments(stats, x, mask=None):
@@ -93,8 +111,16 @@ def test_any_split_gives_the_moments_of_the_whole(sizes):
         assert_moments(stats, x, mask)
 
 
+def test_parts_with_features_on_other_axes_are_merged():
+    x = data(12, 4, **FAR)
+    other = Standardizer.fit(x[5:].T, axis=0)
+    stats = Standardizer.fit(x[:5]).merge(other)
+    assert stats.axis == -1 and other.merge(stats).axis == 0
+    assert_moments(stats, x)
+
+
 def test_more_than_can_be_taken_at_once_is_taken_in_parts(monkeypatch):
-    monkeypatch.setattr(_standardizer, "MAX_SIZE", 5)
+    monkeypatch.setattr(_samples, "MAX_SIZE", 5)
     x, mask = data(4, 3, 4, **FAR), np.random.default_rng(1).random((4, 3, 1)) > 0.4
     rows = np.broadcast_to(mask, x.shape).reshape(-1, 4)
     stats = Standardizer.fit(np.where(mask, x, np.nan), mask=mask)
@@ -106,35 +132,37 @@ def test_more_than_can_be_taken_at_once_is_taken_in_parts(monkeypatch):
     )
 
 
-def test_ten_thousand_batches_in_a_scan():
-    x = data(10_000, 2, 4, **FAR)
+def test_a_hundred_thousand_batches_in_a_scan():
+    x = data(100_000, 2, 4, **FAR)
 
     @jax.jit
     def run(x):
         start = Standardizer.init(4)
         return jax.lax.scan(lambda s, batch: (s.update(batch), None), start, x)[0]
 
-    assert_moments(run(x), x.reshape(-1, 4))
+    stats, exact = run(x), x.reshape(-1, 4).astype(np.float64)
+    assert_moments(stats, exact)
+    np.testing.assert_allclose(stats.var, exact.var(0), rtol=2e-7)
 
 
 def of_sizes(*sizes: int) -> Standardizer:
     """Standard moments, as if of so many elements."""
-    size = np.array(sizes, np.uint64)
-    words = [jnp.asarray(v.astype(np.uint32)) for v in (size >> 32, size & 0xFFFFFFFF)]
+    size = np.array(sizes, np.float64)
+    high = jnp.asarray(size, jnp.float32)
+    low = jnp.asarray(size - np.asarray(high), jnp.float32)
     start = Standardizer.init(len(sizes))
-    return dataclasses.replace(
-        start, var=jnp.ones(len(sizes)), size_high=words[0], size_low=words[1]
-    )
+    var = jnp.ones(len(sizes))
+    return dataclasses.replace(start, var=var, size_high=high, size_low=low)
 
 
-def test_sizes_are_exact_without_a_limit():
-    sizes = [5, 2**24, 2**31 - 4, 2**32 - 2, 2**40 + 2**32 - 3, 2**61]
+def test_sizes_are_exact_past_what_an_integer_of_32_bits_holds():
+    sizes = [5, 2**24, 2**31 - 4, 2**32 - 2, 2**40 + 2**32 - 3, 2**46 - 5]
     x = data(3, 6)
     stats = of_sizes(*sizes)
     step = jax.jit(lambda s, x: s.update(x), donate_argnums=0)
     for more in (3, 6, 9):
         stats = step(stats, x)
-        assert stats.size.dtype == np.int64
+        assert stats.size.dtype == np.float64
         np.testing.assert_array_equal(stats.size, [n + more for n in sizes])
     rounded = np.asarray(jax.jit(lambda s: s.size)(stats))
     assert_close(rounded / np.array(sizes), stats.size / np.array(sizes))
@@ -148,6 +176,190 @@ def test_sizes_are_exact_without_a_limit():
         assert_close(s.mean, mean)
         assert_close(s.var, spread)
         assert np.isfinite(s.apply(x)).all()
+
+
+def test_sizes_of_one_sample_are_exact():
+    for dtype in (np.float32, np.float64):
+        for size in (0, 5, 2**16 + 1, 2**24 + 1, 2**31 - 1):
+            with jax.enable_x64(dtype == np.float64):
+                high, low = _feature_moments._as_pair(jnp.int32(size), dtype)
+                assert high.dtype == low.dtype == dtype
+                assert float(high) + float(low) == size
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sizes_of_many_batches_are_exact(seed):
+    more = np.random.default_rng(seed).integers(0, 2**31, 2000)
+    steps = jax.vmap(lambda n: jnp.stack(_feature_moments._as_pair(n, jnp.float32)))
+    add = lambda total, pair: (add_pairs(total, (pair[0], pair[1])), None)  # noqa: E731
+    start = (jnp.float32(0), jnp.float32(0))
+    total, _ = jax.jit(lambda n: jax.lax.scan(add, start, steps(n)))(
+        jnp.asarray(more, jnp.int32)
+    )
+    assert float(total[0]) + float(total[1]) == more.sum()
+
+
+WEIGHTS: dict[str, Any] = {
+    "of examples": (12, 1),
+    "of features": (4,),
+    "of elements": (12, 4),
+}
+
+
+@pytest.mark.parametrize("scale", [1, 1e-12, 1e12])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights(kind, scale):
+    """Whatever they are scaled by, and however the data is split."""
+    x = data(12, 4, **FAR)
+    weights = np.random.default_rng(1).random(WEIGHTS[kind]) * scale
+    weights = np.asarray(weights, np.float32)
+    each = np.broadcast_to(weights, x.shape)
+    whole = jax.jit(lambda x, w: Standardizer.fit(x, weights=w))(x, weights)
+    parts = Standardizer.init(4)
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        parts = parts.update(x[rows], weights=each[rows])
+    for stats in (whole, parts):
+        assert_weighted(stats, x, each)
+
+
+def test_weights_that_are_whole_repeat_elements():
+    x, times = data(12, 4, **FAR), np.arange(12) % 4
+    stats = Standardizer.fit(x, weights=times[:, None])
+    assert_moments(stats, np.repeat(x, times, 0))
+
+
+def test_what_has_no_weight_or_is_masked_may_be_nan():
+    x, rng = data(12, 4, **FAR), np.random.default_rng(1)
+    weights, mask = rng.random((12, 4)), rng.random((12, 1)) > 0.4
+    weights[3] = 0
+    each = np.where(mask, weights, 0)
+    junk = np.where(each > 0, x, np.nan)
+    assert_weighted(Standardizer.fit(junk, mask=mask, weights=weights), x, each)
+    none = Standardizer.fit(junk, mask=mask, weights=np.zeros((12, 1)))
+    np.testing.assert_array_equal(none.size, np.zeros(4))
+    np.testing.assert_array_equal(none.apply(x), x)
+
+
+def test_weights_of_wide_data_and_of_parts(monkeypatch):
+    x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
+    weights = np.random.default_rng(1).random((40, 1))
+    assert_weighted(Standardizer.fit(x, weights=weights), x, weights)
+    monkeypatch.setattr(_samples, "MAX_SIZE", 7)
+    assert_weighted(Standardizer.fit(x, weights=weights), x, weights)
+
+
+def test_weighted_constants_become_zero():
+    x = np.broadcast_to(CONSTANTS, (1000, 8))
+    weights = np.random.default_rng(0).random((1000, 1)).astype(np.float32)
+    stats = Standardizer.fit(x, weights=weights).update(x, weights=weights)
+    np.testing.assert_array_equal(stats.apply(x), np.zeros_like(x))
+    np.testing.assert_array_equal(stats.invert(np.zeros(8, np.float32)), CONSTANTS)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-12])
+def test_sums_of_weights_are_sizes_that_sets_are_pooled_by(scale):
+    mean, var = data(5, 1, 3, offset=1e4), data(5, 1, 3) ** 2
+    sizes = scale * np.random.default_rng(1).random((5, 1, 3)).astype(np.float32)
+    m = Moments(jnp.asarray(mean), jnp.asarray(var), jnp.asarray(sizes))
+    whole = pool(m, lambda v: v.sum(0, keepdims=True))
+    shares = sizes.astype(np.float64) / sizes.sum(0, dtype=np.float64)
+    exact = (shares * mean).sum(0)
+    spread = (shares * (var + (mean - exact) ** 2)).sum(0)
+    assert_close(whole.size[0] / scale, sizes.sum(0) / scale)
+    assert_close(np.asarray(whole.mean[0], np.float64) + whole.residue[0] - exact, 0)
+    assert_close(whole.var[0] / spread, np.ones_like(spread))
+
+
+def test_gradients_of_weighted_moments_over_devices():
+    x, rng = data(4, 5, 2, offset=3), np.random.default_rng(1)
+    weights = rng.random((4, 5, 1)).astype(np.float32)
+
+    def loss(mean, var):
+        return (var * jnp.arange(1.0, 3)).sum() + mean.sum()
+
+    def shared(x):
+        fit = functools.partial(Standardizer.fit, axis_name="data")
+        each = jax.vmap(lambda x, w: fit(x, weights=w), axis_name="data")(x, weights)
+        return loss(each.mean[0], each.var[0])
+
+    def formula(x):
+        share = jnp.asarray(weights / weights.sum())
+        mean = (share * x).sum((0, 1), keepdims=True)
+        return loss(mean[0, 0], (share * (x - mean) ** 2).sum((0, 1)))
+
+    assert_close(jax.grad(shared)(x), jax.grad(formula)(x))
+
+
+def test_negative_weights_that_are_not_known_show():
+    stats = jax.jit(lambda w: Standardizer.fit(data(3, 2), weights=w))(
+        jnp.array([[1.0], [-1.0], [1.0]])
+    )
+    assert np.isnan(stats.mean).all()
+
+
+@pytest.mark.parametrize("decay", [0, 0.5, 0.9, 1])
+def test_decay_weighs_by_age(decay):
+    batches = [data(n, 4, **FAR) + n for n in (5, 1, 7, 3)]
+    weights = np.random.default_rng(1).random((16, 4)).astype(np.float32)
+    pieces = np.split(weights, [5, 6, 13])
+    update = jax.jit(lambda s, x, w, d: s.update(x, weights=w, decay=d))
+    for d in (decay, jnp.float32(decay)):
+        stats = Standardizer.init(4)
+        for x, w in zip(batches, pieces, strict=True):
+            stats = update(stats, x, w, d)
+        ages = np.repeat([3, 2, 1, 0], [5, 1, 7, 3])[:, None]
+        assert_weighted(stats, np.concatenate(batches), weights * float(decay) ** ages)
+
+
+@pytest.mark.parametrize("decay", [0.99, 1 - 1e-6])
+def test_decay_over_many_updates(decay):
+    """The size, whose roundings would add up, and moments that follow a drift."""
+    steps = 20_000
+    x = data(steps, 1, 2) + np.linspace(0, 100, steps, dtype=np.float32)[:, None, None]
+
+    @jax.jit
+    def run(x):
+        step = lambda s, x: (s.update(x, decay=decay), None)  # noqa: E731
+        return jax.lax.scan(step, Standardizer.init(2), x)[0]
+
+    assert_weighted(run(x), x[:, 0], decay ** np.arange(steps - 1, -1, -1.0)[:, None])
+
+
+def test_decay_leaves_features_alone_of_which_a_batch_holds_nothing():
+    x = data(6, 3, offset=5)
+    start = Standardizer.fit(x)
+    stats = start.update(np.full_like(x, np.nan), mask=np.zeros(3), decay=0.5)
+    for old, new in zip(jax.tree.leaves(start), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_array_equal(old, new)
+    stats = start.update(x, mask=np.array([1, 0, 1]), decay=0.5)
+    np.testing.assert_array_equal(stats.size, [9, 6, 9])
+
+
+def test_what_is_forgotten_makes_nothing_constant():
+    """The spacing of numbers far from 0 goes with them."""
+    far, near = data(50, 1, offset=1e9), data(50, 1)
+    stats = Standardizer.fit(far)
+    for _ in range(60):
+        stats = stats.update(near, decay=0.1)
+    exact = near.astype(np.float64)
+    assert_close(stats.apply(near), (exact - exact.mean(0)) / exact.std(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])
+def test_clip(dtype):
+    x = data(50, 3, offset=[0, 5, 1e4], deviation=[1, 3, 300])
+    x[0] += [1e3, -1e4, 0]
+    stats = Standardizer.fit(x[1:])
+    y = stats.apply(x, dtype=dtype)
+    for limit in (2.0, 2, jnp.float32(2)):
+        clipped = stats.apply(x, clip=limit, dtype=dtype)
+        assert clipped.dtype == dtype
+        np.testing.assert_array_equal(clipped, np.clip(y, -2, 2).astype(dtype))
+    np.testing.assert_array_equal(stats.apply(x, clip=np.inf, dtype=dtype), y)
+    traced = jax.jit(lambda x, c: stats.apply(x, clip=c, dtype=dtype))(x, 2.0)
+    np.testing.assert_array_equal(traced, clipped)
+    x[1] = np.nan
+    assert np.isnan(stats.apply(x, clip=2)[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
@@ -224,6 +436,15 @@ def test_what_float32_has_too_few_digits_for(kind):
     # Also where the data is a constant of a compiled function.
     compiled = jax.jit(lambda: Standardizer.fit(x).apply(x))()
     assert_close(compiled, scaled)
+
+
+def test_what_float32_has_too_few_digits_for_comes_back_in_float64():
+    x = 1.7e9 + 10 * np.random.default_rng(0).normal(size=(40, 3))
+    stats = Standardizer.fit(x)
+    y = stats.apply(x)
+    with jax.enable_x64(True):
+        back = np.asarray(stats.invert(y, dtype=np.float64))
+    assert_close((back - x) / 10, np.zeros_like(x), size=4)
 
 
 def test_missing_values_of_wide_data():
@@ -342,6 +563,37 @@ def test_nan_spoils_its_feature_only_and_missing_values_are_masked():
     assert_close(slope, np.where(mask, 1 / np.asarray(stats.deviation), 0))
 
 
+def over_devices(f, *args, num_devices=4, vma=True):
+    """`f(*args)`, with all but the first split over devices, and its collectives."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    specs = (P(), *[P("data")] * (len(args) - 1))
+    shared = jax.jit(
+        jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=vma)
+    )
+    return shared(*args), collectives(shared.lower(*args).compile().as_text())
+
+
+@pytest.mark.parametrize("vma", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("far", [False, True])
+def test_devices_share_what_they_hold_by_one_collective(weighted, far, vma):
+    """Data, masked or weighted, in float32 or as the sum of two numbers in it."""
+    x, rng = data(24, 4, **FAR), np.random.default_rng(1)
+    x = (1.7e9 + rng.integers(-99, 99, x.shape)).astype(np.int32) if far else x
+    mask, weights = rng.random((24, 4)) > 0.4, rng.random((24, 1)).astype(np.float32)
+    mask[18:] = False  # nothing on the last of four devices
+
+    def update(s, x, mask, weights):
+        weights = weights if weighted else None
+        return s.update(x, mask=mask, weights=weights, axis_name="data")
+
+    stats, program = over_devices(
+        update, Standardizer.init(4), x, mask, weights, vma=vma
+    )
+    assert program == ["all-reduce"]
+    assert_weighted(stats, x, mask * (weights if weighted else 1))
+
+
 @pytest.mark.parametrize("vma", [False, True])
 def test_devices_share_out_a_stream(vma):
     x, mask = data(24, 4, **FAR), np.random.default_rng(1).random((24, 4)) > 0.4
@@ -425,11 +677,54 @@ def test_no_array_shares_a_buffer_with_another(shape, dtype):
 def test_a_checkpoint_of_flax_or_any_other_holds_its_leaves():
     stats = Standardizer.fit(data(6, 3), axis=-1)
     leaves, structure = jax.tree.flatten(stats)
-    assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 6
+    assert all(isinstance(v, jax.Array) for v in leaves) and len(leaves) == 7
     loaded = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
     again = jax.tree.unflatten(structure, loaded)
     np.testing.assert_array_equal(again.apply(data(2, 3)), stats.apply(data(2, 3)))
     assert again.axis == -1
+
+
+@pytest.mark.parametrize("axis", [1, -1, (-1,)])
+def test_flax_writes_and_reads_it_whatever_the_feature_axis(axis):
+    """What is saved of (batch, time, features) serves (batch, features, time)."""
+    x = data(6, 5, 3, offset=1e4)
+    stats = Standardizer.fit(x)
+    saved = serialization.to_bytes({"seen": stats})
+    like = {"seen": Standardizer.init(3, axis=axis)}
+    loaded = serialization.from_bytes(like, saved)["seen"]
+    assert loaded.axis == axis
+    turned = np.moveaxis(x, -1, axis) if axis == 1 else x
+    y = np.asarray(loaded.apply(turned))
+    np.testing.assert_array_equal(
+        np.moveaxis(y, axis, -1) if axis == 1 else y, stats.apply(x)
+    )
+    for old, new in zip(jax.tree.leaves(stats), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(old, new)
+        assert new.dtype == old.dtype
+
+
+def test_flax_reads_nothing_else():
+    saved = serialization.to_bytes({"mean": np.zeros(3), "var": np.ones(3)})
+    with pytest.raises(ValueError, match="a Standardizer consists of mean, var, res"):
+        serialization.from_bytes(Standardizer.init(3), saved)
+
+
+def test_each_series_by_itself_and_back():
+    """Reversible instance normalization: levels and scales of series cancel."""
+    past = data(4, 48, 3, offset=[0, 1e4, -1e4], deviation=[1, 1, 300])
+
+    def forecast(x):
+        series = Standardizer.fit(x, axis=(0, 2))
+        return series.invert(2 * series.apply(x)[:, ::4])
+
+    exact = past.astype(np.float64)
+    mean, deviation = exact.mean(1, keepdims=True), exact.std(1, keepdims=True)
+    expected = mean + 2 * (exact - mean)[:, ::4]
+    ahead = np.asarray(jax.jit(forecast)(past), np.float64)
+    assert ahead.shape == (4, 12, 3)
+    # Forecasts at level 1e4 are rounded to 1e-3.
+    size = np.maximum(deviation, abs(mean))
+    assert_close(ahead / size, expected / size)
 
 
 class Linen(nn.Module):
@@ -500,6 +795,22 @@ def test_a_variable_of_a_flax_nnx_model():
     for batch in (x[:4], x[4:]):
         see(model, batch)
     assert_moments(model.inputs.get_value(), x)
+
+
+def test_orbax_restores_it_with_a_flax_nnx_model(tmp_path):
+    """From shapes alone, and to go on with."""
+    x = data(8, 3, offset=5)
+    make = lambda: Nnx(nnx.Variable(Standardizer.init(3)), nnx.Rngs(0))  # noqa: E731
+    model = make()
+    model.inputs.set_value(model.inputs.get_value().update(x[:5]))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+    graph, shapes = nnx.split(nnx.eval_shape(make))
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(tmp_path / "model", shapes)
+    again = nnx.merge(graph, state)
+    np.testing.assert_array_equal(again(x), model(x))
+    assert_moments(again.inputs.get_value().update(x[5:]), x)
 
 
 SEEN = Standardizer.init(3)
@@ -575,6 +886,36 @@ SEEN = Standardizer.init(3)
             lambda: Standardizer.fit(jnp.ones((3, 2)), mask=np.full((3, 2), 0.5)),
             ValueError,
             "mask must be boolean, or 0 and 1, got 0.5 .*: weights are no mask",
+        ),
+        (
+            lambda: Standardizer.fit(jnp.ones((3, 2)), weights=jnp.ones(3)),
+            ValueError,
+            r"weights of shape \(3,\) does not broadcast .* to weigh whole examples",
+        ),
+        (
+            lambda: SEEN.update(jnp.ones((3, 3)), weights=np.array([[1], [-2], [0]])),
+            ValueError,
+            "weights must be finite and not negative, got -2",
+        ),
+        (
+            lambda: SEEN.update(jnp.ones((1, 3)), weights=cast(Any, "ab")),
+            TypeError,
+            "weights must be real numbers, got dtype <U2",
+        ),
+        (
+            lambda: SEEN.update(jnp.ones((1, 3)), decay=1.5),
+            ValueError,
+            "decay must be from 0 to 1, got 1.5",
+        ),
+        (
+            lambda: SEEN.update(jnp.ones((1, 3)), decay=cast(Any, [0.5, 0.5])),
+            TypeError,
+            "decay must be one real number",
+        ),
+        (
+            lambda: SEEN.apply(jnp.ones((1, 3)), clip=0),
+            ValueError,
+            "clip must be over 0, got 0",
         ),
         (
             lambda: SEEN.apply(jnp.ones(3), dtype=np.int32),
