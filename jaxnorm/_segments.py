@@ -89,6 +89,8 @@ def _moments_of_each(x: Array, axes: Axes, mask: Array | None) -> Moments:
 
 def _member(ids: Array, count: int, m: Moments) -> Array:
     """A mean of each segment: that of its first example with valid elements."""
+    if m.mean.shape[0] == 0:  # from which nothing can be gathered
+        return jnp.zeros((count, *m.mean.shape[1:]), m.mean.dtype)
     valid = (m.size > 0).any(tuple(range(1, m.size.ndim)))
     place = jnp.arange(ids.shape[0], dtype=jnp.int32)
     none = jnp.full(count, ids.shape[0], jnp.int32)

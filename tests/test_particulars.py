@@ -384,6 +384,18 @@ def test_many_newton_iterations_stay_right():
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(8), atol=0.02)
 
 
+def test_what_is_in_no_domain_reaches_no_statistic():
+    norm = jaxnorm.DomainBatchNorm(num_domains=2, momentum=0.0)
+    stats = norm.init_stats((3,))
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x[4:] = np.nan
+    domain = np.array([0, 1, 0, 1, 2, -1])
+    y, new = norm(x, {}, stats, domain=domain)
+    exact, kept = norm(x[:4], {}, stats, domain=domain[:4])
+    np.testing.assert_array_equal(y[:4], exact)
+    jax.tree.map(np.testing.assert_array_equal, new, kept)
+
+
 def test_padding_of_no_domain_has_no_gradient():
     norm = jaxnorm.DomainBatchNorm()
     x, stats = numbers(6, 3), norm.init_stats((3,))

@@ -106,13 +106,13 @@ def graph_norm(
 
     Source: Cai, Luo, Xu, He, Liu and Wang, 2020.
 
-    >>> import jax.numpy as jnp, jaxnorm
+    >>> import jax.numpy as jnp, jaxnorm, numpy as np
     >>> x = jnp.array([[1.0], [10.0], [3.0], [30.0]])
     >>> graph = jnp.array([0, 1, 0, 1])
     >>> print(jaxnorm.graph_norm(x, segment_ids=graph).round(3).ravel())
     [-1. -1.  1.  1.]
     >>> y = jaxnorm.graph_norm(x, mean_scale=jnp.zeros(1), segment_ids=graph)
-    >>> print(y.round(3).ravel())
+    >>> print(np.asarray(y).round(3).ravel())
     [0.447 0.447 1.342 1.342]
     """
     norm = GraphNorm(
