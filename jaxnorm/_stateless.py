@@ -119,7 +119,6 @@ class ReductionNorm(KernelNorm):
             params["scale"] = jnp.zeros(feature_shape, dtype)
         return params
 
-    @final
     def transform(
         self,
         x: Array,
@@ -128,9 +127,15 @@ class ReductionNorm(KernelNorm):
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
     ) -> Array:
-        scale = params.get("scale")
-        if self.zero_centered_scale and scale is not None:
-            scale = jnp.asarray(scale)
-            wide = promote(at_least_float32(x.dtype), scale.dtype)
-            params = {**params, "scale": scale.astype(wide) + 1}
+        params = self.with_whole_scale(x, params)
         return self.by_implementation(x, params, mask=mask, dtype=dtype)
+
+    @final
+    def with_whole_scale(self, x: Array, params: Params) -> Params:
+        """`params` with the scale that `x` is multiplied by."""
+        scale = params.get("scale")
+        if not self.zero_centered_scale or scale is None:
+            return params
+        scale = jnp.asarray(scale)
+        wide = promote(at_least_float32(x.dtype), scale.dtype)
+        return {**params, "scale": scale.astype(wide) + 1}

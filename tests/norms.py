@@ -252,6 +252,19 @@ NORMS: dict[str, Row] = {
     "rms_zero_centered": other(
         jaxnorm.RMSNorm, {"zero_centered_scale": True}, LAST, split=None
     ),
+    "rms_partial": other(
+        jaxnorm.RMSNorm,
+        {"first_features": 2},
+        LAST,
+        ((8, 5), (7,)),
+        split=None,
+    ),
+    "rms_partial_zero_centered": other(
+        jaxnorm.RMSNorm,
+        {"first_features": 3, "zero_centered_scale": True},
+        LAST,
+        split=None,
+    ),
     "renorm": other(
         jaxnorm.BatchRenorm,
         {"rmax": 1.2, "dmax": 0.3},

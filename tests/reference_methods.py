@@ -904,11 +904,13 @@ def rms_norm(
     use_running_average=False,
     epsilon=1e-6,
     zero_centered_scale=False,
+    first_features=None,
 ):
     """Divide each row by its root mean square (Zhang & Sennrich 2019, 1910.07467)."""
     del use_running_average  # always the same
     x, valid = _select(x, mask)
-    z = x / np.sqrt(_mean(x**2, valid, -1) + epsilon)
+    part = ..., slice(first_features)
+    z = x / np.sqrt(_mean(x[part] ** 2, valid[part], -1) + epsilon)
     return _finish(_affine(z, params, zero_centered_scale), valid), _copy(stats)
 
 

@@ -297,11 +297,31 @@ def test_optax_renews_the_controls():
             "control_momentum must be from",
         ),
         (jaxnorm.LocalResponseNorm, {"size": 0}, "size=0 must be positive"),
+        (jaxnorm.RMSNorm, {"first_features": 0}, "first_features must be at least 1"),
+        (
+            jaxnorm.RMSNorm,
+            {"first_features": 2, "axis_name": "d"},
+            "first_features=2 takes no axis_name and no kernels",
+        ),
+        (
+            jaxnorm.RMSNorm,
+            {"first_features": 2, "implementation": "triton"},
+            "first_features=2 takes no axis_name and no kernels",
+        ),
     ],
 )
 def test_settings_out_of_range(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+def test_a_part_of_features_that_there_is_not():
+    x = numbers(2, 4, 3)
+    message = "first_features=4 must be at most the number of elements along the one"
+    with pytest.raises(ValueError, match=message):
+        jaxnorm.rms_norm(x, first_features=4)
+    with pytest.raises(ValueError, match=r"got reduction_axes=\(1, 2\) for an input"):
+        jaxnorm.rms_norm(x, first_features=2, reduction_axes=(1, 2))
 
 
 def test_windows_that_do_not_fit():

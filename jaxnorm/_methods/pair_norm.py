@@ -4,8 +4,8 @@ r"""Pair normalization (Zhao and Akoglu, 2020, https://arxiv.org/abs/1909.12223)
 
 Statistics over: the nodes of a graph; its features have a mean each and share one
     deviation. A call takes the `segment_ids` of the nodes.
-Take it for: deep graph neural networks, whose nodes become alike: the mean square distance of
-    the nodes of a graph stays the same from layer to layer.
+Take it for: deep graph neural networks, whose nodes become alike: the mean square
+    distance of the nodes of a graph stays the same from layer to layer.
 Not for: features of different scales, which it keeps; it has no parameters.
 
 The sum over the features of their variances is the mean square of the distance of a
