@@ -41,6 +41,8 @@ from jaxnorm._methods.global_response_norm import (
 from jaxnorm._methods.global_response_norm import (
     global_response_norm as global_response_norm,
 )
+from jaxnorm._methods.graph_norm import GraphNorm as GraphNorm
+from jaxnorm._methods.graph_norm import graph_norm as graph_norm
 from jaxnorm._methods.group_norm import GroupNorm as GroupNorm
 from jaxnorm._methods.group_norm import group_norm as group_norm
 from jaxnorm._methods.instance_norm import InstanceNorm as InstanceNorm
@@ -63,6 +65,8 @@ from jaxnorm._methods.moving_average_batch_norm import (
 )
 from jaxnorm._methods.online_norm import OnlineNorm as OnlineNorm
 from jaxnorm._methods.online_norm import online_norm as online_norm
+from jaxnorm._methods.pair_norm import PairNorm as PairNorm
+from jaxnorm._methods.pair_norm import pair_norm as pair_norm
 from jaxnorm._methods.positional_norm import PositionalNorm as PositionalNorm
 from jaxnorm._methods.positional_norm import positional_norm as positional_norm
 from jaxnorm._methods.power_norm import PowerNorm as PowerNorm
@@ -85,6 +89,8 @@ from jaxnorm._methods.running_instance_norm import (
 )
 from jaxnorm._methods.scale_norm import ScaleNorm as ScaleNorm
 from jaxnorm._methods.scale_norm import scale_norm as scale_norm
+from jaxnorm._methods.segment_norm import SegmentNorm as SegmentNorm
+from jaxnorm._methods.segment_norm import segment_norm as segment_norm
 from jaxnorm._methods.switchable_norm import SwitchableNorm as SwitchableNorm
 from jaxnorm._methods.switchable_norm import switchable_norm as switchable_norm
 from jaxnorm._methods.virtual_batch_norm import VirtualBatchNorm as VirtualBatchNorm
@@ -120,6 +126,7 @@ __all__ = [
     "FilterResponseNorm",
     "GhostBatchNorm",
     "GlobalResponseNorm",
+    "GraphNorm",
     "GroupNorm",
     "InstanceNorm",
     "IterNorm",
@@ -130,6 +137,7 @@ __all__ = [
     "MovingAverageBatchNorm",
     "Norm",
     "OnlineNorm",
+    "PairNorm",
     "PositionalNorm",
     "PowerNorm",
     "RMSNorm",
@@ -138,6 +146,7 @@ __all__ = [
     "RunningInstanceNorm",
     "RunningNorm",
     "ScaleNorm",
+    "SegmentNorm",
     "Standardizer",
     "StatefulNorm",
     "StatelessNorm",
@@ -156,6 +165,7 @@ __all__ = [
     "filter_response_norm",
     "ghost_batch_norm",
     "global_response_norm",
+    "graph_norm",
     "group_norm",
     "init_stats",
     "instance_norm",
@@ -167,6 +177,7 @@ __all__ = [
     "moving_average_batch_norm",
     "normalize",
     "online_norm",
+    "pair_norm",
     "pool",
     "pop_art",
     "positional_norm",
@@ -176,6 +187,7 @@ __all__ = [
     "rms_norm",
     "running_instance_norm",
     "scale_norm",
+    "segment_norm",
     "spectral_norm",
     "standardize",
     "switchable_norm",

@@ -53,6 +53,15 @@ def check_residual(residual: Array, x: Array) -> None:
         )
 
 
+def add_residual(x: Array, residual: ArrayLike) -> Array:
+    """`x + residual`, which may be the number 0, in the wider of their dtypes."""
+    if isinstance(residual, int | float) and residual == 0:
+        return x
+    residual = as_floating(residual, "residual")
+    check_residual(residual, x)
+    return x + residual
+
+
 def add_and_activate(
     y: Array, activation: str | None, residual: ArrayLike | None, mask: Array | None
 ) -> Array:

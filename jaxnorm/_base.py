@@ -24,7 +24,7 @@ from jaxnorm._axes import Axes, Shape
 from jaxnorm._dtypes import as_floating, out_dtype
 from jaxnorm._marks import use
 from jaxnorm._moments import Moments
-from jaxnorm._normalize import add_and_normalize, normalize
+from jaxnorm._normalize import normalize, pass_and_normalize
 from jaxnorm._reduce import moments
 from jaxnorm._settings import Settings
 from jaxnorm._standardize import standardize
@@ -210,15 +210,15 @@ class Norm(Settings, abc.ABC):
         return normalize(x, params, self.axes(x.shape), **how)
 
     @final
-    def add_and_normalize_by_batch(
-        self, x: Array, residual: ArrayLike, params: Params, **options: Any
+    def pass_and_normalize_by_batch(
+        self, x: Array, params: Params, **options: Any
     ) -> tuple[Array, Array]:
-        """`x + residual`, and that normalized by its `batch_moments`.
+        """`x` as it is, and normalized by its `batch_moments`.
 
         `options` are the mask, dtype and implementation of `normalize`.
         """
         how = self._by_batch | options
-        return add_and_normalize(x, residual, params, self.axes(x.shape), **how)
+        return pass_and_normalize(x, params, self.axes(x.shape), **how)
 
     @property
     def _by_batch(self) -> dict[str, Any]:

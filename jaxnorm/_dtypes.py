@@ -66,11 +66,15 @@ def one_rounding(formula: Callable[..., Any]) -> Callable[..., Any]:
 
         if x.dtype == wide:
             return widened_first(x)
-        return jax.checkpoint(widened_first, policy=_is_collective, prevent_cse=False)(
-            x
-        )
+        return recomputed(widened_first)(x)
 
     return rounded
+
+
+def recomputed(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of formulas that the backward pass computes again, but for their
+    collectives, so that it keeps their arguments alone."""
+    return jax.checkpoint(formula, policy=_is_collective, prevent_cse=False)
 
 
 def _is_collective(primitive: Any, *_: Any, **__: Any) -> bool:

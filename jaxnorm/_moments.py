@@ -60,21 +60,53 @@ def pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
     """
     check_instance("m", m, Moments, "jaxnorm.moments")
     check_function("total", total)
-    dtype = m.mean.dtype
     size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
-    parts = [size.astype(v.dtype) * v for v in (m.mean, m.var)]
-    rough, var, high, low = _unstack(total(_stack([*parts, *split_size(size)], dtype)))
+
+    def totals(parts: Sequence[Array]) -> list[Array]:
+        return _unstack(total(_stack(parts, m.mean.dtype)))
+
+    sums = (*_weighed_by(size, m.mean, m.var), *split_size(size))
+    mean, var, high, low = totals(sums)
     whole = join_size(high, low, size.dtype)
-    rough, var = (drop_last_bit(_over(v, whole)) for v in (rough, var.real))
-    # About the rough ones, whose own rounding would add up when pooled repeatedly.
-    offset = (m.mean - rough) + m.residue
-    parts = (offset, (m.var - var) + abs_square(offset))
-    parts = (size.astype(v.dtype) * v for v in parts)
-    shift, spread = _unstack(total(_stack(parts, dtype)))
-    shift = _over(shift, whole)  # what rounding left of the mean
-    var = var + (_over(spread.real, whole) - abs_square(shift))
-    mean, residue = two_sum(rough, shift)
+    rough = [drop_last_bit(_over(v, whole)) for v in (mean, var.real)]
+    return _about(rough, rough, m._replace(size=size), whole, totals)
+
+
+def pool_counted(
+    m: Moments,
+    whole: Array,
+    total: Callable[[Array], Array],
+    each: Callable[[Array], Array],
+) -> Moments:
+    """As `pool`, where `whole` is the size of each union, and `each` gives every set
+    what belongs to its union. `total` is called on arrays such as `m.mean`."""
+    (weighed,) = _weighed_by(jnp.asarray(m.size), m.mean)
+    rough = drop_last_bit(_over(total(weighed), whole))
+    totals = functools.partial(map, total)
+    return _about((rough, 0.0), (each(rough), 0.0), m, whole, totals)
+
+
+def _about(
+    rough: Sequence[Any],
+    seen: Sequence[Any],
+    m: Moments,
+    whole: Array,
+    totals: Callable[[Sequence[Array]], Iterable[Array]],
+) -> Moments:
+    """The moments of each union about rough ones, whose own rounding would add up when
+    pooled repeatedly; `seen` are these for each set."""
+    offset = (m.mean - seen[0]) + m.residue
+    squares = (m.var - seen[1]) + abs_square(offset)
+    sums = totals(_weighed_by(jnp.asarray(m.size), offset, squares))
+    shift, spread = (_over(v, whole) for v in sums)
+    var = rough[1] + (spread.real - abs_square(shift))
+    mean, residue = two_sum(rough[0], shift)  # the shift is what rounding left of it
     return Moments(mean, jnp.maximum(var, 0), whole, residue)
+
+
+def _weighed_by(size: Array, *values: Array) -> list[Array]:
+    """Each of `values`, times the size of its set."""
+    return [size.astype(v.dtype) * v for v in values]
 
 
 def mix(
@@ -125,6 +157,7 @@ def _unstack(x: Array) -> list[Array]:
 
 
 def _over(x: Array, size: Array) -> Array:
+    """`x` for each of `size`; 0 if there are none."""
     return x / not_zero(size).astype(x.dtype)
 
 

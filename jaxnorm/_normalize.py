@@ -10,10 +10,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _devices as devices
-from jaxnorm._activation import add_and_activate, check_activation, check_residual
+from jaxnorm._activation import add_and_activate, check_activation
 from jaxnorm._arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm._axes import Axes
-from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype, promote
+from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype
 from jaxnorm._fused import Operands, activated_by_own, standardize_by_own
 from jaxnorm._moments import Moments, like_moments
 from jaxnorm._primitives._operation import Reduction
@@ -84,28 +84,17 @@ def normalize(
     return _on_any_mesh(formula, operands, like=(x, like_moments(x, axes)))
 
 
-def add_and_normalize(
-    x: ArrayLike,
-    residual: ArrayLike,
-    params: Mapping[str, ArrayLike | None],
-    axes: Axes,
-    **how: Any,
+def pass_and_normalize(
+    x: ArrayLike, params: Mapping[str, ArrayLike | None], axes: Axes, **how: Any
 ) -> tuple[Array, Array]:
-    """`x + residual`, and that normalized as by `normalize`, which takes `how`, too.
+    """`x` as it is, and normalized as by `normalize`, which takes `how`, too.
 
-    What reads the sum reads it from here, and its gradient is added within the norm's:
-    also that of x itself, where the residual is the number 0.
+    What else reads x reads it from here, and its gradient is added within the norm's.
     """
     x = as_floating(x)
-    none = isinstance(residual, int | float) and residual == 0
-    added = None if none else as_floating(residual, "residual")
-    if added is not None:
-        check_residual(added, x)
-        wide = promote(x.dtype, added.dtype)
-        x, added = x.astype(wide), added.astype(wide)
     reduction, operands = _checked(x, None, params, axes, **how)
-    formula = functools.partial(_add_and_normalize, reduction)
-    return _on_any_mesh(formula, operands, added, like=(x, x))
+    formula = functools.partial(_pass_and_normalize, reduction)
+    return _on_any_mesh(formula, operands, like=(x, x))
 
 
 def _checked(
@@ -140,11 +129,11 @@ def _checked(
     return reduction, Operands(x, mask, peers, epsilon, scale, bias, residual)
 
 
-def _on_any_mesh(formula: Callable[..., Any], *operands: Any, like: Any) -> Any:
-    """`formula(*operands)`, whose results are sharded as the arrays of `like`."""
+def _on_any_mesh(formula: Callable[..., Any], operands: Operands, like: Any) -> Any:
+    """`formula(operands)`, whose results are sharded as the arrays of `like`."""
     if not on_explicit_mesh(operands):
-        return formula(*operands)
-    return automatically(formula, *operands, like=like)
+        return formula(operands)
+    return automatically(formula, operands, like=like)
 
 
 def as_implementation(name: str, value: Any) -> str | None:
@@ -178,10 +167,8 @@ def _is_for_gpu_kernels(reduction: Reduction, operands: Operands) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add_and_normalize(
-    reduction: Reduction, operands: Operands, residual: Array | None
+def _pass_and_normalize(
+    reduction: Reduction, operands: Operands
 ) -> tuple[Array, Array]:
-    if residual is not None:
-        operands = operands._replace(x=operands.x + residual)
     x, y, _ = standardize_by_own(reduction, operands)
     return x, y

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._activation import add_residual
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import ActivatedNorm, Norm, Params, Stats
 from jaxnorm._dtypes import at_least_float32, promote
@@ -122,7 +123,6 @@ class ReductionNorm(KernelNorm):
             params["scale"] = jnp.zeros(feature_shape, dtype)
         return params
 
-    @final
     def transform(
         self,
         x: Array,
@@ -132,12 +132,19 @@ class ReductionNorm(KernelNorm):
         dtype: DTypeLike | None,
         residual: ArrayLike | None = None,
     ) -> Any:
-        scale = params.get("scale")
-        if self.zero_centered_scale and scale is not None:
-            scale = jnp.asarray(scale)
-            wide = promote(at_least_float32(x.dtype), scale.dtype)
-            params = {**params, "scale": scale.astype(wide) + 1}
+        params = self.with_whole_scale(x, params)
         how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
-        if residual is not None:
-            return self.add_and_normalize_by_batch(x, residual, params, **how)
-        return self.normalize_by_batch(x, params, **how)[0]
+        if residual is None:
+            return self.normalize_by_batch(x, params, **how)[0]
+        x = add_residual(x, residual)
+        return self.pass_and_normalize_by_batch(x, params, **how)
+
+    @final
+    def with_whole_scale(self, x: Array, params: Params) -> Params:
+        """`params` with the scale that `x` is multiplied by."""
+        scale = params.get("scale")
+        if not self.zero_centered_scale or scale is None:
+            return params
+        scale = jnp.asarray(scale)
+        wide = promote(at_least_float32(x.dtype), scale.dtype)
+        return {**params, "scale": scale.astype(wide) + 1}

@@ -125,6 +125,10 @@ def cross_iteration(x, params, stats, **settings):
     }
 
 
+def segments(ids):
+    return lambda x: {"segment_ids": np.array(ids)}
+
+
 NORMS: dict[str, Row] = {
     "batch": row(
         jaxnorm.BatchNorm,
@@ -261,6 +265,19 @@ NORMS: dict[str, Row] = {
     ),
     "rms_zero_centered": other(
         jaxnorm.RMSNorm, {"zero_centered_scale": True}, LAST, split=None
+    ),
+    "rms_partial": other(
+        jaxnorm.RMSNorm,
+        {"first_features": 2},
+        LAST,
+        ((8, 5), (7,)),
+        split=None,
+    ),
+    "rms_partial_zero_centered": other(
+        jaxnorm.RMSNorm,
+        {"first_features": 3, "zero_centered_scale": True},
+        LAST,
+        split=None,
     ),
     "renorm": other(
         jaxnorm.BatchRenorm,
@@ -415,6 +432,50 @@ NORMS: dict[str, Row] = {
         {"window": (3, 4), "window_axes": (1, 3)},
         LAST,
         split=None,
+    ),
+    "segment": other(
+        jaxnorm.SegmentNorm,
+        {"num_segments": 4},
+        LAST,
+        ((8, 5),),
+        split=1,
+        inputs=segments([0, 2, 0, 0, 2, 0, 2, 2]),
+        lone=(1, 1),
+    ),
+    "segment_groups": other(
+        jaxnorm.SegmentNorm,
+        {"num_segments": 3, "num_groups": None, "group_size": 2},
+        LAST,
+        ((8, 4),),
+        split=1,
+        inputs=segments([0, 2, -1, 0, 2, 5, 2, 2]),
+    ),
+    "graph": other(
+        jaxnorm.GraphNorm,
+        {"num_segments": 4},
+        LAST,
+        ((8, 5),),
+        split=1,
+        inputs=segments([0, 2, 0, 0, 2, 3, 2, 2]),
+        lone=(1, 4),
+        constant=False,
+    ),
+    "pair": other(
+        jaxnorm.PairNorm,
+        {"num_segments": 3, "scale": 1.5},
+        LAST,
+        ((8, 5),),
+        split=1,
+        inputs=segments([0, 2, 0, 0, 2, 0, 2, 2]),
+        lone=(1, 4),
+    ),
+    "pair_individual": other(
+        jaxnorm.PairNorm,
+        {"num_segments": 3, "scale_individually": True},
+        LAST,
+        ((8, 5),),
+        split=1,
+        inputs=segments([0, 2, 0, 0, 2, -1, 2, 2]),
     ),
 }
 

@@ -793,6 +793,90 @@ def divisive_norm(
     return _finish(_affine(v / root, params), valid), _copy(stats)
 
 
+def segment_norm(
+    x,
+    params,
+    stats,
+    *,
+    mask=None,
+    use_running_average=False,
+    num_segments,
+    num_groups=1,
+    group_size=None,
+    epsilon=1e-5,
+    segment_ids,
+):
+    """Group norm of each segment by itself (Ba et al. 2016, 1607.06450).
+
+    With one group this is the layer norm of graphs, with one feature in each group the
+    instance norm of graphs, as Fey and Lenssen (2019, 1903.02428) have them.
+    """
+    del use_running_average  # always the same
+    x, valid = _select(x, mask)
+    valid = valid & _column((segment_ids >= 0) & (segment_ids < num_segments), x)
+    size = group_size or x.shape[-1] // num_groups
+    y = np.zeros(x.shape)
+    for s in range(num_segments):
+        for first in range(0, x.shape[-1], size):
+            place = segment_ids == s, ..., slice(first, first + size)
+            mean, var, _ = _moments(x[place], valid[place], None)
+            y[place] = (x[place] - mean) / np.sqrt(var + epsilon)
+    return _finish(_affine(y, params), valid), _copy(stats)
+
+
+def graph_norm(
+    x,
+    params,
+    stats,
+    *,
+    mask=None,
+    use_running_average=False,
+    num_segments,
+    epsilon=1e-5,
+    segment_ids,
+):
+    """Graphs less a share of their mean, over what is left (Cai 2020, 2009.03294)."""
+    del use_running_average  # always the same
+    x, valid = _select(x, mask)
+    valid = valid & _column((segment_ids >= 0) & (segment_ids < num_segments), x)
+    share = _spread(params.get("mean_scale", 1.0), x)
+    y = np.zeros(x.shape)
+    for s in range(num_segments):
+        own = segment_ids == s
+        left = x[own] - share * _mean(x[own], valid[own], _batch(x))
+        square = _mean(left**2, valid[own], _batch(x))
+        y[own] = left / np.sqrt(square + epsilon)
+    return _finish(_affine(y, params), valid), _copy(stats)
+
+
+def pair_norm(
+    x,
+    params,
+    stats,
+    *,
+    mask=None,
+    use_running_average=False,
+    num_segments,
+    scale=1.0,
+    scale_individually=False,
+    epsilon=1e-5,
+    segment_ids,
+):
+    """Graphs of the same distance of their nodes (Zhao & Akoglu 2020, 1909.12223)."""
+    del params, use_running_average  # it has none; always the same
+    x, valid = _select(x, mask)
+    valid = valid & _column((segment_ids >= 0) & (segment_ids < num_segments), x)
+    y = np.zeros(x.shape)
+    for s in range(num_segments):
+        own = segment_ids == s
+        left = x[own] - _mean(x[own], valid[own], _batch(x))
+        square = np.where(valid[own], left**2, 0.0)
+        if not scale_individually:
+            square = _mean(square, valid[own], _batch(x))
+        y[own] = scale * left / np.sqrt(square.sum(-1, keepdims=True) + epsilon)
+    return _finish(y, valid), _copy(stats)
+
+
 def layer_norm(
     x,
     params,
@@ -820,11 +904,13 @@ def rms_norm(
     use_running_average=False,
     epsilon=1e-6,
     zero_centered_scale=False,
+    first_features=None,
 ):
     """Divide each row by its root mean square (Zhang & Sennrich 2019, 1910.07467)."""
     del use_running_average  # always the same
     x, valid = _select(x, mask)
-    z = x / np.sqrt(_mean(x**2, valid, -1) + epsilon)
+    part = ..., slice(first_features)
+    z = x / np.sqrt(_mean(x[part] ** 2, valid[part], -1) + epsilon)
     return _finish(_affine(z, params, zero_centered_scale), valid), _copy(stats)
 
 
@@ -944,6 +1030,11 @@ def _window_sum(values, axis, width):
     for i in range(len(moved)):
         total[i] = moved[max(i - width // 2, 0) : i + (width - 1) // 2 + 1].sum(0)
     return np.moveaxis(total, 0, axis)
+
+
+def _column(values, x):
+    """One of `values` for each example of x."""
+    return np.reshape(values, (-1, *[1] * (x.ndim - 1)))
 
 
 def _softmax(weights):

@@ -367,8 +367,9 @@ def test_arrays_of_nothing(name):
     for axis in range(len(row.shape)):
         x = np.zeros([n * (a != axis) for a, n in enumerate(row.shape)], np.float32)
         features = row.norm.axes(x.shape).feature_shape
-        inputs = {"domain": np.zeros(len(x), int)}
-        inputs = inputs if "domain" in row.norm.required_inputs else row.inputs(x)
+        inputs = row.inputs(x)
+        for k in {"domain", "segment_ids"} & inputs.keys():
+            inputs[k] = np.zeros(len(x), int)
         if name == "cross_iteration" and not features[0]:
             continue  # the features of its kernel
         norm = functools.partial(row.norm, params={}, **inputs)

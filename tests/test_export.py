@@ -47,8 +47,8 @@ def close(actual, desired, summed=1000):
 def all_calls(row, x, params, stats, mask, cotangent):
     """Training with a mask and without one, its gradients, and evaluation."""
     inputs = row.inputs(x)
-    if "domain" in inputs:
-        inputs["domain"] = jnp.arange(x.shape[0]) % 2
+    for k in {"domain", "segment_ids"} & inputs.keys():
+        inputs[k] = jnp.arange(x.shape[0]) % 2
     results = []
     for where in (None, mask):
         call = functools.partial(row.norm, stats=stats, mask=where, **inputs)

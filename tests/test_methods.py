@@ -292,6 +292,8 @@ OWN_RULES = (
     "moving_average",
     "power",
     "domain",
+    "segment",
+    "graph",
     "range",
     "iter",
 )

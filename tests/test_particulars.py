@@ -297,11 +297,31 @@ def test_optax_renews_the_controls():
             "control_momentum must be from",
         ),
         (jaxnorm.LocalResponseNorm, {"size": 0}, "size=0 must be positive"),
+        (jaxnorm.RMSNorm, {"first_features": 0}, "first_features must be at least 1"),
+        (
+            jaxnorm.RMSNorm,
+            {"first_features": 2, "axis_name": "d"},
+            "first_features=2 takes no axis_name and no kernels",
+        ),
+        (
+            jaxnorm.RMSNorm,
+            {"first_features": 2, "implementation": "triton"},
+            "first_features=2 takes no axis_name and no kernels",
+        ),
     ],
 )
 def test_settings_out_of_range(kind, settings, message):
     with pytest.raises(ValueError, match=message):
         kind(**settings)
+
+
+def test_a_part_of_features_that_there_is_not():
+    x = numbers(2, 4, 3)
+    message = "first_features=4 must be at most the number of elements along the one"
+    with pytest.raises(ValueError, match=message):
+        jaxnorm.rms_norm(x, first_features=4)
+    with pytest.raises(ValueError, match=r"got reduction_axes=\(1, 2\) for an input"):
+        jaxnorm.rms_norm(x, first_features=2, reduction_axes=(1, 2))
 
 
 def test_windows_that_do_not_fit():
@@ -382,6 +402,18 @@ def test_many_newton_iterations_stay_right():
     x = numbers(256, 8) * np.logspace(-1, 1, 8, dtype=np.float32)
     y, _ = jax.jit(norm)(x, {}, norm.init_stats((8,)))
     np.testing.assert_allclose(np.cov(y.T, bias=True), np.eye(8), atol=0.02)
+
+
+def test_what_is_in_no_domain_reaches_no_statistic():
+    norm = jaxnorm.DomainBatchNorm(num_domains=2, momentum=0.0)
+    stats = norm.init_stats((3,))
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x[4:] = np.nan
+    domain = np.array([0, 1, 0, 1, 2, -1])
+    y, new = norm(x, {}, stats, domain=domain)
+    exact, kept = norm(x[:4], {}, stats, domain=domain[:4])
+    np.testing.assert_array_equal(y[:4], exact)
+    jax.tree.map(np.testing.assert_array_equal, new, kept)
 
 
 def test_padding_of_no_domain_has_no_gradient():

@@ -18,12 +18,17 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm import _running as running
-from jaxnorm._arguments import as_array
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import one_rounding
-from jaxnorm._moments import Moments, pool
-from jaxnorm._reduce import moments
+from jaxnorm._moments import Moments
+from jaxnorm._segments import (
+    along,
+    as_ids,
+    moments_of_segment,
+    of_segment,
+    segment_moments,
+)
 from jaxnorm._stateful import RunningNorm
 from jaxnorm._working import as_mask
 
@@ -105,8 +110,8 @@ class DomainBatchNorm(RunningNorm):
         **inputs: Any,
     ) -> tuple[Array, Moments]:
         axes = Axes.per_example(x.shape, self.axis)
-        domain = self._checked(inputs["domain"], x.shape)
-        m = self.sync(self._by_domain(moments(x, axes, mask=mask), domain))
+        domain = self._ids(inputs["domain"], x.shape)
+        m = self.sync(segment_moments(x, axes, domain, self.num_domains, mask))
         return self._standardized(x, params, m, domain, mask, dtype), m
 
     @one_rounding
@@ -120,30 +125,14 @@ class DomainBatchNorm(RunningNorm):
         dtype: DTypeLike | None,
         **inputs: Any,
     ) -> Array:
-        domain = self._checked(inputs["domain"], x.shape)
+        domain = self._ids(inputs["domain"], x.shape)
         m = running.read(stats, self.stats_axes(x.shape), x.dtype)
         shape = (self.num_domains, *self.axes(x.shape).stats_shape[1:])
         m = Moments(m.mean.reshape(shape), m.var.reshape(shape), 1)
         return self._standardized(x, params, m, domain, mask, dtype)
 
-    def _checked(self, domain: Array, shape: Shape) -> Array:
-        domain = as_array("domain", domain)
-        if domain.shape != shape[:1] or not jnp.issubdtype(domain.dtype, jnp.integer):
-            raise ValueError(
-                f"domain must hold an integer for each of the {shape[:1]} examples of "
-                f"an input of shape {shape}, got {domain.dtype} of shape {domain.shape}"
-            )
-        return domain.astype(jnp.int32)
-
-    def _by_domain(self, each: Moments, domain: Array) -> Moments:
-        """The moments of each domain, along the leading axis."""
-        here = domain[None] == jnp.arange(self.num_domains, dtype=jnp.int32)[:, None]
-        here = here.reshape(*here.shape, *[1] * (each.var.ndim - 1))
-        shape = (self.num_domains, *each.var.shape)
-        size = jnp.where(here, jnp.asarray(each.size), 0)
-        sets = each._replace(size=size).broadcast_to(shape)
-        pooled = pool(sets, lambda v: v.sum(1, keepdims=True))
-        return Moments(*(v[:, 0] for v in pooled))
+    def _ids(self, domain: ArrayLike, shape: Shape) -> Array:
+        return as_ids("domain", domain, shape, self.num_domains)
 
     def _standardized(
         self,
@@ -158,15 +147,14 @@ class DomainBatchNorm(RunningNorm):
         if not self.share_affine:
             self._check_affine(params, x.shape)
             params = {
-                k: _chosen(jnp.asarray(v), domain)
+                k: of_segment(domain, jnp.asarray(v))
                 for k, v in params.items()
                 if v is not None
             }
-        own = Moments(*(_chosen(v, domain) for v in m.broadcast_to(m.var.shape)))
+        own = moments_of_segment(domain, m)
         y = self.normalize_by(x, params, own, mask=mask, dtype=dtype)
         # At the end only, so that no gradient of what exists meets a NaN.
-        missing = (domain < 0) | (domain >= self.num_domains)
-        missing = missing.reshape(-1, *[1] * (x.ndim - 1))
+        missing = along(domain == self.num_domains, x.ndim)
         mask = as_mask(mask, x.shape)
         shown = missing if mask is None else missing & mask
         return jnp.where(shown, jnp.asarray(jnp.nan, y.dtype), y)
@@ -179,11 +167,6 @@ class DomainBatchNorm(RunningNorm):
                     f"{k} has shape {jnp.shape(v)}, but the features of an input of "
                     f"shape {shape} with {self.num_domains} domains are {expected}"
                 )
-
-
-def _chosen(table: Array, domain: Array) -> Array:
-    """The row of each example; that of another domain, if its own does not exist."""
-    return table[jnp.clip(domain, 0, table.shape[0] - 1)]
 
 
 def domain_batch_norm(

@@ -10,9 +10,18 @@ Not for: inputs with a large mean that says nothing: it stays, and sets the scal
 from collections.abc import Sequence
 from typing import Any
 
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
+from jaxnorm._activation import add_residual
+from jaxnorm._axes import Shape
+from jaxnorm._base import Params
+from jaxnorm._dtypes import one_rounding, recomputed
+from jaxnorm._moments import Moments
+from jaxnorm._reduce import moments
 from jaxnorm._stateless import ReductionNorm
+from jaxnorm._working import as_mask
 
 
 class RMSNorm(ReductionNorm):
@@ -27,10 +36,79 @@ class RMSNorm(ReductionNorm):
         reduction_axes: the axes that share a mean square.
         feature_axes: the axes that the scale varies along.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
+        first_features: number of features, the first ones, whose mean square is taken
+            for that of all (partial RMS norm); None for all.
     """
 
     param_names = ("scale",)
     center = False
+    first_features: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first_features is None:
+            return
+        if self.first_features < 1:
+            raise ValueError(
+                f"first_features must be at least 1, got {self.first_features}: pass "
+                "None for all features"
+            )
+        if self.axis_name is not None or self.implementation not in (None, "xla"):
+            raise ValueError(
+                f"first_features={self.first_features} takes no axis_name and no "
+                f"kernels, got axis_name={self.axis_name!r} and implementation="
+                f"{self.implementation!r}: leave them out"
+            )
+
+    def transform(
+        self,
+        x: Array,
+        params: Params,
+        *,
+        mask: ArrayLike | None,
+        dtype: DTypeLike | None,
+        residual: ArrayLike | None = None,
+    ) -> Any:
+        size, how = self.first_features, {"mask": mask, "dtype": dtype}
+        if size is None:
+            return super().transform(x, params, residual=residual, **how)
+        how["mask"] = as_mask(mask, x.shape)
+        if residual is None:
+            return self._by_first(x, size, params, **how)
+        x = add_residual(x, residual)
+        return x, self._by_first(x, size, params, **how)
+
+    @one_rounding
+    def _by_first(
+        self,
+        x: Array,
+        size: int,
+        params: Params,
+        *,
+        mask: Array | None,
+        dtype: DTypeLike | None,
+    ) -> Array:
+        first = self._first(x.shape, size)
+        valid = None if mask is None else jnp.broadcast_to(mask, x.shape)[first]
+
+        @recomputed  # so that the part is not kept beside the whole
+        def square(x: Array) -> Moments:
+            part = x[first]
+            return moments(part, self.axes(part.shape), mask=valid, center=False)
+
+        params = self.with_whole_scale(x, params)
+        return self.normalize_by(x, params, square(x), mask=mask, dtype=dtype)
+
+    def _first(self, shape: Shape, size: int) -> tuple[slice, ...]:
+        """Where the `size` features are whose mean square is taken."""
+        reduce = self.axes(shape).reduce
+        if len(reduce) != 1 or 0 < shape[reduce[0]] < size:
+            raise ValueError(
+                f"first_features={size} must be at most the number of elements along "
+                f"the one axis that is reduced, got reduction_axes="
+                f"{self.reduction_axes} for an input of shape {shape}"
+            )
+        return *[slice(None)] * reduce[0], slice(size)
 
 
 def rms_norm(
@@ -41,6 +119,7 @@ def rms_norm(
     feature_axes: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     zero_centered_scale: bool = False,
+    first_features: int | None = None,
     residual: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -61,6 +140,10 @@ def rms_norm(
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
         residual: array of the shape of x, or 0, added to x before the norm: the sum is
             returned, too, and the gradient of what reads it is added within the norm's.
+        first_features: number of features, the first ones, whose mean square is taken
+            for that of all, `(x[..., :first_features]**2).mean(-1, keepdims=True)`;
+            None for all. It needs one reduction axis and takes no `axis_name` and no
+            kernels.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
@@ -77,7 +160,7 @@ def rms_norm(
         ValueError, TypeError: while tracing, for shapes, dtypes, axes or settings that
             do not fit.
 
-    Source: Zhang and Sennrich, 2019.
+    Source: Zhang and Sennrich, 2019; `first_features` is their partial RMS norm.
 
     >>> import jax.numpy as jnp, jaxnorm
     >>> print(jaxnorm.rms_norm(jnp.array([[2.0, 2.0], [-30.0, 30.0]])).round(3))
@@ -89,6 +172,7 @@ def rms_norm(
         feature_axes=feature_axes,
         epsilon=epsilon,
         zero_centered_scale=zero_centered_scale,
+        first_features=first_features,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         implementation=implementation,

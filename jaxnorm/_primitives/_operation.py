@@ -62,6 +62,7 @@ class Operation:
     """
 
     every: dict[Primitive, "Operation"] = {}
+    is_small = False  # whether nothing of x's size is computed
 
     def __init__(self, name: str, formula: Formula, results: Results):
         self.formula, self.results = formula, results

@@ -154,6 +154,8 @@ def kept_nothing(reduction: Reduction, *moments: Array) -> tuple[Array, ...]:
 
 
 class _Kept(Operation):
+    is_small = True
+
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:

@@ -140,8 +140,9 @@ def decay_mask(params: Tree) -> Tree:
     For `optax.adamw(..., mask=jaxnorm.models.decay_mask)`. A norm is a node of `params`
     that holds nothing but arrays under names of the parameters of jaxnorm's methods:
     "scale", "bias", "alpha", "slope", "sigma", "threshold", "extra_epsilon",
-    "mean_weight", "var_weight" and what `control_labels` labels. So a module of a lone
-    bias counts as one, too, and a norm of your own with other parameters does not.
+    "mean_scale", "mean_weight", "var_weight" and what `control_labels` labels. So a
+    module of a lone bias counts as one, too, and a norm of your own with other
+    parameters does not.
 
     Args:
         params: parameters of a model.

@@ -62,7 +62,7 @@ bfloat16, float16, float64, not complex64
 def _operations(jaxpr: Jaxpr) -> Iterator[tuple[Operation, Any]]:
     for eqn in jaxpr.eqns:
         op = Operation.every.get(eqn.primitive)
-        if op is not None:
+        if op is not None and not op.is_small:
             yield op, eqn
         for inner in jaxprs_in_params(eqn.params):
             yield from _operations(inner)

@@ -24,6 +24,7 @@ PARAM_NAMES = frozenset(
         "control_mean",
         "control_product",
         "extra_epsilon",
+        "mean_scale",
         "mean_weight",
         "scale",
         "sigma",
