@@ -566,6 +566,7 @@ LOCAL = [
     "instance",
     "ghost",
     "dynamic_tanh",
+    "act",
     "divisive",
     "scale",
 ]
