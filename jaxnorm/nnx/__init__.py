@@ -2,6 +2,7 @@
 
 from jaxnorm.nnx._convert import convert as convert
 from jaxnorm.nnx._fold import fold as fold
+from jaxnorm.nnx._init_from_batch import init_from_batch as init_from_batch
 from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._norm import Norm as Norm
@@ -27,6 +28,7 @@ __all__ = [
     "WeightStandardization",
     "convert",
     "fold",
+    "init_from_batch",
     "recalibrate",
     "update",
     "variables",
