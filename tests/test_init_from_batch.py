@@ -155,6 +155,29 @@ def test_what_a_mask_excludes_counts_for_nothing():
     assert_same(params, in_float64(variables["params"], X, mask))
 
 
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_norm_takes_the_mask_that_it_is_called_with(api):
+    """And gives 0 where that is false, which the next layer then sees."""
+    params = started()["params"]
+    mask = (np.arange(5) < RNG.integers(1, 5, (16, 1)))[..., None]
+    x = np.where(mask, X, np.nan)
+    where = ("act", "plain").__contains__
+    if api == "linen":
+        apply = functools.partial(Net().apply, mask=mask)
+        new = init_from_batch(apply, {"params": params}, x, where=where)
+    else:
+        model = NnxNet()
+        jx.update(model, {"params": as_nnx(params)})
+        jx.init_from_batch(model, x, lambda m, x: m(x, mask=mask), where=where)
+        new = jx.variables(model)["params"]
+    valid = X[mask[..., 0]].astype(np.float64)
+    mean, std = valid.mean(0), valid.std(0)
+    scaled = np.where(mask, (X - mean) / std, 0) @ np.float64(params["plain"]["kernel"])
+    expected = np.float64(params["plain"]["kernel"]) / scaled.std((0, 1))
+    assert_same(new["act"], {"bias": -mean / std, "scale": 1 / std})
+    assert_same(new["plain"], {"kernel": expected})
+
+
 def test_half_precision_keeps_its_dtypes():
     variables = started(param_dtype=jnp.bfloat16)
     params = init_from_batch(Net(param_dtype=jnp.bfloat16).apply, variables, X)

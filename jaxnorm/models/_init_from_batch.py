@@ -55,7 +55,7 @@ class How(NamedTuple):
             m = m._replace(mean=jnp.zeros_like(m.mean), residue=0.0)
         by = m._replace(var=usable(m.var))
         standard = self.norm.normalize_by(y, {}, by, mask=own_mask, dtype=y.dtype)
-        return standard, jnp.stack([v.reshape(-1) for v in (m.mean + m.residue, m.var)])
+        return standard, jnp.stack([v.reshape(-1) for v in (m.mean, m.var)])
 
     def _mask(self, path: str, shape: tuple[int, ...]) -> Array | None:
         """The mask for an output of `shape`, whose leading axes it is of."""
