@@ -280,7 +280,8 @@ def test_densities_are_those_of_the_actions(cross_q):
     actor = nets.init(jax.random.key(0))["actor"]
     states, key = jnp.zeros((1, 2)), jax.random.key(1)
     actions, density, _ = nets.act(actor, states, key)
-    out = np.float64(nets.actor.apply(actor, cross_q.observed(states), False))[0]
+    out = nets.actor.apply(actor, cross_q.observed(states), False)
+    out = np.asarray(out, np.float64)[0]
     mean, std = out[0], np.exp(np.clip(out[1], -5, 2))
     action = float(actions[0, 0])
     normal = -((np.arctanh(action) - mean) ** 2) / (2 * std**2)

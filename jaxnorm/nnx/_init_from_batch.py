@@ -76,7 +76,7 @@ def init_from_batch(
         for path, module in watched.items():
             _watch(path, module, how)
         call(twin, batch)
-        seen = {p: m.seen.get_value() for p, m in watched.items()}
+        seen = {p: vars(m)["seen"].get_value() for p, m in watched.items()}
         return {p: only(p, calls) for p, calls in seen.items() if calls}
 
     arrays = variables(model) | {"state": state}
