@@ -28,8 +28,8 @@ Test accuracy, in percent of 360 images, of the small ResNet of
 batches of 64 on 8 virtual CPU devices, one column per seed. One image is 0.28. Written
 by `python benchmarks/accuracy_on_digits.py`. All norms are trained alike, at the
 learning rate that suits batch norm: it shows that they train, not which is best. Local
-and global response norm, dynamic tanh and divisive norm do not fix the scale of their
-output, which this network relies on.
+and global response norm, dynamic tanh, divisive norm and ActNorm (whose scale and bias
+no batch sets here) do not fix the scale of their output, which this network relies on.
 
 | Norm | {seeds} | Mean |
 |---|{rule}---|
@@ -47,7 +47,7 @@ def load_example():
 
 
 def accuracies(example, norm, seeds, epochs, batch_size=64) -> list[float]:
-    train, test = example.load_digits()
+    train, test = example.load()
     shape, classes = train.images.shape[1:], int(train.labels.max()) + 1
     optimizer = example.make_optimizer(-(-len(train.labels) // batch_size))
     build = example.resnet.MODELS["linen"]

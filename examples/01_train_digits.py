@@ -71,6 +71,7 @@ NORMS = {
     "global-response": jaxnorm.GlobalResponseNorm(),
     "local-response": jaxnorm.LocalResponseNorm(),
     "dynamic-tanh": jaxnorm.DynamicTanh(initial_alpha=4.0),
+    "act": jaxnorm.ActNorm(),
     "divisive": jaxnorm.DivisiveNorm(window=3, window_axes=(1, 2), initial_sigma=0.1),
 }
 

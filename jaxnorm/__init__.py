@@ -5,6 +5,8 @@ import typing
 from jaxnorm._axes import Axes as Axes
 from jaxnorm._base import Norm as Norm
 from jaxnorm._devices import sync as sync
+from jaxnorm._methods.act_norm import ActNorm as ActNorm
+from jaxnorm._methods.act_norm import act_norm as act_norm
 from jaxnorm._methods.batch_norm import BatchNorm as BatchNorm
 from jaxnorm._methods.batch_norm import batch_norm as batch_norm
 from jaxnorm._methods.batch_renorm import BatchRenorm as BatchRenorm
@@ -113,6 +115,7 @@ from jaxnorm._weights.weight_norm import weight_norm as weight_norm
 from jaxnorm._weights.weight_standardize import weight_standardize as weight_standardize
 
 __all__ = [
+    "ActNorm",
     "Axes",
     "BatchNorm",
     "BatchRenorm",
@@ -153,6 +156,7 @@ __all__ = [
     "SwitchableNorm",
     "TreeStandardizer",
     "VirtualBatchNorm",
+    "act_norm",
     "batch_norm",
     "batch_renorm",
     "cross_iteration_batch_norm",

@@ -66,6 +66,7 @@ class Norm(Settings, abc.ABC):
     can_sync: ClassVar[bool] = True  # whether devices can share statistics
     has_stats: ClassVar[bool] = True  # whether the method keeps statistics
     real_only: ClassVar[bool] = False  # whether complex numbers are refused
+    is_affine: ClassVar[bool] = False  # whether it is scale and bias, and nothing else
     # Names of parameters that a backward pass renews, as the gradient to subtract.
     controls: ClassVar[tuple[str, ...]] = ()
 

@@ -11,8 +11,11 @@ from jax.typing import ArrayLike
 RUNNING = "running"  # the layer normalizes by the running statistics, in training too
 HELD = "held"  # the layer does not update its statistics
 SWITCHES = (RUNNING, HELD)
-# The moments of all batches since `accumulate`, in the place of an update.
-BATCH = ("batch_mean", "batch_var", "batch_size", "batch_residue")
+# The moments of all batches since `accumulate`, in the place of an update; and whether
+# they are averages, without how far the means of the batches are apart.
+MOMENTS = ("batch_mean", "batch_var", "batch_size", "batch_residue")
+AVERAGED = "batch_averaged"
+BATCH = (*MOMENTS, AVERAGED)
 MARKS = (*SWITCHES, *BATCH)
 
 

@@ -23,7 +23,7 @@ from jaxnorm._arguments import (
 )
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import at_least_float32, promote
-from jaxnorm._marks import BATCH
+from jaxnorm._marks import AVERAGED, BATCH, MOMENTS
 from jaxnorm._moments import Moments, pool
 from jaxnorm._sharding import sharded_as
 
@@ -142,27 +142,47 @@ def copy_of(value: Any) -> Any:
 def start_accumulation(stats: Mapping[str, ArrayLike]) -> Stats:
     """`stats` that pool the moments of batches from now on, and are not updated."""
     like = jnp.asarray(stats["mean" if "mean" in stats else "var"])
-    dtypes = (like.dtype, like.real.dtype, jnp.int32, like.dtype)
+    dtypes = (like.dtype, like.real.dtype, jnp.int32, like.dtype, bool)
     zeros = (jnp.zeros_like(like, dtype) for dtype in dtypes)
     return as_arrays(stats) | dict(zip(BATCH, zeros, strict=True))
 
 
 def accumulated(stats: Mapping[str, ArrayLike]) -> Moments:
     """The moments of all batches pooled in `stats` so far."""
-    return Moments(*(jnp.asarray(stats[k]) for k in BATCH))
+    return Moments(*(jnp.asarray(stats[k]) for k in MOMENTS))
 
 
-def accumulate(stats: Mapping[str, ArrayLike], m: Moments, axes: Axes) -> Stats:
-    """`stats`, in which the batch of the moments `m` joins those pooled before."""
+def accumulate(
+    stats: Mapping[str, ArrayLike], m: Moments, axes: Axes, *, averaged: bool
+) -> Stats:
+    """`stats`, in which the batch of the moments `m` joins those pooled before.
+
+    Where `averaged`, mean and variance are averages over all elements, each by itself.
+    """
     check(stats, axes, BATCH)
     before, shape = accumulated(stats), axes.feature_shape
     new = (lax.stop_gradient(v) for v in m.broadcast_to(m.var.shape))
-    both = (
-        jnp.stack([a, b.reshape(shape).astype(a.dtype)])
-        for a, b in zip(before, new, strict=True)
+    both = Moments(
+        *(
+            jnp.stack([a, b.reshape(shape).astype(a.dtype)])
+            for a, b in zip(before, new, strict=True)
+        )
     )
-    union = pool(Moments(*both), lambda v: v.sum(0, keepdims=True))
-    return as_arrays(stats) | {k: v[0] for k, v in zip(BATCH, union, strict=True)}
+    pooled = (_average if averaged else _union)(both)
+    gathered = {k: v[0] for k, v in zip(MOMENTS, pooled, strict=True)}
+    gathered[AVERAGED] = jnp.full_like(stats[AVERAGED], averaged, bool)
+    return as_arrays(stats) | gathered
+
+
+def _union(both: Moments) -> Moments:
+    """The moments of the two along the leading axis together."""
+    return pool(both, lambda v: v.sum(0, keepdims=True))
+
+
+def _average(both: Moments) -> Moments:
+    """As `_union`, but for the variance, which is their average."""
+    var = both._replace(mean=both.var, var=jnp.zeros_like(both.var), residue=0.0)
+    return _union(both)._replace(var=_union(var).mean)
 
 
 def all_finite(*arrays: Array) -> Array:

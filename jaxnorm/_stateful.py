@@ -25,8 +25,6 @@ class StatefulNorm(Norm):
 
     momentum: float | None = 0.99
     counts_batches: ClassVar[bool] = False  # whether momentum=None averages all batches
-    # Whether the statistics are moments of the data.
-    keeps_moments: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,10 +131,12 @@ class StatefulNorm(Norm):
         return jax.tree.map(choose, evaluated, (y, new))
 
     def _check_accumulation(self, stats: Stats) -> None:
-        if BATCH[0] in stats and not self.keeps_moments:
+        if BATCH[0] in stats:
+            kept = sorted({*stats} - {*MARKS})
             raise ValueError(
-                f"the statistics of {type(self).__name__} are no moments of the data, "
-                "so those of several batches cannot be pooled: leave its layers out"
+                f"{type(self).__name__} moves {kept} by a rule of its own at each step,"
+                " and not towards statistics of one batch, so that those of several "
+                "batches cannot be pooled: leave its layers out with `where`"
             )
 
     def _without_renewal(
@@ -172,7 +172,8 @@ class RunningNorm(StatefulNorm):
 
     unbiased: bool = False
     counts_batches = True
-    keeps_moments = True
+    # Whether the statistics are moments of the data, or else averages over batches.
+    keeps_moments: ClassVar[bool] = True
     stat_names: ClassVar[tuple[str, ...]] = ("mean", "var")
 
     def by_batch(
@@ -221,7 +222,8 @@ class RunningNorm(StatefulNorm):
         """The statistics, moved towards those of a batch of `shape`, or with its
         moments pooled into those of batches before."""
         if BATCH[0] in stats:
-            return running.accumulate(stats, m, self.stats_axes(shape))
+            how = {"averaged": not self.keeps_moments}
+            return running.accumulate(stats, m, self.stats_axes(shape), **how)
         return running.update_stats(
             stats,
             m,
@@ -231,6 +233,9 @@ class RunningNorm(StatefulNorm):
             stat_names=self.stat_names,
             least=2 if self.center else 1,
         )
+
+    def _check_accumulation(self, stats: Stats) -> None:
+        """Any statistics of batches can be pooled."""
 
     def evaluate(
         self,

@@ -427,6 +427,7 @@ NORMS: dict[str, Row] = {
     "dynamic_tanh": other(
         jaxnorm.DynamicTanh, {}, LAST, ((8, 5),), split=None, constant=False
     ),
+    "act": other(jaxnorm.ActNorm, {}, LAST, ((8, 5),), split=None, constant=False),
     "divisive": other(
         jaxnorm.DivisiveNorm,
         {"window": (3, 4), "window_axes": (1, 3)},

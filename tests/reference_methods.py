@@ -762,6 +762,13 @@ def dynamic_tanh(x, params, stats, *, mask=None, use_running_average=False):
     return _finish(y, valid), _copy(stats)
 
 
+def act_norm(x, params, stats, *, mask=None, use_running_average=False):
+    """No statistics, only scale and bias (Kingma and Dhariwal 2018, 1807.03039)."""
+    del use_running_average  # always the same
+    x, valid = _select(x, mask)
+    return _finish(_affine(x, params), valid), _copy(stats)
+
+
 def divisive_norm(
     x,
     params,

@@ -18,11 +18,13 @@ from jaxnorm import RunningNorm
 from jaxnorm import linen as jl
 from jaxnorm import nnx as jx
 
-POOLABLE: dict[str, Any] = {
-    name: row
-    for name, row in STATEFUL.items()
-    if isinstance(row.norm, RunningNorm) and row.norm.keeps_moments
+GATHERING: dict[str, Any] = {
+    name: row for name, row in STATEFUL.items() if isinstance(row.norm, RunningNorm)
 }
+AVERAGED = {k: v for k, v in GATHERING.items() if not v.norm.keeps_moments}
+# Those of a history depend on how it is split.
+HISTORY = {k for k, v in GATHERING.items() if "past_mean" in problem(v).stats}
+POOLABLE = {k: GATHERING[k] for k in {*GATHERING} - {*AVERAGED} - HISTORY}
 SIZES = 2, 4, 2  # of the micro-batches
 
 
@@ -61,6 +63,78 @@ def test_micro_batches_make_the_update_of_the_whole(name, unbiased):
     assert_same(got, whole)
     for k, v in start.items():
         np.testing.assert_array_equal(jaxnorm.models.discard(stats)[k], v)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("name", sorted(AVERAGED))
+def test_averages_weigh_batches_by_their_elements(name, unbiased):
+    """And lack how far the means of the batches are apart."""
+    row = AVERAGED[name]
+    instances = isinstance(row.norm, jaxnorm.RunningInstanceNorm)
+    norm = changed(row.norm, momentum=0.0, unbiased=unbiased and instances)
+    p = problem(row._replace(norm=norm), offset=100)
+    shift = 10 * np.arange(len(p.x)).reshape(-1, *[1] * (p.x.ndim - 1))
+    x, mask = p.x + shift.astype(np.float32), np.array(p.mask)
+    mask = np.broadcast_to(mask, x.shape).copy()
+    mask[-1] = False
+    start = jax.tree.map(jnp.zeros_like, norm.init_stats(p.stats["var"].shape))
+
+    @jax.jit
+    def train(x, stats, mask):
+        return norm(x, p.params, stats, mask=mask)[1]
+
+    stats, alone = jaxnorm.models.accumulate(start), []
+    for x_part, mask_part in zip(parts(x), parts(mask), strict=True):
+        stats = train(x_part, stats, mask_part)
+        alone.append(train(x_part, start, mask_part))
+    got = jaxnorm.models.commit(stats, momentum=0.0)
+    reduced = norm.axes(x.shape).reduce
+    sizes = np.stack([part.sum(reduced) for part in parts(mask)])
+    for k in ("mean", "var"):
+        each = np.stack([np.asarray(v[k], np.float64) for v in alone])
+        np.testing.assert_allclose(got[k], (each * sizes).sum(0) / sizes.sum(0), 2e-6)
+    if instances and not unbiased:  # which weighs variances by n - 1
+        assert_same(got, train(x, start, mask), 5e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (2, 4, 2)])
+def test_instances_are_recalibrated_however_they_are_split(sizes):
+    norm = jaxnorm.RunningInstanceNorm(momentum=0.0, unbiased=True)
+    x = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32)
+    x += 10 * np.arange(8, dtype=np.float32)[:, None, None]
+
+    def apply(variables, batch):
+        return {"norm": norm(batch, {}, variables["batch_stats"]["norm"])[1]}
+
+    tree = {"batch_stats": {"norm": norm.init_stats((3,))}}
+    batches = np.split(x, np.cumsum(sizes)[:-1])
+    got = jaxnorm.models.recalibrate(apply, tree, batches)["norm"]
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(got["mean"], exact.mean((0, 1)), 1e-6)
+    np.testing.assert_allclose(got["var"], exact.var(1, ddof=1).mean(0), 1e-6)
+
+
+def test_a_history_is_recalibrated_by_each_batch_itself():
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(4, 3)).astype(np.float32)
+    norm = jaxnorm.CrossIterationBatchNorm(kernel_shape=kernel.shape, momentum=0.5)
+    data = rng.normal(2, 3, (20, 4)).astype(np.float32)
+
+    def apply(variables, batch):
+        stats = variables["batch_stats"]["norm"]
+        call = {"kernel": kernel, "layer": lambda kernel: batch @ kernel}
+        return {"norm": norm(batch @ kernel, {}, stats, **call)[1]}
+
+    start = {"batch_stats": {"norm": norm.init_stats((3,))}}
+    past = apply(start, 5 + data[:4])
+    got = jaxnorm.models.recalibrate(
+        apply, {"batch_stats": past}, [data[:4], data[4:]]
+    )["norm"]
+    exact = data.astype(np.float64) @ kernel.astype(np.float64)
+    np.testing.assert_allclose(got["mean"], exact.mean(0), 1e-5)
+    np.testing.assert_allclose(got["var"], exact.var(0), 1e-5)
+    for k in {*past["norm"]} - {"mean", "var"}:
+        np.testing.assert_array_equal(got[k], past["norm"][k])
 
 
 def test_domains_are_gathered_one_by_one():
@@ -173,11 +247,11 @@ def test_in_nnx():
     np.testing.assert_allclose(norm.var[...], other.var[...], 1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in STATEFUL if n not in POOLABLE])
-def test_methods_without_moments_refuse(name):
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n not in GATHERING])
+def test_methods_of_a_rule_of_their_own_refuse(name):
     row, p = STATEFUL[name], problem(STATEFUL[name])
     stats = jaxnorm.models.accumulate(p.stats)
-    with pytest.raises(ValueError, match="no moments of the data"):
+    with pytest.raises(ValueError, match="by a rule of its own at each step"):
         jax.eval_shape(
             lambda: row.norm(p.x, p.params, stats, mask=p.mask, **row.inputs(p.x))
         )

@@ -567,6 +567,7 @@ LOCAL = [
     "instance",
     "ghost",
     "dynamic_tanh",
+    "act",
     "divisive",
     "scale",
 ]

@@ -56,6 +56,7 @@ def conditional():
         ("05_freeze_for_finetuning", ["--steps=0"], "--steps must be at least 1"),
         ("08_from_pytorch", ["--checkpoint=no.file"], "no.file is not a file"),
         ("08_from_pytorch", ["--steps=1"], "--steps"),
+        ("10_cross_q", ["--steps=0"], "--steps must be at least 1"),
         ("04_fold_for_inference", ["--steps=0"], "--steps must be at least 1"),
     ],
 )
@@ -223,6 +224,69 @@ def test_what_torch_trained_goes_on_training(capsys):
     before, after = (float(v) for v in losses.split(": ")[1].split())
     assert after < before
     assert back == "back in torch: 14 arrays, keys alike: True"
+
+
+# ---- Reinforcement learning -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cross_q():
+    module = load("10_cross_q")
+    vars(module).update(HIDDEN=16, RANDOM_STEPS=20, BATCH_SIZE=16)
+    return module
+
+
+def test_each_critic_trains(cross_q, capsys):
+    assert cross_q.main(["--steps=80"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    found = dict(line.strip().split(": ") for line in lines)
+    assert list(found) == list(cross_q.CRITICS)
+    returns = [[float(v) for v in values.split()] for values in found.values()]
+    assert np.isfinite(returns).all() and {len(v) for v in returns} == {4}
+    assert len({tuple(v) for v in returns}) > 1
+
+
+def test_one_pass_has_the_statistics_of_both_batches(cross_q):
+    nets = cross_q.networks(jaxnorm.BatchNorm(momentum=0.0), True)
+    apart = nets._replace(one_pass=False)
+    rng = np.random.default_rng(0)
+    batch = {k: rng.normal(size=(16, 2)).astype(np.float32) for k in ("state", "next")}
+    batch["action"] = rng.uniform(-1, 1, (16, 1)).astype(np.float32)
+    actions = rng.uniform(0, 1, (16, 1)).astype(np.float32)
+    critic = nets.init(jax.random.key(0))["critic"]
+    first = np.concatenate([cross_q.observed(batch["state"]), batch["action"]], -1)
+    second = np.concatenate([cross_q.observed(batch["next"]), actions], -1)
+    for which, seen in ((nets, np.concatenate([first, second])), (apart, first)):
+        values, after, new = which.both_values(critic, batch, actions)
+        assert values.shape == after.shape == (2, 16)
+        got = new["batch_stats"]["Norm_0"]["mean"]
+        np.testing.assert_allclose(got, [seen.mean(0)] * 2, 1e-4, 1e-6)
+
+
+def test_the_pendulum_is_that_of_gymnasium(cross_q):
+    rng = np.random.default_rng(0)
+    for angle, speed, action in rng.uniform([-9, -8, -1], [9, 8, 1], (20, 3)):
+        off = np.arctan2(np.sin(angle), np.cos(angle))
+        cost = off**2 + 0.1 * speed**2 + 0.001 * (2 * action) ** 2
+        pull = 3 * 10 / (2 * 1) * np.sin(angle) + 3 / (1 * 1**2) * 2 * action
+        after = np.clip(speed + pull * 0.05, -8, 8)
+        state, reward = cross_q.moved(jnp.array([angle, speed]), jnp.array([action]))
+        np.testing.assert_allclose(state, [angle + after * 0.05, after], 1e-5, 1e-5)
+        np.testing.assert_allclose(reward, -cost, 1e-4, 1e-4)
+
+
+def test_densities_are_those_of_the_actions(cross_q):
+    nets = cross_q.networks(None, False)
+    actor = nets.init(jax.random.key(0))["actor"]
+    states, key = jnp.zeros((1, 2)), jax.random.key(1)
+    actions, density, _ = nets.act(actor, states, key)
+    out = nets.actor.apply(actor, cross_q.observed(states), False)
+    out = np.asarray(out, np.float64)[0]
+    mean, std = out[0], np.exp(np.clip(out[1], -5, 2))
+    action = float(actions[0, 0])
+    normal = -((np.arctanh(action) - mean) ** 2) / (2 * std**2)
+    normal -= np.log(std * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(density[0], normal - np.log(1 - action**2), 1e-3)
 
 
 # ---- Folding ----------------------------------------------------------------------

@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from wrong_values import (
+    ARRAY,
+    AXIS_NAME,
     FLAG,
     FUNCTION,
+    GROUPS,
     MAPPING,
     NOT_NEGATIVE,
     SHARE,
@@ -79,6 +83,12 @@ WHERE = {"where": FUNCTION}
 def train(variables, batch):
     stats = variables["batch_stats"]["norm"]
     return {"norm": jaxnorm.BatchNorm()(batch, {}, stats)[1]}
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, use_bias=False, name="dense")(x)
 
 
 TOOLS = {
@@ -157,6 +167,24 @@ TOOLS = {
             "dead": (*NOT_NEGATIVE, None),
             "drift": (*NOT_NEGATIVE, None),
             "least": (*NOT_NEGATIVE, None),
+        }
+        | WHERE,
+    ),
+    "init_from_batch": Tool(
+        jaxnorm.models.init_from_batch,
+        {
+            "apply": Net().apply,
+            "variables": {"params": {"dense": {"kernel": jnp.eye(3)}}},
+            "batch": jnp.linspace(0, 1, 12).reshape(4, 3) ** 2,
+        },
+        {
+            "apply": (*FUNCTION, lambda variables, batch, mutable: batch),
+            "variables": (*COLLECTIONS, LAYER),
+            "per_feature": SWITCH,
+            "center": SWITCH,
+            "mask": (*given(ARRAY), jnp.ones(3), jnp.ones((4, 1)), 1j),
+            "axis_name": (*AXIS_NAME, "unbound"),
+            "axis_index_groups": GROUPS,
         }
         | WHERE,
     ),

@@ -28,9 +28,17 @@ def section(title: str, *parts: str) -> str:
 def api(method: Method) -> str:
     lines = [f".. autofunction:: jaxnorm.{method.name}"]
     if method.settings:
-        name = method.settings.__name__
-        lines = [f".. autoclass:: jaxnorm.{name}", "   :members: axes", "", *lines]
+        name, members = method.settings.__name__, ["axes", *own(method.settings)]
+        shown = f"   :members: {', '.join(members)}"
+        lines = [f".. autoclass:: jaxnorm.{name}", shown, "", *lines]
     return "\n".join(["```{eval-rst}", *lines, "```"])
+
+
+def own(settings: type) -> list[str]:
+    """The methods that one class has, and those that it is made from have not."""
+    found = {k for k, v in vars(settings).items() if inspect.isfunction(v)}
+    known = {k for base in settings.__bases__ for k in dir(base)}
+    return sorted(k for k in found - known if not k.startswith("_"))
 
 
 def head(method: Method) -> str:

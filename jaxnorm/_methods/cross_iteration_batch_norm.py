@@ -25,6 +25,7 @@ from jaxnorm._arguments import as_array, check_function
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
 from jaxnorm._dtypes import at_least_float32, one_rounding
+from jaxnorm._marks import BATCH
 from jaxnorm._moments import Moments, pool
 from jaxnorm._running import all_finite, replaced
 from jaxnorm._sharding import vary_together
@@ -52,7 +53,6 @@ class CrossIterationBatchNorm(RunningNorm):
 
     required_inputs = ("kernel", "layer")
     can_sync = False
-    keeps_moments = False
     epsilon: float = 1e-5
     kernel_shape: tuple[int, ...] = ()
     window: int = 4
@@ -97,7 +97,9 @@ class CrossIterationBatchNorm(RunningNorm):
         kernel = self._checked(inputs["kernel"], x.shape)
         own = self.batch_moments(x, mask)
         m = self._over_batches(own, past, kernel, x.shape)
-        return self.normalize_by(x, params, m, mask=mask, dtype=dtype), m
+        y = self.normalize_by(x, params, m, mask=mask, dtype=dtype)
+        # Those of past batches have been gathered, or are of other data.
+        return y, own if BATCH[0] in stats else m
 
     def train(
         self,

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params, Stats
+from jaxnorm._marks import BATCH
 from jaxnorm._moments import Moments, pool
 from jaxnorm._normalize import normalize
 from jaxnorm._stateful import RunningNorm
@@ -56,7 +57,7 @@ class RunningInstanceNorm(RunningNorm):
         y, m = normalize(
             x, params, instances, epsilon=self.epsilon, mask=mask, dtype=dtype
         )
-        return y, self._averaged(m)
+        return y, self._averaged(m, gathers=BATCH[0] in stats)
 
     def single_value_problem(self, shape: Shape, by_batch: bool) -> str | None:
         if Axes.per_example(shape, self.axis).size == 1 and by_batch:
@@ -67,9 +68,13 @@ class RunningInstanceNorm(RunningNorm):
             )
         return None
 
-    def _averaged(self, m: Moments) -> Moments:
+    def _averaged(self, m: Moments, gathers: bool) -> Moments:
         """The mean over all positions of the mean, the variance and the reciprocal of
-        the size of the instance they belong to."""
+        the size of the instance they belong to.
+
+        Where batches are gathered, the size is the number of positions, by which these
+        weigh, and the variance is the unbiased one already, if that is kept.
+        """
         size = jnp.broadcast_to(jnp.asarray(m.size), m.var.shape)
         share = 1 / jnp.maximum(size, 1).astype(m.var.dtype)
         each = jnp.stack([v.astype(m.mean.dtype) for v in (m.mean, m.var, share)])
@@ -78,9 +83,12 @@ class RunningInstanceNorm(RunningNorm):
         pooled = pool(sets, lambda v: v.sum(1, keepdims=True))
         pooled = self.sync(pooled)
         mean, var, share = pooled.mean[:, 0]
-        some = pooled.size[0, 0] > 0
-        size = jnp.where(some, 1 / jnp.where(some, share.real, 1), 0)
-        return Moments(mean, var.real, size)
+        var, share, positions = var.real, share.real, pooled.size[0, 0]
+        if gathers:
+            lost = jnp.where(share < 1, share, 0) if self.unbiased else 0
+            return Moments(mean, var / (1 - lost), positions)
+        some = positions > 0
+        return Moments(mean, var, jnp.where(some, 1 / jnp.where(some, share, 1), 0))
 
 
 def running_instance_norm(

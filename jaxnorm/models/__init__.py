@@ -31,6 +31,7 @@ from jaxnorm.models._health.records import Finding as Finding
 from jaxnorm.models._health.records import LayerHealth as LayerHealth
 from jaxnorm.models._implementations import Implementation as Implementation
 from jaxnorm.models._implementations import implementations as implementations
+from jaxnorm.models._init_from_batch import init_from_batch as init_from_batch
 from jaxnorm.models._paths import layers as layers
 from jaxnorm.models._quantize import (
     quantization_aware_layer as quantization_aware_layer,
@@ -65,6 +66,7 @@ __all__ = [
     "frozen_labels",
     "health",
     "implementations",
+    "init_from_batch",
     "join",
     "layers",
     "merge",

@@ -22,6 +22,11 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
     each layer, until `commit` makes one update of them, or `discard` none. So the
     statistics after k micro-batches are those after one batch of all their examples.
 
+    Those of running instance, L1 and range batch norm are averages over instances or
+    batches, and are averaged by numbers of elements ("batch_averaged" is true). Running
+    instance norm applies `unbiased` itself. The history that cross-iteration batch norm
+    keeps goes on, and is not gathered.
+
     Args:
         batch_stats: statistics of the layers of a model, or of one layer.
         where: whether to take the layer at a path, such as "Block_0/BatchNorm_1".
@@ -33,7 +38,7 @@ def accumulate(batch_stats: Tree, where: Where = everywhere) -> Tree:
 
     Raises:
         ValueError: if `where` selects no layer; in training, for methods whose
-            statistics are no moments of data (L1, range, moving average and others).
+            statistics follow no single batch (moving average, online and IterNorm).
         TypeError: for what is no tree of arrays.
 
     Source: Chan, Golub and LeVeque, 1983.

@@ -49,7 +49,7 @@ def merge(
     Returns:
         A new tree. Entries but "mean" and "var" are those of the first tree. What it
         holds is true of norms whose "var" is a variance, or mean square, of the data;
-        that of L1, range and running instance norm is not.
+        that of L1, range and running instance norm is an average, as `blend` makes it.
 
     Raises:
         ValueError: if the trees differ in layers or shapes, or the weights in number,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jaxnorm import _marks as marks
 from jaxnorm import _running as running
 from jaxnorm._arguments import as_bool, check_function, shown
-from jaxnorm._marks import BATCH, MARKS, RUNNING
+from jaxnorm._marks import AVERAGED, BATCH, MARKS, RUNNING
 from jaxnorm._moments import Moments, mix
 from jaxnorm.models._paths import (
     Tree,
@@ -53,6 +53,10 @@ def recalibrate(
     these are exactly the moments of what each layer will see in evaluation, also where
     batches are small. That goes over the data until nothing changes: at most as often
     as there are layers, and once more.
+
+    Statistics that are no moments of the data, of running instance, L1 and range batch
+    norm, become the averages of those of instances or batches, weighed by their numbers
+    of elements. Running instance norm applies its own `unbiased`.
 
     Args:
         apply: `apply(variables, batch)` runs the model in training mode and returns its
@@ -127,11 +131,21 @@ def recalibrate(
     return with_layers(stats, {p: {**selected[p], **v} for p, v in new.items()})
 
 
-def _union(a: Any, b: Any) -> Moments:
-    """Moments of the union of two disjoint sets, all in NumPy's float64."""
-    size = a.size + b.size
-    share = b.size / np.maximum(size, 1)
-    return mix((a, b), (1 - share, share))._replace(size=size)
+class Seen(NamedTuple):
+    """The moments of batches, and whether they are averages (`AVERAGED`)."""
+
+    moments: Moments
+    averaged: Any
+
+
+def _union(a: Seen, b: Seen) -> Seen:
+    """Those of the union of two disjoint sets, all in NumPy's float64."""
+    size = a.moments.size + b.moments.size
+    share = b.moments.size / np.maximum(size, 1)
+    parts, weights = (a.moments, b.moments), (1 - share, share)
+    averaged = a.averaged | b.averaged
+    both = mix(parts, weights, weights if averaged.any() else None)
+    return Seen(both._replace(size=size), averaged)
 
 
 def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
@@ -142,7 +156,7 @@ def _gathering(stats: Mapping[str, Any], by_running: bool) -> dict[str, Any]:
 
 def _gathered(
     apply: Apply, variables: Any, batch: Any, paths: list[str]
-) -> dict[str, Moments]:
+) -> dict[str, Seen]:
     """The moments of one batch in the layers at `paths`."""
     returned = apply(variables, batch)
     check_layers(returned, "what apply(variables, batch) returns")
@@ -154,16 +168,16 @@ def _gathered(
             "it must return the batch_stats that the model updates in training, all of "
             f"them; those returned are {list(new)}"
         )
-    return {p: Moments(*(new[p][k] for k in BATCH)) for p in paths}
+    return {p: Seen(running.accumulated(new[p]), new[p][AVERAGED]) for p in paths}
 
 
 def _one_pass(
-    gather: Callable[[Any, Any], dict[str, Moments]],
+    gather: Callable[[Any, Any], dict[str, Seen]],
     variables: Any,
     batches: Iterable[Any],
 ) -> dict[str, Moments]:
     """The moments of all batches in each layer."""
-    found: dict[str, Moments] = {}
+    found: dict[str, Seen] = {}
     before = None
     for number, batch in enumerate(batches):
         # The device works on this batch while the host pools the one before.
@@ -176,24 +190,23 @@ def _one_pass(
             "that has come to its end"
         )
     _join(found, before)
-    empty = [path for path, pooled in found.items() if not np.any(pooled.size)]
+    pooled = {path: seen.moments for path, seen in found.items()}
+    empty = [path for path, m in pooled.items() if not np.any(m.size)]
     if empty:
         raise ValueError(
             f"the layers {empty} have gathered nothing: each must be one of jaxnorm's, "
             "called in training mode (use_running_average=False) on something valid; "
             "leave others, such as Flax's own, out with `where`"
         )
-    return found
+    return pooled
 
 
-def _join(
-    found: dict[str, Moments], batch: tuple[int, dict[str, Moments]] | None
-) -> None:
+def _join(found: dict[str, Seen], batch: tuple[int, dict[str, Seen]] | None) -> None:
     """Pools the moments of a batch of this number into those found so far."""
     if batch is None:
         return
-    number, moments = batch
-    for path, m in jax.device_get(moments).items():
+    number, layers = batch
+    for path, (m, averaged) in jax.device_get(layers).items():
         m = _float64(m)
         if not (np.isfinite(m.mean).all() and np.isfinite(m.var).all()):
             raise ValueError(
@@ -201,7 +214,8 @@ def _join(
                 "are not finite: mask what is not valid in the data, or find out which "
                 "weights make it so; no statistics have changed"
             )
-        found[path] = _union(found[path], m) if path in found else m
+        seen = Seen(m, averaged)
+        found[path] = _union(found[path], seen) if path in found else seen
 
 
 def _float64(m: Any) -> Any:

@@ -4,6 +4,7 @@ from jaxnorm.nnx._bake import bake as bake
 from jaxnorm.nnx._convert import convert as convert
 from jaxnorm.nnx._fold import fold as fold
 from jaxnorm.nnx._fold_scales import fold_scales as fold_scales
+from jaxnorm.nnx._init_from_batch import init_from_batch as init_from_batch
 from jaxnorm.nnx._layer_norms import LayerNorm as LayerNorm
 from jaxnorm.nnx._layer_norms import RMSNorm as RMSNorm
 from jaxnorm.nnx._norm import Norm as Norm
@@ -31,6 +32,7 @@ __all__ = [
     "convert",
     "fold",
     "fold_scales",
+    "init_from_batch",
     "recalibrate",
     "update",
     "variables",
