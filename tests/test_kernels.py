@@ -303,7 +303,7 @@ REASONS = [
     ("rows", "triton", (8, 64), ("float32", "complex64"), "got complex64"),
     ("rows", "triton", (8, 8193), ("float32",), "8193 features .* at most 8192"),
     ("rows", "mosaic", (8, 100), ("float32",), "multiple of 128, got 100"),
-    ("rows", "triton", (2**20, 2048), ("float32",), "2\\*\\*31 elements"),
+    ("rows", "mosaic", (2**20, 2048), ("float32",), "2\\*\\*31 elements"),
     ("rows", "triton", (0, 64), ("float32",), "is empty"),
     ("rows", "triton", (8,), ("float32",), r"\(rows, features\), got shape \(8,\)"),
     ("columns", "triton", (8, 64), ("float32",), r"\(batch, space, features\)"),
@@ -320,6 +320,7 @@ def test_reasons(pattern, name, shape, dtypes, says):
 
 def test_no_reason():
     assert support.why_unfit("rows", "triton", (8, 100), "bfloat16") is None
+    assert support.why_unfit("rows", "triton", (2**22, 4096), "bfloat16") is None
     assert support.why_unfit("rows", "mosaic", (8, 384), "float16", "float32") is None
     assert support.why_unfit("columns", "triton", (2, 49, 3), "float32") is None
     assert support.why_unfit("columns", "mosaic", (2, 48, 192), "float32") is None

@@ -48,7 +48,7 @@ def why_unfit(
         return f"kernels need sizes that are known, got shape {shape}"
     return (
         _unfit_dtype(dtypes)
-        or _unfit_size(shape)
+        or _unfit_size(backend, shape)
         or _unfit_rows(pattern, backend, shape)
         or _unfit_columns(pattern, backend, shape)
         or unavailable(backend)
@@ -97,10 +97,11 @@ def _unfit_dtype(dtypes: Sequence[DTypeLike]) -> str | None:
     return f"kernels take {', '.join(DTYPES)}, got {unfit[0]}" if unfit else None
 
 
-def _unfit_size(shape: Sequence[int]) -> str | None:
+def _unfit_size(backend: str, shape: Sequence[int]) -> str | None:
     if 0 in shape:
         return f"an array of shape {shape} is empty"
-    if math.prod(shape) >= 2**31:
+    # Pallas widens what Triton's kernels index with, by the size of the array.
+    if backend == "mosaic" and math.prod(shape) >= 2**31:
         return f"kernels index with 32 bits, and {shape} has 2**31 elements or more"
     return None
 
