@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxnorm._arguments import check_real, shown
-from jaxnorm._dtypes import as_floating
+from jaxnorm._dtypes import as_floating, promote
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -59,7 +59,8 @@ def add_residual(x: Array, residual: ArrayLike) -> Array:
         return x
     residual = as_floating(residual, "residual")
     check_residual(residual, x)
-    return x + residual
+    wide = promote(x.dtype, residual.dtype)
+    return x.astype(wide) + residual.astype(wide)
 
 
 def add_and_activate(

@@ -101,16 +101,17 @@ def _backward(
         rows, in_rows = block.at(batch, first)
         x = _load_tile(x_ref, rows, in_rows, block)
         dy = _load_tile(dy_ref, rows, in_rows, block)
-        skip = 0 if skip_ref is None else _load_tile(skip_ref, rows, in_rows, block)
         x = _centered(x, x_ref, rows, in_rows, block) if center else x
-        rstd = lax.rsqrt(mean(x * x) + epsilon)
+        # Of rows that are not there it is infinite where epsilon is 0.
+        rstd = jnp.where(in_rows[:, None], lax.rsqrt(mean(x * x) + epsilon), 0)
         x_hat = x * rstd
         d = dy * scale
         dx = d - x_hat * mean(d * x_hat)
         dx = dx - mean(d) if center else dx
-        _store_tile(dx_ref, rows, in_rows, block, dx * rstd + skip)
-        # Rows that are not there are 0 in dy, but not finite where epsilon is 0.
-        x_hat = jnp.where(in_rows[:, None], x_hat, 0)
+        dx = dx * rstd
+        if skip_ref is not None:  # loaded last, so that it holds no registers before
+            dx = dx + _load_tile(skip_ref, rows, in_rows, block)
+        _store_tile(dx_ref, rows, in_rows, block, dx)
         parts = {"scale": dy * x_hat, "bias": dy}
         return tuple(v + parts[k] for k, v in zip(wanted, sums, strict=True))
 
