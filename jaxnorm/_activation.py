@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -55,7 +56,7 @@ def check_residual(residual: Array, x: Array) -> None:
 
 def add_residual(x: Array, residual: ArrayLike) -> Array:
     """`x + residual`, which may be the number 0, in the wider of their dtypes."""
-    if isinstance(residual, int | float) and residual == 0:
+    if not isinstance(residual, Array) and np.ndim(residual) == 0 and residual == 0:
         return x
     residual = as_floating(residual, "residual")
     check_residual(residual, x)

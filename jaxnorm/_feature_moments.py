@@ -185,7 +185,7 @@ def union_of(a: FeatureMoments, b: FeatureMoments) -> dict[str, Array]:
     spread = (far.var - near.var) + (far.var_residue - near.var_residue)
     shift = weight * offset
     change = weight * (spread + (1 - weight) * jnp.square(offset))
-    shift, change = (jnp.where(weight > 0, v, 0) for v in (shift, change))
+    shift, change = (jnp.where(weight != 0, v, 0) for v in (shift, change))
     mean = two_sum(near.mean, near.residue + shift)
     var = add_pairs((near.var, near.var_residue), (change, jnp.zeros_like(change)))
     return _arrays(mean, var, size, jnp.maximum(near.spacing, far.spacing))
@@ -199,7 +199,7 @@ def faded(m: FeatureMoments, seen: FeatureMoments, decay: Any) -> dict[str, Arra
     high, low = shrink_pair((m.size_high, m.size_low), share)
     # With its weight, as numbers far from 0 that are forgotten are no reason to take
     # those near 0 for constant.
-    spacing = (1 - share) * m.spacing
+    spacing = jnp.where(share == 1, 0, (1 - share) * m.spacing)
     return {"spacing": spacing, "size_high": high, "size_low": low}
 
 

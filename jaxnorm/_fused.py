@@ -48,8 +48,8 @@ def standardize_by_own(
 ) -> tuple[Array, Array, Moments]:
     """Standardizes x by its own moments, pooled over devices.
 
-    Returns x, the result and the moments. What else reads x may read it from there: its
-    gradient is then added within the norm's.
+    Returns x, the result and the moments. What else reads x may read it from there: the
+    norm's gradient then takes its own along.
     """
     rows = reduction.axes.as_rows
     if rows is None or operands.mask is not None or operands.peers is not None:

@@ -89,7 +89,8 @@ def pass_and_normalize(
 ) -> tuple[Array, Array]:
     """`x` as it is, and normalized as by `normalize`, which takes `how`, too.
 
-    What else reads x reads it from here, and its gradient is added within the norm's.
+    What else reads x reads it from here, so that a kernel for GPUs adds its gradient to
+    the norm's in one pass.
     """
     x = as_floating(x)
     reduction, operands = _checked(x, None, params, axes, **how)
@@ -151,7 +152,7 @@ def _normalize_and_activate(
 ) -> tuple[Array, Moments]:
     """Traced once for all norms alike, with its derivatives; and one program where
     nothing around it is compiled."""
-    if activation is not None and _is_for_gpu_kernels(reduction, operands):
+    if activation in ("relu", "silu") and _is_for_gpu_kernels(reduction, operands):
         return activated_by_own(reduction, activation, operands)
     if activation == "relu":
         return rectify(reduction, operands)

@@ -31,8 +31,8 @@ def pop_art(
 
     Returns:
         Kernel and bias, in their own dtypes. Those of a feature that is constant in old
-        or new are left as they are: it is the constant, whatever the layer says. The
-        moments get no gradient.
+        or new are left as they are: its prediction is the constant, whatever the layer
+        says, and changes once, when it starts to vary. The moments get no gradient.
 
     Raises:
         ValueError, TypeError: while tracing, for shapes or dtypes that do not fit.

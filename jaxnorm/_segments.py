@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
@@ -25,9 +26,11 @@ def as_ids(name: str, value: ArrayLike, shape: Shape, count: Any) -> Array:
             f"{name} must hold an integer for each of the {shape[:1]} examples of an "
             f"input of shape {shape}, got {ids.dtype} of shape {ids.shape}"
         )
-    ids = ids.astype(jnp.int32)
-    none = jnp.asarray(count, jnp.int32)
-    return jnp.where((ids >= 0) & (ids < none), ids, none)
+    # Compared as they are given: in 32 bits a large one would be another segment's.
+    given = ids if isinstance(value, Array) else np.asarray(value)
+    known = (given >= 0) & (given <= np.iinfo(np.int32).max)
+    ids, none = ids.astype(jnp.int32), jnp.asarray(count, jnp.int32)
+    return jnp.where(known & (ids < none), ids, none)
 
 
 def segment_moments(

@@ -132,12 +132,13 @@ class ReductionNorm(KernelNorm):
         dtype: DTypeLike | None,
         residual: ArrayLike | None = None,
     ) -> Any:
+        passes_on = residual is not None
+        x = add_residual(x, residual) if passes_on else x
         params = self.with_whole_scale(x, params)
         how = {"mask": mask, "dtype": dtype, "implementation": self.implementation}
-        if residual is None:
-            return self.normalize_by_batch(x, params, **how)[0]
-        x = add_residual(x, residual)
-        return self.pass_and_normalize_by_batch(x, params, **how)
+        if passes_on:
+            return self.pass_and_normalize_by_batch(x, params, **how)
+        return self.normalize_by_batch(x, params, **how)[0]
 
     @final
     def with_whole_scale(self, x: Array, params: Params) -> Params:

@@ -241,6 +241,12 @@ class _Tree:
         self, name: str, value: Any, is_one: Callable[[Any], bool] = lambda v: False
     ) -> list[Any]:
         """What `value` holds for each leaf: itself where it is one for all."""
+        several = isinstance(value, tuple | list) and len(value) > 0
+        if several and is_one(value) and self._is_like(value):
+            raise ValueError(
+                f"{name}={value} may be one for all arrays, or one for each of "
+                f"{', '.join(self.paths)}: write {tuple((v,) for v in value)} for each"
+            )
         if is_one(value):
             return [value] * len(self.leaves)
         try:
@@ -251,6 +257,9 @@ class _Tree:
                 f"got {jax.tree.structure(value)}: pass the same keys, in the same "
                 "containers"
             ) from None
+
+    def _is_like(self, value: Any) -> bool:
+        return jax.tree.structure(value) == self.structure
 
     def each_of_examples(
         self, name: str, value: Any, arrays: Sequence[Any]

@@ -24,7 +24,7 @@ GATHERING: dict[str, Any] = {
 AVERAGED = {k: v for k, v in GATHERING.items() if not v.norm.keeps_moments}
 # Those of a history depend on how it is split.
 HISTORY = {k for k, v in GATHERING.items() if "past_mean" in problem(v).stats}
-POOLABLE = {k: GATHERING[k] for k in {*GATHERING} - {*AVERAGED} - HISTORY}
+POOLABLE = {k: v for k, v in GATHERING.items() if k not in {*AVERAGED, *HISTORY}}
 SIZES = 2, 4, 2  # of the micro-batches
 
 

@@ -232,5 +232,5 @@ def test_errors_name_what_does_not_fit():
             fused(norm, p, flag=flag)(p.x, p.params, residual[0])
     with pytest.raises(TypeError, match="activation='relu' takes real numbers"):
         jaxnorm.group_norm(p.x + 1j, num_groups=2, activation="relu")
-    with pytest.raises(TypeError, match="LayerNorm is called with the inputs"):
-        jaxnorm.LayerNorm()(p.x, {}, {}, residual=residual)
+    with pytest.raises(TypeError, match="ScaleNorm is called with the inputs"):
+        jaxnorm.ScaleNorm()(p.x, {}, {}, residual=residual)

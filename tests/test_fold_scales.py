@@ -483,3 +483,19 @@ def test_what_an_nnx_model_cannot_fold_is_said():
 def test_other_kinds_of_arguments_are_named(call, words):
     with pytest.raises(TypeError, match=words):
         call()
+
+
+def test_a_kernel_that_reads_the_norm_twice_is_scaled_once():
+    params = {
+        "norm": {"scale": jnp.array([3.0, 4.0])},
+        "q": {"kernel": jnp.ones((2, 1))},
+    }
+
+    def apply(variables, x):
+        p = variables["params"]
+        y = jaxnorm.rms_norm(x, p["norm"].get("scale"))
+        return y @ p["q"]["kernel"], (2 * y) @ p["q"]["kernel"]
+
+    x = jnp.array([[1.0, 2.0]])
+    folded = fold_scales(apply, {"params": params}, x)
+    np.testing.assert_array_equal(folded["params"]["q"]["kernel"], [[3.0], [4.0]])

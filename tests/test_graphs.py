@@ -395,3 +395,10 @@ def test_constants_are_zeros_in_a_segment_of_any_size():
         for norm in (jaxnorm.segment_norm, jaxnorm.graph_norm):
             y = jax.jit(functools.partial(norm, num_segments=1))(x, segment_ids=ids)
             np.testing.assert_array_equal(y, 0)
+
+
+def test_ids_past_32_bits_are_padding():
+    x = np.array([[1.0], [3.0], [100.0]], np.float32)
+    ids = np.array([0, 0, 2**32])
+    y = jaxnorm.segment_norm(x, segment_ids=ids, num_segments=1)
+    np.testing.assert_allclose(y, [[-1], [1], [0]], atol=1e-4)

@@ -225,12 +225,44 @@ def called_with(stack, variables, x, mutable):
 
 def test_traced_features_without_variance_stay():
     model = nn.Dense(2)
-    kernel = jnp.array([[0.0, 2.0]] * 3)
-    variables = {"params": {"kernel": kernel, "bias": jnp.zeros(2)}}
-    params = jax.jit(functools.partial(init_from_batch, model.apply))(variables, X)
+    kernel, bias = jnp.array([[0.0, 2.0]] * 3), jnp.array([3.0, 0.0])
+    variables = {"params": {"kernel": kernel, "bias": bias}}
+    init = jax.jit(functools.partial(init_from_batch, model.apply))
+    stays = init(variables, jnp.asarray(X).at[0].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, stays, variables["params"])
+    params = init(variables, X)
     y = X.astype(np.float64).sum(-1) * 2
     np.testing.assert_allclose(params["kernel"][0], [0, 2 / y.std()], 1e-5)
-    np.testing.assert_allclose(params["bias"], [0, -y.mean() / y.std()], 1e-5)
+    np.testing.assert_allclose(params["bias"], [3, -y.mean() / y.std()], 1e-5)
+
+
+class Equalized(nn.Module):
+    """A bias that is multiplied, as in layers of equalized learning rates."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(1.0), (3, 2))
+        bias = self.param("bias", nn.initializers.zeros, (2,))
+        return x @ kernel + 0.01 * jnp.broadcast_to(bias, (*x.shape[:-1], 2))
+
+
+def test_a_bias_that_is_not_added_as_it_is_raises():
+    model = nn.Sequential([Equalized()])
+    variables = model.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="do not add their biases as they are"):
+        init_from_batch(model.apply, variables, X + 5)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_wrappers_in_a_sequence(jit):
+    wrap = jaxnorm.linen.WeightNorm
+    model = nn.Sequential([wrap(nn.Dense(4)), nn.relu, wrap(nn.Dense(2))])
+    variables = model.init(jax.random.key(0), X)
+    init = functools.partial(init_from_batch, model.apply)
+    params = (jax.jit(init) if jit else init)(variables, X)
+    y = np.asarray(model.apply({"params": params}, X), np.float64).reshape(-1, 2)
+    np.testing.assert_allclose(y.std(0), 1, 1e-4)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-4)
 
 
 class Shared(nn.Module):

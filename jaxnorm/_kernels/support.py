@@ -56,7 +56,7 @@ def why_unfit(
 
 
 def require(pattern: str, backend: str, shape: Sequence[int], *dtypes) -> None:
-    """Raises ValueError with what `reason` says, if it says something."""
+    """Raises ValueError with what `why_unfit` says, if it says something."""
     problem = why_unfit(pattern, backend, shape, *dtypes)
     if problem:
         raise ValueError(f"the {backend} kernel does not fit: {problem}")

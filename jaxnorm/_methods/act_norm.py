@@ -78,10 +78,16 @@ class ActNorm(StatelessNorm):
 
             log(abs(scale)), summed over the elements of the example
 
-        What `mask` excludes counts for nothing. In at least float32; of `x` the shape
-        and dtype count alone.
+        What `mask` excludes counts for nothing. In at least float32; of the array `x`
+        the shape and dtype count alone. Raises ValueError where `x` has no axis of
+        examples before those of the features, and what a call raises.
         """
         x, axes, scale, _ = self._prepared(x, params)
+        if 0 in axes.feature:
+            raise ValueError(
+                f"the first axis must be that of examples, got axis={self.axis} for an "
+                f"array of shape {x.shape}: add an axis of one example"
+            )
         each = jnp.broadcast_to(jnp.log(abs(scale)), axes.working_shape)
         mask = as_mask(mask, x.shape)
         if mask is not None:

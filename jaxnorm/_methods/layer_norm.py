@@ -62,7 +62,8 @@ def layer_norm(
         epsilon: added to the variance.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
         residual: array of the shape of x, or 0, added to x before the norm: the sum is
-            returned, too, and the gradient of what reads it is added within the norm's.
+            returned, too, for what else reads it, whose gradient kernels for GPUs add
+            to the norm's.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.

@@ -139,11 +139,12 @@ def rms_norm(
         epsilon: added to the mean square.
         zero_centered_scale: multiply by 1 + scale, as in Gemma.
         residual: array of the shape of x, or 0, added to x before the norm: the sum is
-            returned, too, and the gradient of what reads it is added within the norm's.
+            returned, too, for what else reads it, whose gradient kernels for GPUs add
+            to the norm's.
         first_features: number of features, the first ones, whose mean square is taken
             for that of all, `(x[..., :first_features]**2).mean(-1, keepdims=True)`;
             None for all. It needs one reduction axis and takes no `axis_name` and no
-            kernels.
+            kernels; where a mask leaves none of the first, their mean square is 0.
         mask: boolean, or 0 and 1, broadcasting to x; what it excludes counts for
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.

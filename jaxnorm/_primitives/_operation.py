@@ -62,7 +62,7 @@ class Operation:
     """
 
     every: dict[Primitive, "Operation"] = {}
-    is_small = False  # whether nothing of x's size is computed
+    is_small = False  # whether no result has x's size
 
     def __init__(self, name: str, formula: Formula, results: Results):
         self.formula, self.results = formula, results

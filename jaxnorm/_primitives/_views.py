@@ -49,6 +49,10 @@ def reduced(shape: Shape, small: Shape) -> tuple[int, ...]:
     return tuple(a for a, (n, m) in enumerate(zip(shape, small, strict=True)) if n != m)
 
 
+def broadcasts(shape: Shape, to: Shape) -> bool:
+    return all(m in (1, n) for m, n in zip(shape, to, strict=True))
+
+
 class RowView(NamedTuple):
     """Rows as (outer, rows, features), where parameters differ along outer alone."""
 

@@ -8,13 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxnorm._axes import Axes, Shape, is_known
+from jaxnorm._axes import Axes, is_known
 from jaxnorm._cpu import library
 from jaxnorm._dtypes import at_least_float32
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives._linear import Adjoint
 from jaxnorm._primitives._operation import Kernel, Reduction, Struct
-from jaxnorm._primitives._views import RowView, as_like, reduced, row_view, view
+from jaxnorm._primitives._views import (
+    RowView,
+    as_like,
+    broadcasts,
+    reduced,
+    row_view,
+    view,
+)
 from jaxnorm._primitives.affine import affine
 from jaxnorm._primitives.columns import Centered, Terms
 from jaxnorm._primitives.rows import Row, why_no_gradient
@@ -25,10 +32,6 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def _name() -> str:
     return f"a kernel for {library.name()}"
-
-
-def _broadcasts(shape: Shape, to: Shape) -> bool:
-    return all(m in (1, n) for m, n in zip(shape, to, strict=True))
 
 
 def _why_unfit(axes: Axes, mask: Any, *arrays: Any) -> str | None:
@@ -90,7 +93,7 @@ def _sums_unfit(
         return "nothing is summed"
     shapes = {v.shape for v in (like.slope, like.shift) if v is not None}
     small = shapes.pop()
-    if shapes or not _broadcasts(centered.mean.shape, small):
+    if shapes or not broadcasts(centered.mean.shape, small):
         return "the sums and the mean are of several shapes"
     reduce = reduced(axes.working_shape, small)
     if view(axes.working_shape, reduce) is None:

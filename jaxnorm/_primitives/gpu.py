@@ -13,7 +13,7 @@ from jaxnorm._axes import Axes, Shape, is_known
 from jaxnorm._kernels import columns, rows, support
 from jaxnorm._primitives._linear import Adjoint
 from jaxnorm._primitives._operation import Kernel
-from jaxnorm._primitives._views import View, as_like, row_view, view
+from jaxnorm._primitives._views import View, as_like, broadcasts, row_view, view
 from jaxnorm._primitives.activated import Normed
 from jaxnorm._primitives.columns import each_feature
 from jaxnorm._primitives.rows import Row, RowChange, why_no_gradient
@@ -64,7 +64,7 @@ def _row_gradient_unfit(
 def _not_asked_for(adjoint: Adjoint) -> str | None:
     if adjoint.implementation in support.BACKENDS:
         return None
-    return 'it has not been timed, and implementation="triton" does not ask for it'
+    return 'it runs only where implementation="triton" or "mosaic" asks for it'
 
 
 def _unfit(
@@ -141,13 +141,14 @@ def _activated_gradient_unfit(
         return "not y alone has a cotangent"
     if normed.scale is None and like.scale is not None:
         return "there is a gradient of a scale that is None"
-    if adjoint.static.activation not in columns.ACTIVATIONS:
-        return f"the kernel takes the activations {list(columns.ACTIVATIONS)}"
     if not is_known(*adjoint.axes.shape):
         return f"sizes are open in the shape {adjoint.axes.shape}"
-    found = _columns(adjoint.axes)
+    found, small = _columns(adjoint.axes), each_feature(adjoint.axes)
     if found is None:
         return f"the kernel does not reduce {adjoint.axes.reduce}"
+    params = normed.scale, normed.bias, like.scale, like.bias
+    if not all(v is None or broadcasts(v.shape, small) for v in params):
+        return "scale and bias are others along what is reduced"
     shape = found.outer, found.length, found.kept
     return _unfit("columns", interpret, adjoint, shape, normed.x, dy)
 
@@ -192,6 +193,7 @@ def _activated_gradient(
         return jnp.broadcast_to(means, groups.shape).reshape(v.shape)
 
     level, tilt = mean_of_group(dbias * gain), mean_of_group(dscale * gain)
+    level = level if adjoint.static.reduction.center else jnp.zeros_like(level)
     # Or XLA would take them for parts of one program, and write d to memory.
     x, dy, level, tilt = lax.optimization_barrier((x, dy, level, tilt))
     offset, d = columns.cotangent(activation, x, dy, mean, slope, shift)

@@ -40,5 +40,6 @@ OWN_MOMENTS.lower(
     *GPUS, formula=functools.partial(rows.moments_of_row, rows.moments_again)
 )
 
+ACTIVATED_NORM.lower("cpu", formula=functools.partial(activated.norm, formulas.on_cpu))
 ACTIVATED_NORM.lower(*GPUS, formula=functools.partial(activated.norm, formulas.on_gpu))
 ACTIVATED_TANGENT.lower("cuda", adjoint_kernel=gpu.activated_gradient())

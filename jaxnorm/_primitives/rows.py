@@ -50,8 +50,8 @@ def norm(
 ) -> tuple[Array, ...]:
     """The rows as they are, their norm, and their moments by the formula `centered`.
 
-    What reads x beside the norm reads it from here, so that the norm's gradient can add
-    its own to that of the others in one pass.
+    What reads x beside the norm reads it from here, so that a kernel of the gradient
+    can add that of the others.
     """
     axes, dtype = reduction.axes, reduction.dtype
     m = formulas.of_any(centered)(reduction, x, None, None)
@@ -121,6 +121,8 @@ def moments_of_row(
 
 class _OwnMoments(Operation):
     """The moments of a row, kept or taken again: a function of x alone."""
+
+    is_small = True
 
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]

@@ -44,7 +44,8 @@ def bake(
         ValueError: where nothing is wrapped; for a wrapper of Flax's own, or in another
             one; for a layer that is also called without its wrapper, or by two; for
             layers stacked by `nn.scan` or `nn.vmap`; and for wrappers that the call
-            does not reach.
+            does not reach. A kernel that is read without a call of its layer, such as a
+            tied one, is not noticed: it is the baked one then.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn

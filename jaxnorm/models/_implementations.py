@@ -41,8 +41,8 @@ def implementations(function: Callable[..., Any], *args: Any) -> Implementations
 
     The function is traced, not run: `args` may be `jax.ShapeDtypeStruct`. Pass the
     gradient to see what its backward pass takes. What is said is of one device: where
-    XLA spreads a computation over several, and in what `jax.export` writes, it is XLA's
-    formula throughout.
+    XLA spreads a computation over several, kernels for CPUs do not serve, and in what
+    `jax.export` writes, it is XLA's formula throughout.
 
     >>> import jax, jax.numpy as jnp, jaxnorm
     >>> x = jax.ShapeDtypeStruct((4096, 1000), jnp.complex64)

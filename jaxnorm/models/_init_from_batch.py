@@ -53,7 +53,8 @@ class How(NamedTuple):
         m = self.norm.batch_moments(y, mask)
         if not (self.center and has_bias):
             m = m._replace(mean=jnp.zeros_like(m.mean), residue=0.0)
-        by = m._replace(var=usable(m.var))
+        mean, var = usable(m.mean, m.var)
+        by = m._replace(mean=mean, var=var, residue=jnp.where(mean == 0, 0, m.residue))
         standard = self.norm.normalize_by(y, {}, by, mask=own_mask, dtype=y.dtype)
         return standard, jnp.stack([v.reshape(-1) for v in (m.mean, m.var)])
 
@@ -73,9 +74,11 @@ class How(NamedTuple):
         )
 
 
-def usable(var: Any) -> Array:
-    """The variance of each feature, and 1 where that is nothing to divide by."""
-    return jnp.where(jnp.isfinite(var) & (var > 0), var, 1)
+def usable(mean: Any, var: Any) -> tuple[Array, Array]:
+    """The mean and variance of each feature, and 0 and 1 where there is nothing to
+    divide by."""
+    valid = jnp.isfinite(mean) & jnp.isfinite(var) & (var > 0)
+    return jnp.where(valid, mean, 0), jnp.where(valid, var, 1)
 
 
 def checked(
@@ -154,7 +157,7 @@ def init_from_batch(
             variance 0, or one that is not finite; and if the output of a layer is not
             proportional to its kernel, as with `SpectralNorm`. The layer is named.
             Where the arrays are traced, features of no usable variance stay as they
-            are, and nothing is said.
+            are, and nothing is said; nor is it of what is not proportional.
         TypeError: for arguments of another kind.
 
     Source: Mishkin and Matas, 2016 (https://arxiv.org/abs/1511.06422); Salimans and
@@ -205,11 +208,12 @@ def initialized(
     _check_variances(found)
     new = _rescaled(params, found)
     after = jax.jit(see)({**variables, "params": new}, batch)
-    off = [p for p, v in after.items() if not _is_standard(v)]
+    off = [path for path, v in after.items() if not _is_standard(found[path], v)]
     if off:
         raise ValueError(
             f"the outputs of the layers {off} are not proportional to their kernels, "
-            "as where these are normalized: leave them out with `where`"
+            "as where these are normalized, or do not add their biases as they are: "
+            "leave them out with `where`"
         )
     return new
 
@@ -293,15 +297,19 @@ def _check_variances(found: Found) -> None:
             )
 
 
-def _is_standard(seen: Array) -> bool:
-    return bool(abs(jnp.sqrt(usable(seen[1])) - 1).max() < TOLERANCE)
+def _is_standard(before: Array, after: Array) -> bool:
+    """Whether the moments are 0 and 1, but for the rounding of kernel and bias."""
+    (mean, var), (shift, scale) = usable(*before), usable(*after)
+    far = TOLERANCE * (1 + abs(mean) / jnp.sqrt(var))
+    return bool(((abs(jnp.sqrt(scale) - 1) < TOLERANCE) & (abs(shift) < far)).all())
 
 
 def _rescaled(params: Tree, found: Found) -> Tree:
     """`params` by which each layer gives what it was seen to give, standardized."""
     names, changes = _names(params), {}
-    for path, (mean, var) in found.items():
-        std = jnp.sqrt(usable(var))
+    for path, seen in found.items():
+        mean, var = usable(*seen)
+        std = jnp.sqrt(var)
         changes[_weight(names, path)] = jnp.zeros_like(mean), std
         changes[join_path(path, "bias")] = mean, std
 
@@ -334,7 +342,8 @@ def _weight(names: Sequence[str], path: str) -> str:
     kernel = join_path(path, "kernel")
     if kernel not in names:
         return join_path(path, "scale")
-    of_linen = re.compile(f"{re.escape(join_path(parent, ''))}[^/]+/{own}/kernel/scale")
+    before = re.escape(join_path(parent, ""))  # the wrapper stands there, or is it
+    of_linen = re.compile(f"{before}([^/]+/)?{re.escape(own)}/kernel/scale")
     of_nnx = join_path(parent, "scales/('kernel',)") if own == "layer_instance" else ""
     scales = [name for name in names if name == of_nnx or of_linen.fullmatch(name)]
     return next(iter(scales), kernel)

@@ -22,7 +22,8 @@ def bake(model: nnx.Module) -> Any:
 
     Each layer has the kernels that its wrapper calls it with, in their dtype; scales,
     `u` and `sigma` are gone. `jaxnorm.nnx.fold` may go on with the copy. Layers that
-    `nnx.vmap` has stacked are baked within it, as they are called: `nnx.vmap(bake)`.
+    `nnx.vmap` has stacked are baked within it, as they are called: `nnx.vmap(bake)`;
+    nothing shows that they are stacked, and baked without it they are wrong.
 
     Args:
         model: the module, which stays as it is. It may be a wrapper itself.

@@ -149,7 +149,10 @@ def _readers_of(trace: Trace, path: str, norm: Mapping[str, Any]) -> list[_Reade
             forms.form(flow)
     if not flows:
         raise Unknown("no layer reads it")
-    return [_reader(trace, flow, forms, "bias" in norm, flows) for flow in flows]
+    readers = {_reader(trace, flow, forms, "bias" in norm, flows) for flow in flows}
+    if len({reader.path for reader in readers}) < len(readers):
+        raise Unknown("a layer reads it along several axes, or with several offsets")
+    return sorted(readers)
 
 
 def _reader(
