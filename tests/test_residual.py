@@ -56,6 +56,30 @@ def test_gradients_are_those_of_the_sum(name, dtype):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+def test_other_derivatives_are_those_of_the_sum(name):
+    """Second ones, under vmap, and where the sum alone is read on."""
+    x, r, v = arrays(3, 2, 8, count=3)
+    norm = FUNCTIONS[name]
+
+    def ours(x, r):
+        s, y = norm(x, residual=r)
+        return (jnp.sin(s) * y**3).sum()
+
+    def plain(x, r):
+        return (jnp.sin(x + r) * norm(x + r) ** 3).sum()
+
+    def second(f, x, r, v):
+        return jax.jvp(jax.grad(f), (x, r), (v, v))[1]
+
+    found, want = (
+        jax.vmap(lambda *a, f=f: second(f, *a))(x, r, v) for f in (ours, plain)
+    )
+    assert_close(found, want, summed=64, size=np.abs(want).max())
+    alone = jax.grad(lambda x: (norm(x, residual=r)[0] ** 2).sum())(x)
+    np.testing.assert_allclose(alone, 2 * (x + r), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_modules_of_both_apis(name):
     x, r = arrays(4, 6, 16)
     want = FUNCTIONS[name](x, np.ones(16, np.float32), residual=r)
