@@ -44,7 +44,7 @@ def libraries(target: str) -> list[Library]:
         Library("Flax", importlib.import_module("flax.linen")),
         Library("jaxnorm", ours),
     ]
-    kinds = {case.kind for case in cases()}
+    kinds = {case.kind for case in cases(target)}
     for implementation in KERNELS[target]:
         library = Library(f"jaxnorm {implementation}", ours, implementation)
         found += [library] if any(library.offers(kind) for kind in kinds) else []
@@ -109,7 +109,7 @@ def report(target: str, chosen: list[Case]) -> Table:
     table = measure(target, chosen, columns)
     text = markdown(target, chosen, table, [library.name for library in columns])
     print(legend(target) + "\n" + text)
-    if len(chosen) == len(list(cases())):
+    if len(chosen) == len(list(cases(target))):
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"memory_passes_{target}.md"
         path.write_text(f"# Memory passes\n\n{legend(target)}\n{text}")
@@ -138,7 +138,7 @@ def record(target: str, table: Table) -> None:
     known = recorded()
     old = known.get(target, {}).get("numbers", {})
     new = old | numbers(table)
-    order = [case.key for case in cases()]
+    order = [case.key for case in cases(target)]
     known[target] = {
         "versions": versions(),
         "numbers": {key: new[key] for key in order if key in new},
@@ -173,7 +173,7 @@ def check(target: str, chosen: list[Case]) -> int:
     found = numbers(measure(target, chosen, columns))
     entry = recorded().get(target, {"versions": "none", "numbers": {}})
     keys = {case.key for case in chosen}
-    if len(chosen) == len(list(cases())):
+    if len(chosen) == len(list(cases(target))):
         keys |= entry["numbers"].keys()
     known = {k: v for k, v in entry["numbers"].items() if k in keys}
     problems = grown(target, found, known)
@@ -225,9 +225,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     jax.config.update("jax_platforms", "cpu")  # a plugin would look for its device
-    chosen = [case for case in cases() if re.search(args.only, case.key)]
+    known = list(cases(args.target))
+    chosen = [case for case in known if re.search(args.only, case.key)]
     if not chosen:
-        print(f"no case matches {args.only!r}: {[case.key for case in cases()]}")
+        print(f"no case matches {args.only!r}: {[case.key for case in known]}")
         return 2
     if args.check:
         return check(args.target, chosen)

@@ -56,7 +56,8 @@ def check_residual(residual: Array, x: Array) -> None:
 
 def add_residual(x: Array, residual: ArrayLike) -> Array:
     """`x + residual`, which may be the number 0, in the wider of their dtypes."""
-    if not isinstance(residual, Array) and np.ndim(residual) == 0 and residual == 0:
+    number = isinstance(residual, int | float | np.number)
+    if number and not isinstance(residual, bool) and residual == 0:
         return x
     residual = as_floating(residual, "residual")
     check_residual(residual, x)

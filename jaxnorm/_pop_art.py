@@ -43,12 +43,12 @@ def pop_art(
     >>> import jax.numpy as jnp, jaxnorm
     >>> old = jaxnorm.Standardizer.fit(jnp.array([[0.0], [2.0]]))
     >>> new = old.update(jnp.array([[100.0], [300.0]]), decay=0.5)
-    >>> kernel, bias, h = jnp.ones((2, 1)), jnp.zeros(1), jnp.array([[3.0, 1.0]])
+    >>> kernel, bias, h = jnp.ones((2, 1)), jnp.zeros(1), jnp.array([3.0, 1.0])
     >>> print(old.invert(h @ kernel + bias))
-    [[5.]]
+    [5.]
     >>> kernel, bias = jaxnorm.pop_art(kernel, bias, old, new)
     >>> print(new.invert(h @ kernel + bias).round(3))
-    [[5.]]
+    [5.]
     """
     for name, moments in (("old", old), ("new", new)):
         check_instance(name, moments, Standardizer, "jaxnorm.Standardizer.fit")

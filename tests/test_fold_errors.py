@@ -178,6 +178,13 @@ TOOLS = {
         {"model": SCALES, "where": "layers/0".__eq__},
         {"model": MODELS, "where": FUNCTIONS},
     ),
+    "nnx.init_from_batch": Tool(
+        lambda model, batch, **options: jx.init_from_batch(
+            nnx.clone(model), batch, where="layers/0".__eq__, **options
+        ),
+        {"model": MODEL, "batch": jnp.linspace(0, 1, 12).reshape(4, 3) ** 2},
+        {"model": MODELS, "per_feature": FLAG, "center": FLAG},
+    ),
     "nnx.recalibrate": Tool(
         jx.recalibrate,
         {"model": MODEL, "batches": [X]},

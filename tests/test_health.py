@@ -285,7 +285,8 @@ def test_by_domain():
     }
     _, fresh = norm(x, {}, running.start_accumulation(tree), domain=domain)
     row = only(health(fresh))
-    assert (row.size, row.drifted, row.mean_drift_max) == (30, 0, pytest.approx(0))
+    assert (row.size, row.drifted) == (30, 0)
+    assert row.mean_drift_max == pytest.approx(0, abs=1e-6)  # of means that are rounded
 
 
 class Block(nn.Module):
