@@ -23,7 +23,7 @@ def fold_scales(
 
     Args:
         model: the module, which stays as it is.
-        args, kwargs: what it is called with, or `jax.ShapeDtypeStruct`s.
+        args, kwargs: what it is called with; arrays, or `jax.ShapeDtypeStruct`.
         where: whether to fold the norm at a path, such as "layers/1"; by default all
             that have a scale and no running statistics.
 
