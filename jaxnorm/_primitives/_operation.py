@@ -220,9 +220,12 @@ def is_for_export(ctx: Any) -> bool:
 
 def mapping_of(ctx: Any) -> str:
     """How what `ctx` lowers is mapped to devices: "one" computes it, or XLA spreads it,
-    over "all", or over "some" axes of the mesh of a shard_map over the others."""
+    over "all", or over "some" axes of a mesh of which others are manual or explicit."""
     axes = ctx.module_context.axis_context
     mesh, manual = getattr(axes, "mesh", None), getattr(axes, "manual_axes", ())
+    whole = getattr(axes, "abstract_mesh", None)
+    if whole is not None and whole.explicit_axes and whole.size > 1:
+        return "some"  # where JAX does not lower custom_partitioning
     if mesh is None:
         return "all" if (getattr(axes, "num_devices", None) or 1) > 1 else "one"
     if mesh.size == 1 or set(manual) == set(mesh.axis_names):
