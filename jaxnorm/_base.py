@@ -256,13 +256,17 @@ class Norm(Settings, abc.ABC):
         *,
         mask: ArrayLike | None,
         dtype: DTypeLike | None,
+        axes: Axes | None = None,
     ) -> Array:
-        """`x` normalized by `m`, which may vary along more axes than `axes` keeps."""
+        """`x` normalized by `m`, which may vary along more axes than `axes` keeps.
+
+        These are the method's own, unless others are given.
+        """
         return standardize(
             x,
             m.mean,
             m.rstd(self.epsilon),
-            self.axes(x.shape),
+            self.axes(x.shape) if axes is None else axes,
             scale=params.get("scale"),
             bias=params.get("bias"),
             residue=m.residue,

@@ -15,8 +15,9 @@ from jaxnorm._arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype
 from jaxnorm._fused import Operands, activated_by_own, standardize_by_own
+from jaxnorm._kernels.columns import ACTIVATIONS as KERNEL_ACTIVATIONS
 from jaxnorm._moments import Moments, like_moments
-from jaxnorm._primitives._operation import Reduction
+from jaxnorm._primitives._operation import Reduction, asks_for_gpu_kernels
 from jaxnorm._rectify import rectify
 from jaxnorm._sharding import automatically, on_explicit_mesh
 from jaxnorm._standardize import as_param
@@ -152,7 +153,7 @@ def _normalize_and_activate(
 ) -> tuple[Array, Moments]:
     """Traced once for all norms alike, with its derivatives; and one program where
     nothing around it is compiled."""
-    if activation in ("relu", "silu") and _is_for_gpu_kernels(reduction, operands):
+    if activation is not None and _is_for_kernels(reduction, activation, operands):
         return activated_by_own(reduction, activation, operands)
     if activation == "relu":
         return rectify(reduction, operands)
@@ -160,9 +161,9 @@ def _normalize_and_activate(
     return add_and_activate(y, activation, operands.residual, operands.mask), m
 
 
-def _is_for_gpu_kernels(reduction: Reduction, operands: Operands) -> bool:
-    """Whether a norm and its activation are one operation, which those kernels need."""
-    asked = reduction.implementation in ("triton", "mosaic")
+def _is_for_kernels(reduction: Reduction, activation: str, operands: Operands) -> bool:
+    """Whether a norm and its activation are one operation, as kernels for GPUs need."""
+    asked = asks_for_gpu_kernels(reduction) and activation in KERNEL_ACTIVATIONS
     others = operands.mask, operands.peers, operands.residual
     return asked and reduction.axes.as_rows is None and others == (None, None, None)
 

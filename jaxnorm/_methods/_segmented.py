@@ -11,7 +11,6 @@ from jaxnorm._base import Params
 from jaxnorm._dtypes import one_rounding, recomputed
 from jaxnorm._moments import Moments
 from jaxnorm._segments import along, as_ids, moments_of_segment, segment_moments
-from jaxnorm._standardize import standardize
 from jaxnorm._stateless import StatelessNorm
 from jaxnorm._working import as_mask
 
@@ -44,27 +43,12 @@ class SegmentedNorm(StatelessNorm):
         each = self.within(shape)
         return each._replace(reduce=(0, *each.reduce))
 
-    def normalized(
-        self,
-        x: Array,
-        params: Params,
-        m: Moments,
-        *,
-        mask: Array,
-        dtype: DTypeLike | None,
-    ) -> Array:
-        """`x` normalized by `m`, the moments of each node's segment."""
-        return standardize(
-            x,
-            m.mean,
-            m.rstd(self.epsilon),
-            self.within(x.shape),
-            scale=params.get("scale"),
-            bias=params.get("bias"),
-            residue=m.residue,
-            mask=mask,
-            dtype=dtype,
-        )
+    def taken(
+        self, x: Array, params: Params, m: Moments, mask: Array
+    ) -> tuple[Params, Moments]:
+        """The parameters and moments that `x` is normalized with, where `m` are those
+        of each node's segment."""
+        return params, m
 
     @final
     @one_rounding
@@ -90,8 +74,9 @@ class SegmentedNorm(StatelessNorm):
 
         @recomputed
         def normalized(x: Array, params: Params, table: Moments) -> Array:
-            m = moments_of_segment(ids, table)
-            return self.normalized(x, params, m, mask=valid, dtype=dtype)
+            params, m = self.taken(x, params, moments_of_segment(ids, table), valid)
+            how = {"mask": valid, "dtype": dtype, "axes": self.within(x.shape)}
+            return self.normalize_by(x, params, m, **how)
 
         return normalized(x, params, self.sync(moments(x)))
 

@@ -53,19 +53,12 @@ class GraphNorm(SegmentedNorm):
             "mean_scale": jnp.ones(feature_shape, dtype)
         }
 
-    def normalized(
-        self,
-        x: Array,
-        params: Params,
-        m: Moments,
-        *,
-        mask: Array,
-        dtype: DTypeLike | None,
-    ) -> Array:
+    def taken(
+        self, x: Array, params: Params, m: Moments, mask: Array
+    ) -> tuple[Params, Moments]:
         axes = self.within(x.shape)
         share = as_param("mean_scale", params.get("mean_scale"), axes, m.var.dtype)
-        m = m if share is None else _less_of_the_mean(m, share)
-        return super().normalized(x, params, m, mask=mask, dtype=dtype)
+        return params, m if share is None else _less_of_the_mean(m, share)
 
 
 def _less_of_the_mean(m: Moments, share: Array) -> Moments:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxnorm._axes import Axes, Shape
 from jaxnorm._base import Params
@@ -50,15 +50,9 @@ class PairNorm(SegmentedNorm):
     def within(self, shape: Shape) -> Axes:
         return Axes.per_example(shape, self.axis)
 
-    def normalized(
-        self,
-        x: Array,
-        params: Params,
-        m: Moments,
-        *,
-        mask: Array,
-        dtype: DTypeLike | None,
-    ) -> Array:
+    def taken(
+        self, x: Array, params: Params, m: Moments, mask: Array
+    ) -> tuple[Params, Moments]:
         axes = self.within(x.shape)
         if self.scale_individually:
             centered = (to_working(x, mask, axes) - m.mean) - m.residue
@@ -67,7 +61,7 @@ class PairNorm(SegmentedNorm):
             squares = m.var
         m = m._replace(var=squares.sum(axes.feature, keepdims=True))
         scale = jnp.full(axes.feature_shape, self.scale, m.var.dtype)
-        return super().normalized(x, {"scale": scale}, m, mask=mask, dtype=dtype)
+        return {"scale": scale}, m
 
 
 def pair_norm(

@@ -36,6 +36,11 @@ class Adjoint(NamedTuple):
     def implementation(self) -> str | None:
         return self.static.implementation
 
+    @property
+    def wanted(self) -> Any:
+        """The shapes and dtypes of what it returns, in the tree of the change."""
+        return jax.tree.unflatten(self.tree, self.like)
+
     def batched(self, size: int) -> "Adjoint":
         ones = (1,) * len(self.axes.working_shape)  # as scalars have, in a batch
         like = tuple(Struct((size, *(v.shape or ones)), v.dtype) for v in self.like)

@@ -83,8 +83,7 @@ class Operation:
 
     def _bind(self, leaves: Sequence[Any], tree: Tree, static: Any) -> list[Array]:
         """With what makes JAX name the devices, where a kernel may be parted."""
-        asked = static.implementation not in (None, "xla")
-        devices = needs_devices() if asked else None
+        devices = needs_devices() if asks_for_gpu_kernels(static) else None
         params = {"tree": tree, "static": static, "devices": devices}
         return self.primitive.bind(*leaves, **params)
 
@@ -200,6 +199,10 @@ def formula_of(eqn: Any) -> Any:
     flat = _flat(op.formula, op.primitive.name)
     known = {k: eqn.params[k] for k in ("tree", "static")}
     return jax.make_jaxpr(functools.partial(flat, **known))(*structs)
+
+
+def asks_for_gpu_kernels(static: Any) -> bool:
+    return static.implementation not in (None, "xla")
 
 
 @functools.cache

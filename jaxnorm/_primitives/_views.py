@@ -84,8 +84,14 @@ def row_view(axes: Axes, *params: Any) -> RowView | None:
     return RowView(math.prod(rows[:split]), math.prod(rows[split:]), features, shape)
 
 
-def as_like(v: Any, struct: jax.ShapeDtypeStruct) -> Array:
-    """A gradient summed over the axes along which its parameter is the same."""
+def as_likes(grads: Sequence[Any], wanted: Sequence[Any]) -> tuple[Array, ...]:
+    """The gradients that are wanted, where None is one that is not, each summed over
+    the axes along which its parameter is the same."""
+    pairs = zip(grads, wanted, strict=True)
+    return tuple(_as_like(v, struct) for v, struct in pairs if struct is not None)
+
+
+def _as_like(v: Any, struct: jax.ShapeDtypeStruct) -> Array:
     if v.shape != struct.shape:
         v = v.sum(reduced(v.shape, struct.shape), keepdims=True)
     return v.astype(struct.dtype)

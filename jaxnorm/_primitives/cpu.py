@@ -16,7 +16,7 @@ from jaxnorm._primitives._linear import Adjoint
 from jaxnorm._primitives._operation import Kernel, Reduction, Struct
 from jaxnorm._primitives._views import (
     RowView,
-    as_like,
+    as_likes,
     broadcasts,
     reduced,
     row_view,
@@ -24,7 +24,7 @@ from jaxnorm._primitives._views import (
 )
 from jaxnorm._primitives.affine import affine
 from jaxnorm._primitives.columns import Centered, Terms
-from jaxnorm._primitives.rows import Row, why_no_gradient
+from jaxnorm._primitives.rows import Row, gradient_view, why_no_row_gradient
 from jaxnorm._working import from_working, to_working
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -88,7 +88,7 @@ def _sums_unfit(
 ) -> str | None:
     axes = adjoint.axes
     (array,) = cotangents
-    like = jax.tree.unflatten(adjoint.tree, adjoint.like)
+    like = adjoint.wanted
     if like.slope is None and like.shift is None:
         return "nothing is summed"
     shapes = {v.shape for v in (like.slope, like.shift) if v is not None}
@@ -107,7 +107,7 @@ def _sums(
     axes = adjoint.axes
     x, _, mean, gain = centered
     (array,) = cotangents
-    like = jax.tree.unflatten(adjoint.tree, adjoint.like)
+    like = adjoint.wanted
     shape = (like.shift if like.slope is None else like.slope).shape
     found = view(axes.working_shape, reduced(axes.working_shape, shape))
     assert found is not None
@@ -166,10 +166,10 @@ ROW_NORM = Kernel(_row_norm, _row_norm_unfit, _name)
 def _row_gradient_unfit(
     adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
 ) -> str | None:
-    problem = why_no_gradient(adjoint, row, cotangents)
+    dy = cotangents[1]
+    problem = why_no_row_gradient(adjoint, row, dy)
     if problem:
         return problem
-    dy = cotangents[1]
     if dy.dtype not in (row.x.dtype, jnp.float32):
         return f"the kernel of rows does not mix {dy.dtype} and {row.x.dtype}"
     return _why_unfit(adjoint.axes, None, row.x, dy)
@@ -178,10 +178,10 @@ def _row_gradient_unfit(
 def _row_gradient(
     adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
 ) -> tuple[Array, ...]:
-    axes, like = adjoint.axes, jax.tree.unflatten(adjoint.tree, adjoint.like)
+    axes, like = adjoint.axes, adjoint.wanted
     x, epsilon, scale, mean, var, residue = row
     wide = mean.dtype
-    found = row_view(axes, scale, like.scale, like.bias)
+    found = gradient_view(adjoint, row)
     assert found is not None
     skip, dy, *dmoments = cotangents
     has_moments = any(v is not None for v in dmoments)
@@ -210,11 +210,7 @@ def _row_gradient(
     dx = dx if skip is None else dx + skip
     dscale = None if scale is None else dparams.pop(0)
     dbias = dparams.pop(0) if dparams else None
-    return tuple(
-        as_like(v, struct)
-        for v, struct in zip((dx, None, dscale, dbias), like, strict=True)
-        if struct is not None
-    )
+    return as_likes((dx, None, dscale, dbias), like)
 
 
 ROW_GRADIENT = Kernel(_row_gradient, _row_gradient_unfit, _name)

@@ -2,21 +2,25 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxnorm._axes import Axes, Shape, is_known
+from jaxnorm._axes import Axes, Shape
 from jaxnorm._kernels import columns, rows, support
 from jaxnorm._primitives._linear import Adjoint
-from jaxnorm._primitives._operation import Kernel
-from jaxnorm._primitives._views import View, as_like, broadcasts, row_view, view
+from jaxnorm._primitives._operation import Formula, Kernel, asks_for_gpu_kernels
+from jaxnorm._primitives._views import View, as_likes, broadcasts, view
 from jaxnorm._primitives.activated import Normed
 from jaxnorm._primitives.columns import each_feature
-from jaxnorm._primitives.rows import Row, RowChange, why_no_gradient
+from jaxnorm._primitives.rows import (
+    Row,
+    gradient_view,
+    why_no_gradient,
+    why_no_row_gradient,
+)
 
 NAME = "a kernel for NVIDIA's GPUs"
 
@@ -26,48 +30,34 @@ def row_gradient(interpret: Any = False) -> Kernel:
 
     `interpret` runs it without a GPU, as Pallas means it.
     """
-    formula = functools.partial(_row_gradient, interpret)
-    return Kernel(
-        functools.partial(formula, True),
-        functools.partial(_row_gradient_unfit, interpret),
-        lambda: NAME,
-        functools.partial(formula, False),
-    )
+    return _kernel(_row_gradient, _row_gradient_unfit, interpret)
 
 
 def activated_gradient(interpret: Any = False) -> Kernel:
     """The gradient of an activated norm by one kernel of sums, which reads x and y's
     cotangent once; `interpret` as there."""
-    formula = functools.partial(_activated_gradient, interpret)
+    return _kernel(_activated_gradient, _activated_gradient_unfit, interpret)
+
+
+def _kernel(formula: Formula, unfit: Callable[..., Any], interpret: Any) -> Kernel:
     return Kernel(
-        functools.partial(formula, True),
-        functools.partial(_activated_gradient_unfit, interpret),
+        functools.partial(formula, interpret, True),
+        functools.partial(unfit, interpret),
         lambda: NAME,
-        functools.partial(formula, False),
+        functools.partial(formula, interpret, False),
     )
 
 
-def _row_gradient_unfit(
-    interpret: Any, adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
-) -> str | None:
-    problem = _not_asked_for(adjoint) or why_no_gradient(adjoint, row, cotangents)
-    if problem:
-        return problem
-    if any(v is not None for v in cotangents[2:]):
+def _why_not_at_all(adjoint: Adjoint, dmoments: Sequence[Any]) -> str | None:
+    """Why no kernel of any pattern is to run."""
+    if not asks_for_gpu_kernels(adjoint):
+        return 'it runs only where implementation="triton" or "mosaic" asks for it'
+    if any(v is not None for v in dmoments):
         return "the moments have cotangents"
-    found = row_view(adjoint.axes, *_params(adjoint, row))
-    assert found is not None
-    shape = found.outer * found.rows, found.features
-    return _unfit("rows", interpret, adjoint, shape, row.x, cotangents[1])
+    return None
 
 
-def _not_asked_for(adjoint: Adjoint) -> str | None:
-    if adjoint.implementation in support.BACKENDS:
-        return None
-    return 'it runs only where implementation="triton" or "mosaic" asks for it'
-
-
-def _unfit(
+def _why_unfit(
     pattern: str, interpret: Any, adjoint: Adjoint, shape: Shape, *arrays: Any
 ) -> str | None:
     """Why an array of `shape` is none for the kernels of `pattern`."""
@@ -78,9 +68,19 @@ def _unfit(
     return problem or (None if interpret else support.why_not_on_this_gpu(backend))
 
 
-def _params(adjoint: Adjoint, row: Row) -> tuple[Any, ...]:
-    like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
-    return row.scale, like.scale, like.bias
+def _row_gradient_unfit(
+    interpret: Any, adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
+) -> str | None:
+    _, dy, *dmoments = cotangents
+    problem = _why_not_at_all(adjoint, dmoments) or why_no_row_gradient(
+        adjoint, row, dy
+    )
+    if problem:
+        return problem
+    found = gradient_view(adjoint, row)
+    assert found is not None
+    shape = found.outer * found.rows, found.features
+    return _why_unfit("rows", interpret, adjoint, shape, row.x, dy)
 
 
 def _row_gradient(
@@ -90,8 +90,7 @@ def _row_gradient(
     row: Row,
     cotangents: Sequence[Any],
 ) -> tuple[Array, ...]:
-    axes, like = adjoint.axes, jax.tree.unflatten(adjoint.tree, adjoint.like)
-    found = row_view(axes, *_params(adjoint, row))
+    wanted, found = adjoint.wanted, gradient_view(adjoint, row)
     assert found is not None and adjoint.implementation is not None
     skip, dy, *_ = cotangents
     shape = found.outer, found.rows, found.features
@@ -105,19 +104,14 @@ def _row_gradient(
         scale,
         row.epsilon,
         center=adjoint.static.center,
-        with_scale=like.scale is not None,
-        with_bias=like.bias is not None,
+        with_scale=wanted.scale is not None,
+        with_bias=wanted.bias is not None,
         backend=adjoint.implementation,
         interpret=interpret,
         one_device=one_device,
     )
     dparams = (None if v is None else v.reshape(found.params) for v in dparams)
-    grads = dx.reshape(axes.shape), None, *dparams
-    return tuple(
-        as_like(v, struct)
-        for v, struct in zip(grads, like, strict=True)
-        if struct is not None
-    )
+    return as_likes((dx.reshape(adjoint.axes.shape), None, *dparams), wanted)
 
 
 def _columns(axes: Axes) -> View | None:
@@ -133,24 +127,19 @@ def _columns(axes: Axes) -> View | None:
 def _activated_gradient_unfit(
     interpret: Any, adjoint: Adjoint, normed: Normed, cotangents: Sequence[Any]
 ) -> str | None:
-    like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
     dy, *dmoments = cotangents
-    if like.epsilon is not None or normed.epsilon.ndim:
-        return "the kernel takes one epsilon, and gives no gradient of it"
-    if dy is None or any(v is not None for v in dmoments):
-        return "not y alone has a cotangent"
-    if normed.scale is None and like.scale is not None:
-        return "there is a gradient of a scale that is None"
-    if not is_known(*adjoint.axes.shape):
-        return f"sizes are open in the shape {adjoint.axes.shape}"
+    problem = _why_not_at_all(adjoint, dmoments) or why_no_gradient(adjoint, normed, dy)
+    if problem:
+        return problem
     found, small = _columns(adjoint.axes), each_feature(adjoint.axes)
     if found is None:
         return f"the kernel does not reduce {adjoint.axes.reduce}"
-    params = normed.scale, normed.bias, like.scale, like.bias
+    wanted = adjoint.wanted
+    params = normed.scale, normed.bias, wanted.scale, wanted.bias
     if not all(v is None or broadcasts(v.shape, small) for v in params):
         return "scale and bias are others along what is reduced"
     shape = found.outer, found.length, found.kept
-    return _unfit("columns", interpret, adjoint, shape, normed.x, dy)
+    return _why_unfit("columns", interpret, adjoint, shape, normed.x, dy)
 
 
 def _activated_gradient(
@@ -160,8 +149,8 @@ def _activated_gradient(
     normed: Normed,
     cotangents: Sequence[Any],
 ) -> tuple[Array, ...]:
-    axes, like = adjoint.axes, jax.tree.unflatten(adjoint.tree, adjoint.like)
-    activation, found = adjoint.static.activation, _columns(axes)
+    axes, activation = adjoint.axes, adjoint.static.activation
+    found = _columns(axes)
     assert found is not None and adjoint.implementation is not None
     small = each_feature(axes)
 
@@ -200,9 +189,4 @@ def _activated_gradient(
     x_hat = (offset - residue[:, None]) * rstd[:, None]
     dx = (d * gain[:, None] - level[:, None] - x_hat * tilt[:, None]) * rstd[:, None]
     sums = dscale.reshape(small), dbias.reshape(small)
-    grads = dx.reshape(axes.shape), None, *sums
-    return tuple(
-        as_like(v, struct)
-        for v, struct in zip(grads, like, strict=True)
-        if struct is not None
-    )
+    return as_likes((dx.reshape(axes.shape), None, *sums), adjoint.wanted)

@@ -1,10 +1,9 @@
 """Rows that are normalized by their own moments, in one pass, and their gradient."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -14,7 +13,7 @@ from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives import affine
 from jaxnorm._primitives._linear import Adjoint, Linear
 from jaxnorm._primitives._operation import Operation, Reduction, Struct
-from jaxnorm._primitives._views import row_view
+from jaxnorm._primitives._views import RowView, row_view
 from jaxnorm._primitives.affine import Change, Line, Stood
 from jaxnorm._primitives.columns import any_moments_tangent
 from jaxnorm._working import from_working, to_working
@@ -174,20 +173,31 @@ KEPT = _Kept(
 )
 
 
-def why_no_gradient(
-    adjoint: Adjoint, row: Row, cotangents: Sequence[Any]
-) -> str | None:
-    """Why no kernel of rows can give the gradient; None if one may."""
-    like: RowChange = jax.tree.unflatten(adjoint.tree, adjoint.like)
-    if like.epsilon is not None or row.epsilon.ndim:
-        return "the kernel of rows takes one epsilon, and gives no gradient of it"
-    if cotangents[1] is None:
+def why_no_gradient(adjoint: Adjoint, at: Any, dy: Any) -> str | None:
+    """Why no kernel can give the gradient of a norm `at` its operands, for the
+    cotangent of y; None if one may."""
+    wanted: RowChange = adjoint.wanted
+    if wanted.epsilon is not None or at.epsilon.ndim:
+        return "the kernel takes one epsilon, and gives no gradient of it"
+    if dy is None:
         return "y has no cotangent"
-    if row.scale is None and like.scale is not None:
+    if at.scale is None and wanted.scale is not None:
         return "there is a gradient of a scale that is None"
-    if row_view(adjoint.axes, row.scale, like.scale, like.bias) is None:
-        return "scale and bias are others for each row"
     return None
+
+
+def why_no_row_gradient(adjoint: Adjoint, row: Row, dy: Any) -> str | None:
+    """As `why_no_gradient`, of a kernel of rows."""
+    problem = why_no_gradient(adjoint, row, dy)
+    if problem is None and gradient_view(adjoint, row) is None:
+        return "scale and bias are others for each row"
+    return problem
+
+
+def gradient_view(adjoint: Adjoint, row: Row) -> RowView | None:
+    """Rows, of which the parameters and their gradients are the same; or None."""
+    wanted: RowChange = adjoint.wanted
+    return row_view(adjoint.axes, row.scale, wanted.scale, wanted.bias)
 
 
 def _norm_results(reduction: Reduction, x: Any, *_: Any) -> list[Struct]:

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from jaxnorm.linen._weights import SpectralNorm, WeightNorm, WeightStandardization
 from jaxnorm.models._call import by_arrays, check_apply
-from jaxnorm.models._paths import Tree, check_variables, copied
+from jaxnorm.models._paths import Tree, check_variables, copied, node_at, put_at
 
 _WRAPPERS = (WeightNorm, SpectralNorm, WeightStandardization)
 Path = tuple[str, ...]  # of a module, in every collection
@@ -194,7 +194,7 @@ def _without(
     variables: Mapping[str, Tree], wrapper: _Wrapper, layer: Path
 ) -> dict[str, Tree]:
     """`variables` in which the layer does the work of its wrapper, which is gone."""
-    params = _at(variables.get("params", {}), layer)
+    params = node_at(variables.get("params", {}), layer)
     if _shapes(params) != wrapper.shapes:
         raise ValueError(
             f"the layer at {_name(layer)} is called with parameters of the shapes "
@@ -203,19 +203,21 @@ def _without(
             "of its variables"
         )
     own = {
-        kind: {k: v for k, v in _at(tree, wrapper.path).items() if "/" in k}
+        kind: {k: v for k, v in node_at(tree, wrapper.path).items() if "/" in k}
         for kind, tree in variables.items()
     }
     alone = _Alone(wrapper.module.clone, layer[-1])
     given = {kind: {_OUTER: node} for kind, node in own.items()}
     given["params"][layer[-1]] = params
     new = {**variables}
-    new["params"] = _put(new["params"], layer, alone.apply(given))
+    new["params"] = put_at(new["params"], layer, alone.apply(given))
     for kind, tree in new.items():
-        node = {k: v for k, v in _at(tree, wrapper.path).items() if k not in own[kind]}
+        node = {
+            k: v for k, v in node_at(tree, wrapper.path).items() if k not in own[kind]
+        }
         if layer[:-1] == wrapper.path:
             node = node.get(layer[-1], {})
-        new[kind] = _put(tree, wrapper.path, node)
+        new[kind] = put_at(tree, wrapper.path, node)
     return new
 
 
@@ -231,22 +233,6 @@ def _check_reached(variables: Mapping[str, Tree]) -> None:
             f"the call reaches no wrapper with the variables {left}: pass arguments "
             "with which the model calls all of its layers"
         )
-
-
-def _at(tree: Tree, path: Path) -> Tree:
-    """The node of `tree` at `path`; an empty one if there is none."""
-    for key in path:
-        tree = tree.get(key, {})
-    return tree
-
-
-def _put(tree: Tree, path: Path, node: Tree) -> dict[str, Any]:
-    """`tree` with `node` at `path`; an empty one leaves nothing."""
-    if not path:
-        return dict(node)
-    inner = _put(tree.get(path[0], {}), path[1:], node)
-    rest = {k: v for k, v in tree.items() if k != path[0] or inner}
-    return rest | ({path[0]: inner} if inner else {})
 
 
 def _shapes(tree: Tree) -> list[tuple[int, ...]]:

@@ -221,10 +221,25 @@ def set_at(
     tree: Tree, keys: tuple[Any, ...], node: Mapping[str, Any]
 ) -> dict[Any, Any]:
     """`tree` with the arrays of `node` at `keys`; what is nested there stays."""
+    here = node_at(tree, keys).items()
+    nested = {k: v for k, v in here if isinstance(v, Mapping)}
+    return put_at(tree, keys, nested | dict(node))
+
+
+def node_at(tree: Tree, keys: tuple[Any, ...]) -> Tree:
+    """The node of `tree` at `keys`; an empty one if there is none."""
+    for key in keys:
+        tree = tree.get(key, {})
+    return tree
+
+
+def put_at(tree: Tree, keys: tuple[Any, ...], node: Tree) -> dict[Any, Any]:
+    """`tree` with `node` at `keys` in the place of all there; an empty one leaves
+    nothing."""
     if not keys:
-        return {k: v for k, v in tree.items() if isinstance(v, Mapping)} | dict(node)
+        return dict(node)
     new = dict(tree)
-    inner = set_at(new.pop(keys[0], {}), keys[1:], node)
+    inner = put_at(new.pop(keys[0], {}), keys[1:], node)
     return new | ({keys[0]: inner} if inner else {})
 
 

@@ -1,11 +1,11 @@
 """What do equations of a trace do to each feature?"""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxnorm.models._folding.kernels import place_after
 from jaxnorm.models._folding.values import ARITHMETIC, Flow, Known, Variable
 
 Form = tuple[np.ndarray, np.ndarray]  # a and b of each feature
@@ -86,11 +86,10 @@ def _moved(step: Flow, value: np.ndarray) -> np.ndarray | None:
     ones = [1] * len(after)
     if not wide:
         return value.reshape(ones)
-    for axis, size in enumerate(after):
-        same_place = math.prod(after[:axis]) == math.prod(before[: wide[0]])
-        if size == before[wide[0]] and same_place:
-            return value.reshape([*ones[:axis], size, *ones[axis + 1 :]])
-    return None
+    place = place_after(before, after, wide[0])
+    if place is None:
+        return None
+    return value.reshape([*ones[:place], after[place], *ones[place + 1 :]])
 
 
 def _shape(flow: Flow | None) -> tuple[int, ...]:

@@ -12,6 +12,15 @@ from jaxnorm.models._folding.values import Flow, Known, LayerCall, Value, Variab
 MOVES = ("reshape", "transpose", "rev", "squeeze", "broadcast_in_dim", "copy")
 
 
+def place_after(before: Sequence[int], after: Sequence[int], axis: int) -> int | None:
+    """Which axis an axis is after a reshape; None if it does not stay one."""
+    ahead = math.prod(before[:axis])
+    for place, size in enumerate(after):
+        if size == before[axis] and math.prod(after[:place]) == ahead:
+            return place
+    return None
+
+
 def is_real(aval: Any) -> bool:
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)
 

@@ -1,12 +1,11 @@
 """Which values are a norm's scale times something, plus its bias?"""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxnorm.models._folding.kernels import is_real
+from jaxnorm.models._folding.kernels import is_real, place_after
 from jaxnorm.models._folding.values import Known, Value, Variable
 
 
@@ -149,14 +148,12 @@ def _moved(eqn: Any, before: Any, after: Any, axis: int) -> int:
     """Where an equation moves an axis to; raises Unknown if it does not stay one."""
     if eqn.primitive.name == "transpose":
         return eqn.params["permutation"].index(axis)
-    size, ahead = before.shape[axis], math.prod(before.shape[:axis])
     if eqn.primitive.name == "broadcast_in_dim":
-        places = [eqn.params["broadcast_dimensions"][axis]]
+        place = eqn.params["broadcast_dimensions"][axis]
     else:
-        places = [i for i in range(after.ndim) if math.prod(after.shape[:i]) == ahead]
-    for place in places:
-        if after.shape[place] == size:
-            return place
+        place = place_after(before.shape, after.shape, axis)
+    if place is not None and after.shape[place] == before.shape[axis]:
+        return place
     raise Unknown(
         f"its features are split or spread by {eqn.primitive.name!r}, from shape "
         f"{before.shape} to {after.shape}"
