@@ -9,13 +9,13 @@ import pytest
 import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from lowered import lowered_as
 from norms import assert_close, changed
 from test_activation import EXACT
 
 import jaxnorm
 from jaxnorm._kernels import support
 from jaxnorm._primitives import gpu
-from jaxnorm._primitives._operation import Operation
 from jaxnorm._primitives.activated import ACTIVATED_TANGENT
 from jaxnorm._primitives.rows import ROW_TANGENT
 
@@ -31,20 +31,12 @@ CASES = {
 @pytest.fixture(autouse=True)
 def interpreted():
     """What is meant for NVIDIA's GPUs runs on this CPU, its kernels interpreted."""
-    jax.clear_caches()  # what has been compiled has chosen
-    known = {op: op.kernels.get("cpu") for op in Operation.every.values()}
-    formulas = {op: op.formulas.get("cpu") for op in Operation.every.values()}
-    for op in Operation.every.values():
-        op.lower("cpu", formula=op.formulas.get("cuda"))
-    for op, kernel in (
-        (ROW_TANGENT, gpu.row_gradient(interpret=True)),
-        (ACTIVATED_TANGENT, gpu.activated_gradient(interpret=True)),
-    ):
-        op.lower("cpu", formula=op.formulas.get("cuda"), adjoint_kernel=kernel)
-    yield
-    for op, kernel in known.items():
-        op.lower("cpu", formula=formulas[op], kernel=kernel)
-    jax.clear_caches()
+    kernels = {
+        ROW_TANGENT: gpu.row_gradient(interpret=True),
+        ACTIVATED_TANGENT: gpu.activated_gradient(interpret=True),
+    }
+    with lowered_as("cuda", kernels):
+        yield
 
 
 def problem(name, dtype=np.float32, mean=0.5):

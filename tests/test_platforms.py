@@ -10,11 +10,11 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from lowered import lowered_as
 from norms import MOMENTS, assert_close, changed, expected, problem
 from test_activation import NAMES as ACTIVATED
 
 import jaxnorm
-from jaxnorm._primitives._operation import Operation
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -26,17 +26,10 @@ def platform(request, monkeypatch):
     def chosen(*args, default, **choices):
         return choices.get(request.param, default)(*args)
 
-    jax.clear_caches()  # what has been traced has chosen
-    monkeypatch.setattr(lax, "platform_dependent", chosen)
-    before = [(op, op.formulas.get("cpu")) for op in Operation.every.values()]
-    kernels = {op: op.kernels.get("cpu") for op in Operation.every.values()}
-    for op in Operation.every.values():
-        op.lower("cpu", formula=op.formulas.get(request.param))
-    yield request.param
-    monkeypatch.undo()
-    for op, formula in before:
-        op.lower("cpu", formula=formula, kernel=kernels[op])
-    jax.clear_caches()
+    with lowered_as(request.param):
+        monkeypatch.setattr(lax, "platform_dependent", chosen)
+        yield request.param
+        monkeypatch.undo()
 
 
 def value_and_gradients(f, cotangent, *args):
