@@ -15,6 +15,7 @@ from jaxnorm._arguments import as_bool, as_epsilon, check_mapping, shown
 from jaxnorm._axes import Axes
 from jaxnorm._dtypes import as_floating, at_least_float32, out_dtype
 from jaxnorm._fused import Operands, activated_by_own, standardize_by_own
+from jaxnorm._kernels import defaults
 from jaxnorm._kernels.columns import ACTIVATIONS as KERNEL_ACTIVATIONS
 from jaxnorm._moments import Moments, like_moments
 from jaxnorm._primitives._operation import Reduction, asks_for_gpu_kernels
@@ -56,10 +57,11 @@ def normalize(
     `activation` is "relu", "leaky_relu", "elu", "gelu", "silu", "sigmoid" or "tanh",
     as in `jax.nn`; `residual` has the shape of `x`.
 
-    `implementation` is None for kernels on CPUs where they serve, with all derivatives,
-    and XLA's formula elsewhere; "xla" for XLA's formula everywhere; or "triton" or
-    "mosaic" for Pallas kernels on NVIDIA's GPUs where they serve, with all derivatives,
-    too: for the gradients of rows, and of groups with "relu" or "silu".
+    `implementation` is None for kernels where they serve and are the default, with all
+    derivatives, and XLA's formula elsewhere: on CPUs they are, on a GPU for arrays for
+    which `_kernels/defaults.json` names them. It is "xla" for XLA's formula everywhere;
+    or "triton" or "mosaic" for Pallas kernels on NVIDIA's GPUs where they serve, with
+    all derivatives, too: the gradients of rows, and of groups with "relu" or "silu".
     `jaxnorm.models.implementations` says which code runs.
 
     Raises what these three raise, and ValueError or TypeError for another activation
@@ -121,6 +123,7 @@ def _checked(
     check_axes(axes, x.shape)
     epsilon = as_epsilon("epsilon", epsilon)
     implementation = as_implementation("implementation", implementation)
+    implementation = implementation or _usual_on_this_gpu(axes, x.dtype)
     wide = at_least_float32(x.dtype)
     center, dtype = as_bool("center", center), out_dtype(x, dtype)
     reduction = Reduction(axes, center, dtype, implementation)
@@ -145,6 +148,14 @@ def as_implementation(name: str, value: Any) -> str | None:
             f"{name}={shown(value)} is none of None and {list(IMPLEMENTATIONS)}"
         )
     return value
+
+
+def _usual_on_this_gpu(axes: Axes, dtype: DTypeLike) -> str | None:
+    """The kernels that are the default for such arrays, if there is such a GPU."""
+    rows = axes.as_rows
+    if rows is not None:
+        return defaults.backend("rows", axes.shape, rows.size, dtype)
+    return defaults.backend("columns", axes.shape, axes.shape[-1], dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -25,7 +25,7 @@ class GroupNorm(ActivatedKernelNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         activation: applied to the result, such as "relu".
         num_groups: number of groups of consecutive features, or None.
@@ -90,7 +90,7 @@ def group_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient with "relu"
             or "silu"; "xla" for XLA's formula everywhere.
 

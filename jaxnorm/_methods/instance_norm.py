@@ -25,7 +25,7 @@ class InstanceNorm(ActivatedKernelNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         activation: applied to the result, such as "relu".
         axis: the feature axis or axes.
@@ -69,7 +69,7 @@ def instance_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient with "relu"
             or "silu"; "xla" for XLA's formula everywhere.
 

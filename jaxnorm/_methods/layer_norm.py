@@ -24,7 +24,7 @@ class LayerNorm(ReductionNorm):
         epsilon: added to the variance.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         reduction_axes: the axes that share a mean and a variance.
         feature_axes: the axes that parameters vary along.
@@ -68,7 +68,7 @@ def layer_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient; "xla" for
             XLA's formula everywhere.
 

@@ -31,7 +31,7 @@ class RMSNorm(ReductionNorm):
         epsilon: added to the mean square.
         axis_name: mapped axis, or several, whose devices share statistics.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too; "xla" for XLA's formula.
         reduction_axes: the axes that share a mean square.
         feature_axes: the axes that the scale varies along.
@@ -149,7 +149,7 @@ def rms_norm(
             nothing and comes out as 0.
         axis_name: mapped axis, or several, over whose devices `x` is split.
         axis_index_groups: groups of indices along `axis_name` that share statistics.
-        implementation: None for kernels on CPUs, and XLA's formula elsewhere; "triton"
+        implementation: None for kernels where they are default, as on CPUs; "triton"
             or "mosaic" for kernels on NVIDIA's GPUs, too, of the gradient; "xla" for
             XLA's formula everywhere.
 

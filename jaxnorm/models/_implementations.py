@@ -35,6 +35,11 @@ class Implementations(tuple[Implementation, ...]):
         return "\n".join(map(str, self)) or "nothing is normalized"
 
 
+# Where JAX lowers for another name than it gives the backend. A GPU of another maker is
+# one on which kernels for NVIDIA's do not serve.
+_LOWERED_AS = {"gpu": "cuda"}
+
+
 def implementations(function: Callable[..., Any], *args: Any) -> Implementations:
     """Which implementation each norm in `function(*args)` takes on this machine, and
     why.
@@ -51,7 +56,8 @@ def implementations(function: Callable[..., Any], *args: Any) -> Implementations
 bfloat16, float16, float64, not complex64
     """
     check_function("function", function)
-    platform = jax.default_backend()
+    backend = jax.default_backend()
+    platform = _LOWERED_AS.get(backend, backend)
     closed = jax.make_jaxpr(function)(*args)
     found = collections.Counter(
         _of_operation(op, platform, eqn) for op, eqn in _operations(closed.jaxpr)
