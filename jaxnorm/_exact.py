@@ -14,12 +14,14 @@ def two_sum(pivot: Array, shift: Array) -> tuple[Array, Array]:
     return total, (pivot - total) + main + (shift - main)
 
 
-def two_sum_denoised(pivot: Array, shift: Array) -> tuple[Array, Array]:
-    """As `two_sum`, and 0 for a rest below the rounding of the shift: it is noise, and
-    would keep what is constant from becoming 0."""
+def two_sum_denoised(pivot: Array, shift: Array, var: Array) -> tuple[Array, Array]:
+    """As `two_sum`, and 0 for a rest below the rounding of the shift, where the
+    variance is, too: it is noise, and would keep what is constant from becoming 0."""
     total, rest = two_sum(pivot, shift)
-    noise = 64 * jnp.finfo(rest.dtype).eps * jnp.abs(shift)
-    return total, jnp.where(jnp.abs(rest) > noise, rest, jnp.zeros_like(rest))
+    noise = 64 * jnp.finfo(rest.dtype).eps
+    rest_is = jnp.abs(rest) <= noise * jnp.abs(shift)
+    constant = var <= noise * abs_square(shift)
+    return total, jnp.where(rest_is & constant, jnp.zeros_like(rest), rest)
 
 
 def drop_last_bit(x: Array) -> Array:

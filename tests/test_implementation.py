@@ -160,6 +160,35 @@ def test_batches_of_vmap(name):
             assert_close(a, b, dtype=jnp.float32, summed=x.size, size=size)
 
 
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_vectors_of_vmap_are_rows(name):
+    """Though each has the shape of its parameters."""
+    norm, x, params, dy = problem(name)
+    x, dy = (v.reshape(-1, v.shape[-1]) for v in (x, dy))
+    mapped = jax.vmap(functools.partial(loss, norm), (0, 0, None))
+    f = jax.grad(lambda x, params: mapped(dy, x, params).sum(), (0, 1))
+    assert str(jaxnorm.models.implementations(f, x, params)).count(gpu.NAME) == 1
+    want = jax.grad(functools.partial(loss, norm, dy), (0, 1))(x, params)
+    for a, b in zip(*map(jax.tree.leaves, (f(x, params), want)), strict=True):
+        assert_close(a, b, dtype=jnp.float32, summed=x.size, size=np.abs(b).max())
+
+
+@pytest.mark.parametrize("mean", [100, 1e4])
+@pytest.mark.parametrize("name", ["layer", "rms", "group relu", "instance"])
+def test_far_from_zero(name, mean):
+    """By roundoff of the deviations, and not of the mean."""
+    norm, x, params, dy = problem(name, mean=mean)
+    y, dx, *_ = gradients(norm, x, params, dy)
+    with jax.enable_x64(True):
+        wide = (np.asarray(v, np.float64) for v in (x, dy))
+        wide = [*wide, jax.tree.map(np.float64, params)]
+        want = gradients(by_formula(norm), wide[0], wide[2], wide[1])[:2]
+        want = jax.tree.map(np.asarray, want)
+    for a, b in zip((y, dx), want, strict=True):
+        assert np.isfinite(a).all()
+        assert np.linalg.norm(a - b) < 4e-7 * np.linalg.norm(b)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_arrays_stay_where_they_are(name, kind):

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnorm
 from jaxnorm import Axes, models
+from jaxnorm._cpu import library
 from jaxnorm._primitives import rows
 from jaxnorm._primitives._operation import Reduction
 from jaxnorm._primitives.affine import TANGENT, Change, Line, Stood
@@ -228,6 +229,18 @@ def test_an_export_runs_without_kernels():
             exported = export.export(grad, platforms=platforms)(x)
             assert "custom_call @jaxnorm" not in exported.mlir_module()
             chex.assert_trees_all_close(exported.call(x), grad(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(library.problem() is not None, reason=str(library.problem()))
+def test_vectors_of_vmap_are_rows_of_one_array():
+    """Though each has the shape of its parameters."""
+    x, param = jnp.ones((64, 32)), jnp.ones(32)
+
+    def loss(x, scale, bias):
+        return jax.vmap(lambda v: jaxnorm.layer_norm(v, scale, bias))(x).sum()
+
+    found = models.implementations(jax.grad(loss, (0, 1, 2)), x, param, param)
+    assert [v.shape for v in found if v.kernel] == [x.shape] * 2
 
 
 def test_implementations_say_what_is_taken_and_why():

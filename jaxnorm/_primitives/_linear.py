@@ -14,6 +14,7 @@ from jaxnorm._primitives._operation import (
     Formula,
     Kernel,
     Operation,
+    Place,
     Results,
     Struct,
     Tree,
@@ -83,11 +84,19 @@ class Linear(_InSecond):
         adjoint(Adjoint(static, ...), fixed, cotangents)
 
     gives the cotangents of those leaves of `change` that `Adjoint.like` describes. A
-    cotangent that is None is 0.
+    cotangent that is None is 0. The first `whole_results` results are like x.
     """
 
-    def __init__(self, name: str, transposed: str, formula: Formula, results: Results):
+    def __init__(
+        self,
+        name: str,
+        transposed: str,
+        formula: Formula,
+        results: Results,
+        whole_results: int = 1,
+    ):
         super().__init__(name, formula, results)
+        self.whole_results = whole_results
         self.adjoint = _Transposed(transposed, self)
         ad.primitive_transposes[self.primitive] = self._transpose
 
@@ -143,6 +152,12 @@ class _Transposed(_InSecond):
         out, dims = super()._batch(leaves, dims, static=static, **params)
         pairs = zip(out, static.like, strict=True)
         return [v if s.shape else v.reshape(-1) for v, s in pairs], dims
+
+    def is_whole(self, place: Place) -> bool:
+        """Of a cotangent as of the result that it is of."""
+        if place[0] == 0:
+            return super().is_whole(place)
+        return place[1] < self.of.whole_results
 
     def _transpose(
         self, changes: Sequence[Any], *leaves: Any, tree: Any, static: Adjoint, **_: Any

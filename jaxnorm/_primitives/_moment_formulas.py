@@ -122,7 +122,7 @@ def _about_the_mean(
     mean = drop_last_bit(mean_of(x, axes, size))
     residue, var = _moments_about(axes, x, mask, size, mean)
     if not axes.of_rows:  # where it would part the kernel
-        mean, residue = two_sum_denoised(mean, residue)
+        mean, residue = two_sum_denoised(mean, residue, var)
     return mean, var, residue
 
 
@@ -150,7 +150,7 @@ def about_a_pivot(axes: Axes, x: Array) -> MeanVarResidue:
     x = to_working(x, None, axes)
     pivot = _pivot(x, axes)
     shift, var = _moments_about(axes, x, None, None, pivot)
-    mean, residue = two_sum_denoised(pivot, shift)
+    mean, residue = two_sum_denoised(pivot, shift, var)
     return mean, var, residue
 
 
@@ -194,7 +194,7 @@ def feature_by_feature(
     offset = (mean - whole) + residue
     shift = offset.mean(features, keepdims=True)
     var = (var + abs_square(offset)).mean(features, keepdims=True) - abs_square(shift)
-    mean, residue = two_sum_denoised(whole, shift)
+    mean, residue = two_sum_denoised(whole, shift, var)
     return mean, jnp.maximum(var, 0), residue
 
 

@@ -20,6 +20,9 @@ Formula = Callable[..., tuple[Any, ...]]
 Tree = Any
 Struct = jax.ShapeDtypeStruct
 Results = Callable[..., Sequence[Struct]]
+Place = tuple[Any, ...]
+
+WHOLE = "x", "mask", "array", "rest"  # what is like x in operands with names
 
 
 class Reduction(NamedTuple):
@@ -63,6 +66,7 @@ class Operation:
 
     every: dict[Primitive, "Operation"] = {}
     is_small = False  # whether no result has x's size
+    whole_operands: tuple[int, ...] = (0,)  # those like x, where they have no names
 
     def __init__(self, name: str, formula: Formula, results: Results):
         self.formula, self.results = formula, results
@@ -164,9 +168,18 @@ class Operation:
     ) -> tuple[Sequence[Array], list[int]]:
         pairs = [*zip(leaves, dims, strict=True)]
         size = next(v.shape[d] for v, d in pairs if d is not None)
-        leaves = [_leading(v, d, size, static.axes) for v, d in pairs]
+        places = _places(tree)
+        leaves = [
+            _leading(v, d, size, static.axes, self.is_whole(place))
+            for (v, d), place in zip(pairs, places, strict=True)
+        ]
         out = self._bind(leaves, tree, static.batched(size))
         return out, [0] * len(out)
+
+    def is_whole(self, place: Place) -> bool:
+        """Whether an operand is like x, by its place among them; its shape does not
+        tell where an example is one row, which parameters have the shape of."""
+        return place[-1] in (WHOLE if len(place) > 1 else self.whole_operands)
 
     def _jvp(
         self,
@@ -259,12 +272,19 @@ def _compiled(primitive: Primitive, *params: Any) -> Callable[..., Any]:
     return jax.jit(functools.partial(primitive.bind, **dict(params)))
 
 
-def _leading(v: Array, dim: int | None, size: int, axes: Axes) -> Array:
+def _places(tree: Tree) -> list[Place]:
+    """The indices and names that lead to each of the operands."""
+    numbered = jax.tree.unflatten(tree, range(tree.num_leaves))
+    found, _ = jax.tree_util.tree_flatten_with_path(numbered)
+    return [tuple(getattr(k, "name", None) or k.idx for k in path) for path, _ in found]
+
+
+def _leading(v: Array, dim: int | None, size: int, axes: Axes, whole: bool) -> Array:
     """`v` with its batch as the leading axis, of 1 where it has none and broadcasts."""
     if dim is None and not v.ndim:
         return v
     if dim is None:
-        whole = v.shape == axes.shape
+        whole = whole and v.shape == axes.shape
         return jnp.broadcast_to(v, (size, *v.shape)) if whole else v[None]
     v = jnp.moveaxis(v, dim, 0)
     return v.reshape(size, *[1] * len(axes.working_shape)) if v.ndim == 1 else v

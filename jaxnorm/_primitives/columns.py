@@ -126,6 +126,8 @@ class _Rest(Operation):
     """Formally 0, as the rounded product formally is the product: it has no transpose,
     and in the forward mode it keeps the product from being rounded before the sum."""
 
+    whole_operands = (1,)
+
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:
@@ -140,6 +142,8 @@ ad.primitive_transposes[REST.primitive] = lambda _, *leaves, **__: [None] * len(
 
 
 class _Moments(Operation):
+    whole_operands = (0, 1)
+
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
     ) -> list[Array]:

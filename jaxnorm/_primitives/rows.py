@@ -156,6 +156,7 @@ def kept_nothing(reduction: Reduction, *moments: Array) -> tuple[Array, ...]:
 
 class _Kept(Operation):
     is_small = True
+    whole_operands = ()
 
     def tangent(
         self, static: Reduction, operands: Any, changes: Any, out: list[Array]
@@ -214,6 +215,7 @@ ROW_TANGENT = Linear(
     "row_gradient",
     functools.partial(tangent, kept_or_again, affine.by_sums),
     _tangent_results,
+    whole_results=2,
 )
 
 
