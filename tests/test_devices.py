@@ -835,3 +835,24 @@ def test_gradients_reach_across_a_mapped_axis_that_is_gone(name, groups):
     assert np.abs(exact).max() > 0
     for other in others:
         assert_close(other, exact, summed=p.x.size, size=np.abs(exact).max())
+
+
+def test_gradients_by_what_a_mapped_axis_that_is_gone_does_not_map():
+    """Devices that hold the same array, and each a cotangent of its own."""
+    rng = np.random.default_rng(0)
+    x, cotangents = rng.normal(size=(6, 3)), rng.normal(size=(4, 6, 3))
+    norm = jaxnorm.BatchNorm(axis_name="b")
+    stats = norm.init_stats((3,))
+
+    @jax.jit
+    def f(x, cotangents):
+        def call(cotangent):
+            return (norm(x, {}, stats)[0] * cotangent).sum()
+
+        return jax.vmap(call, axis_name="b")(cotangents).sum()
+
+    found = jax.grad(f)(*(v.astype(np.float32) for v in (x, cotangents)))
+    dy, deviation = cotangents.sum(0), np.sqrt(x.var(0) + norm.epsilon)
+    y = (x - x.mean(0)) / deviation
+    exact = (dy - dy.mean(0) - y * (dy * y).mean(0)) / deviation
+    assert_close(found, exact, summed=x.size, size=np.abs(exact).max())
