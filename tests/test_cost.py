@@ -109,3 +109,22 @@ def test_parameters_and_statistics_have_the_shape_of_the_features(name):
     assert y.shape == row.shape
     assert all(v.shape == features for v in stats.values())
     assert all(v.shape == features for v in row.norm.init_params(features).values())
+
+
+def test_the_gradient_of_segments_of_rows_takes_little_memory():
+    """That of rows, in which no slope of each element is written."""
+    norm = jaxnorm.SegmentNorm(num_segments=8)
+    x = np.random.default_rng(0).normal(size=(512, 256)).astype(np.float32)
+    ids = np.arange(len(x)) % 8
+
+    @jax.jit
+    def gradients(x, params, ids, dy):
+        def f(x, params):
+            return norm(x, params, {}, segment_ids=ids)[0]
+
+        return jax.vjp(f, x, params)[1](dy)
+
+    program = gradients.lower(x, norm.init_params(x.shape[-1:]), ids, x).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 2.5 * x.nbytes

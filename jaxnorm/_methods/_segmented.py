@@ -75,6 +75,7 @@ class SegmentedNorm(StatelessNorm):
         @recomputed
         def normalized(x: Array, params: Params, table: Moments) -> Array:
             params, m = self.taken(x, params, moments_of_segment(ids, table), valid)
+            # Nodes that are rows are taken as rows: their gradient takes less memory.
             how = {"mask": valid, "dtype": dtype, "axes": self.within(x.shape)}
             return self.normalize_by(x, params, m, **how)
 
