@@ -297,6 +297,18 @@ def test_negative_weights_that_are_not_known_show():
     assert np.isnan(stats.mean).all()
 
 
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_wrong_weights_of_an_update_that_are_not_known_show(wrong):
+    """In the moments, too, and in no other feature."""
+    weights = np.ones((3, 2), np.float32)
+    weights[1, 0] = wrong
+    update = jax.jit(lambda s, x, w: s.update(x, weights=w))
+    for start in (Standardizer.init(2), Standardizer.fit(data(5, 2, offset=4))):
+        stats = update(start, data(3, 2), weights)
+        for v in (stats.mean, stats.var, stats.size):
+            np.testing.assert_array_equal(np.isnan(v), [True, False])
+
+
 @pytest.mark.parametrize("decay", [0, 0.5, 0.9, 1])
 def test_decay_weighs_by_age(decay):
     batches = [data(n, 4, **FAR) + n for n in (5, 1, 7, 3)]
@@ -343,6 +355,18 @@ def test_what_is_forgotten_makes_nothing_constant():
         stats = stats.update(near, decay=0.1)
     exact = near.astype(np.float64)
     assert_close(stats.apply(near), (exact - exact.mean(0)) / exact.std(0))
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf])
+def test_nan_is_forgotten_with_all_else(junk):
+    """Then constants are constant again."""
+    x = np.broadcast_to(CONSTANTS, (1000, 8))
+    spoilt = Standardizer.fit(np.where(np.arange(1000)[:, None] == 7, junk, x))
+    assert np.isnan(spoilt.mean).all()
+    stats = spoilt.update(x, decay=0)
+    assert_moments(stats, x)
+    np.testing.assert_array_equal(stats.spacing, np.float32(EPS) * abs(CONSTANTS))
+    np.testing.assert_array_equal(stats.apply(x), np.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32])

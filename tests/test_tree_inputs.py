@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
+from norms import assert_close
 from test_inputs import (
     FAR,
     assert_moments,
@@ -202,6 +203,20 @@ def test_orbax_restores_it_with_a_flax_nnx_model(tmp_path):
         state = checkpointer.restore(tmp_path / "model", shapes)
     again = nnx.merge(graph, state)
     np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_axes_for_all_arrays_or_one_for_each():
+    """Two integers for two arrays may be either; written out, or in another container
+    than the arrays, they are one of them."""
+    pair = data(4, 2, 3, offset=5), data(4, 2, 3, offset=-3)
+    message = r"axis=\(1, 2\) may be .* \[0\], \[1\]: write \(\(1,\), \(2,\)\) for each"
+    with pytest.raises(ValueError, match=message):
+        TreeStandardizer.fit(pair, axis=(1, 2))
+    each = TreeStandardizer.fit(pair, axis=((1,), (2,)))
+    both = TreeStandardizer.fit([*pair], axis=(1, 2))
+    for stats, reduced in ((each, ((0, 2), (0, 1))), (both, (0, 0))):
+        for part, x, others in zip(stats.parts, pair, reduced, strict=True):
+            assert_close(part.mean, x.mean(others, dtype=np.float64), size=5)
 
 
 @pytest.mark.parametrize(
