@@ -499,3 +499,27 @@ def test_a_kernel_that_reads_the_norm_twice_is_scaled_once():
     x = jnp.array([[1.0, 2.0]])
     folded = fold_scales(apply, {"params": params}, x)
     np.testing.assert_array_equal(folded["params"]["q"]["kernel"], [[3.0], [4.0]])
+
+
+def either_axis(x, scale, kernel):
+    y = jaxnorm.rms_norm(x, scale)
+    return y @ kernel, y @ kernel.T
+
+
+def with_and_without_an_offset(x, scale, kernel):
+    return jaxnorm.rms_norm(x, scale) @ kernel, jaxnorm.rms_norm(x, 1 + scale) @ kernel
+
+
+@pytest.mark.parametrize("model", [either_axis, with_and_without_an_offset])
+def test_a_kernel_that_reads_the_norm_in_two_ways_is_refused(model):
+    """Scaled for one of them, it would be wrong for the other."""
+    square = jnp.ones((FEATURES, FEATURES))
+    params = {"norm": {"scale": jnp.ones(FEATURES)}, "q": {"kernel": square}}
+
+    def apply(variables, x):
+        p = variables["params"]
+        return model(x, p["norm"]["scale"], p["q"]["kernel"])
+
+    words = "norm: a layer reads it along several axes, or with several offsets"
+    with pytest.raises(ValueError, match=words):
+        fold_scales(apply, {"params": params}, X)

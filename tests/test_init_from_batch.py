@@ -378,5 +378,7 @@ def test_what_a_flow_is_given_is_checked():
             call(X, {"gain": jnp.ones(3)})
         with pytest.raises(TypeError, match="mask must be boolean"):
             call(X, {}, **wrong)
+    with pytest.raises(ValueError, match="must be that of examples, got axis=0 for an"):
+        jaxnorm.ActNorm(axis=0).log_det(X, {})
     assert norm.inverse(X.astype(jnp.bfloat16), {}).dtype == jnp.bfloat16
     assert norm.log_det(X.astype(jnp.bfloat16), {}).dtype == jnp.float32
