@@ -1,5 +1,7 @@
 """Programs of blocks of models: a bottleneck of ResNet, a transformer, a scan."""
 
+from typing import Any
+
 import jax
 from jax import lax
 from norm_programs import LAYERS, Layer, Program, array
@@ -22,18 +24,23 @@ def bottleneck(shape, library):
 
     def step(x, weights, params, stats, last):
         def block(x, weights, params):
-            y, updates = x, []
-            for i in range(3):
-                shortcut = x if i == 2 else None
-                y, update = layer(params[i], stats[i], conv(y, weights[i]), shortcut)
-                updates.append(update)
-            return y, updates
+            return bottleneck_block(layer, params, stats, weights, x)
 
         z, pull, updates = jax.vjp(block, x, weights, params, has_aux=True)
         return updates, pull(conv(z, last))
 
     last = array(1, 1, width, width)
     return [Program(step, (array(*shape), weights, params, stats, last))]
+
+
+def bottleneck_block(layer: Layer, params, stats, weights, x):
+    """The result, and the updated statistics of each norm."""
+    y, updates = x, []
+    for i in range(3):
+        shortcut = x if i == 2 else None
+        y, update = layer(params[i], stats[i], conv(y, weights[i]), shortcut)
+        updates.append(update)
+    return y, updates
 
 
 def conv(x, kernel):
@@ -59,10 +66,7 @@ def transformer(kind: str, shape, library):
 
     def step(x, hidden, weights, params, last):
         def block(x, hidden, weights, params):
-            down, qkv, out, up = weights
-            x, y = layer.add_and_norm(params[0], hidden @ down, x)
-            x, y = layer.add_and_norm(params[1], attention(y @ qkv) @ out, x)
-            return x, jax.nn.gelu(y @ up)
+            return transformer_block(layer, params, weights, x, hidden)
 
         (x, hidden), pull = jax.vjp(block, x, hidden, weights, params)
         return pull((x @ last[0], hidden @ last[1]))
@@ -72,10 +76,22 @@ def transformer(kind: str, shape, library):
     return [Program(step, (array(*shape), hidden, weights, (params, params), last))]
 
 
-def attention(qkv):
+def transformer_block(
+    layer: Layer, params, weights, x, hidden, attention_by: Any = "xla"
+):
+    """The stream and the hidden layer after a block, of those before it."""
+    down, qkv, out, up = weights
+    x, y = layer.add_and_norm(params[0], hidden @ down, x)
+    x, y = layer.add_and_norm(params[1], attention(y @ qkv, attention_by) @ out, x)
+    return x, jax.nn.gelu(y @ up)
+
+
+def attention(qkv, implementation: Any = "xla"):
     heads = qkv.reshape(*qkv.shape[:2], 3, -1, HEAD)
     q, k, v = (heads[:, :, i] for i in range(3))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+    y = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation=implementation
+    )
     return y.reshape(*qkv.shape[:2], -1)
 
 

@@ -1,11 +1,13 @@
 """Programs around norms, as inside networks, for any library of Flax's layer classes.
 
-Activations and the weights of products are bfloat16, parameters of norms float32. All
+Activations and the weights of products are bfloat16 unless a layer has another dtype,
+parameters of norms float32. All
 arguments are shapes only. Gradients are taken as inside a network: the cotangent is the
 result of one more product, so that it depends on all of the forward pass.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -18,8 +20,8 @@ DTYPE = jnp.bfloat16
 LAYERS = 12
 
 
-def array(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, DTYPE)
+def array(*shape: int, dtype: Any = DTYPE) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class Program(NamedTuple):
@@ -55,7 +57,12 @@ class Layer:
     """A norm, and the activation that follows it, inside it where it has that field."""
 
     def __init__(
-        self, library: Library, kind: str, activation: str | None = None, **options: Any
+        self,
+        library: Library,
+        kind: str,
+        activation: str | None = None,
+        dtype: Any = DTYPE,
+        **options: Any,
     ):
         self.fused = activation is not None and library.has(kind, "activation")
         self.activation = getattr(jax.nn, activation) if activation else lambda y: y
@@ -63,12 +70,14 @@ class Layer:
             options["activation"] = activation
         if library.implementation is not None:
             options["implementation"] = library.implementation
-        self.module = getattr(library.module, kind)(dtype=DTYPE, **options)
+        self.module = getattr(library.module, kind)(dtype=dtype, **options)
+        self.array = functools.partial(array, dtype=dtype)
         self.adds = library.takes(kind, "residual")
 
     def variables(self, *shape: int) -> tuple[Any, Any]:
         """The shapes of parameters and statistics, for inputs of this shape."""
-        held = dict(jax.eval_shape(self.module.init, jax.random.key(0), array(*shape)))
+        x = self.array(*shape)
+        held = dict(jax.eval_shape(self.module.init, jax.random.key(0), x))
         params = held.pop("params", {})
         return params, held
 
@@ -93,7 +102,7 @@ def sandwich(make: Callable[[Library], Layer], shape, residual: bool, library):
     """Forward pass and gradient of product, norm, product."""
     layer = make(library)
     params, stats = layer.variables(*shape)
-    x, w = array(*shape), array(shape[-1], shape[-1])
+    x, w = layer.array(*shape), layer.array(shape[-1], shape[-1])
 
     def step(x, w1, w2, w3, params, stats, *residual):
         def net(x, w1, w2, params, *residual):
@@ -105,6 +114,23 @@ def sandwich(make: Callable[[Library], Layer], shape, residual: bool, library):
 
     added = (x,) if residual else ()
     return [Program(step, (x, w, w, w, params, stats, *added))]
+
+
+def skipping(make: Callable[[Library], Layer], shape, library):
+    """Forward pass and gradient of a norm of a sum that is read after it, too."""
+    layer = make(library)
+    params, _ = layer.variables(*shape)
+    x, w = layer.array(*shape), layer.array(shape[-1], shape[-1])
+
+    def step(x, residual, w1, w2, w3, params):
+        def net(x, residual, w1, w2, params):
+            x, y = layer.add_and_norm(params, x @ w1, residual)
+            return x + y @ w2
+
+        z, pull = jax.vjp(net, x, residual, w1, w2, params)
+        return pull(z @ w3)
+
+    return [Program(step, (x, x, w, w, w, params))]
 
 
 def alone(make: Callable[[Library], Layer], shape, library):
@@ -119,7 +145,8 @@ def alone(make: Callable[[Library], Layer], shape, library):
         y, pull, updates = jax.vjp(norm, x, params, has_aux=True)
         return y, updates, pull(dy)
 
-    return [Program(step, (array(*shape), array(*shape), params, stats))]
+    x = layer.array(*shape)
+    return [Program(step, (x, x, params, stats))]
 
 
 def inference(make: Callable[[Library], Layer], shape, library):
@@ -129,7 +156,7 @@ def inference(make: Callable[[Library], Layer], shape, library):
     def forward(x, params, stats):
         return layer(params, stats, x)[0]
 
-    return [Program(forward, (array(*shape), params, stats))]
+    return [Program(forward, (layer.array(*shape), params, stats))]
 
 
 def split(make: Callable[[Library], Layer], shape, library):
@@ -139,7 +166,7 @@ def split(make: Callable[[Library], Layer], shape, library):
     """
     layer = make(library)
     params, stats = layer.variables(*shape)
-    x = array(*shape)
+    x = layer.array(*shape)
 
     def forward(x, params, stats):
         def norm(x, params):

@@ -1,0 +1,183 @@
+"""Checks and times the kernels for GPUs on the GPU at hand, beside other libraries.
+
+    python benchmarks/on_gpu.py --seconds 420 --out FOLDER
+    python benchmarks/on_gpu.py --report FOLDER/on_gpu.json
+
+Each phase is a process of its own, which ends at its deadline, and what it has found is
+in `on_gpu.json` and `on_gpu.md` of the folder before the next one starts. A backend
+whose kernels fail a check is not timed. `--report` needs no GPU: it writes the table to
+`benchmarks/results`, and where kernels are the default, by the rule in `gpu/decide.py`,
+to `jaxnorm/_kernels/defaults.json`. `--dry-run` walks through all of it on a CPU, with
+tiny arrays and interpreted kernels; its times mean nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu import decide, summary, work
+from gpu.plan import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULTS = ROOT / "jaxnorm" / "_kernels" / "defaults.json"
+BACKENDS = ("triton", "mosaic")
+GRACE = 20  # seconds, for what cannot be interrupted
+# What share of the time has passed when each phase has to end.
+PHASES = {
+    "ceilings": 0.05,
+    "checks": 0.22,
+    "times": 0.6,
+    "torch_times": 0.68,
+    "steps": 0.92,
+    "sweep": 1.0,
+}
+TABLES = {"torch_times": "times"}  # which of the results a phase adds to
+
+Results = dict[str, Any]
+
+
+def run(out: Path, seconds: float, settings: Settings) -> Results:
+    """All phases, and what they have found."""
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    results: Results = {"device": "unknown", "capability": "none", "versions": {}}
+    results |= {"dry_run": settings.dry_run, "seconds": {}, "ceilings": {}}
+    results |= {k: [] for k in ("checks", "times", "steps", "sweep", "cards")}
+    results |= {k: [] for k in ("not_run", "problems")}
+    for phase, share in PHASES.items():
+        # Kernels are checked one backend at a time, so that none takes the other along.
+        several = settings.backends if phase == "checks" else (None,)
+        for backend in several:
+            began = time.time()
+            own = settings._replace(backends=(backend,)) if backend else settings
+            lines = out / f"{phase}{'_' + backend if backend else ''}.jsonl"
+            _child(phase, own, lines, start + share * seconds)
+            _gather(results, phase, lines)
+            label = f"{phase} {backend}" if backend else phase
+            results["seconds"][label] = time.time() - began
+            _write(out, results)
+        settings = settings._replace(backends=_right(results, settings.backends))
+    return results
+
+
+def _child(phase: str, settings: Settings, lines: Path, deadline: float) -> None:
+    """A phase in a process of its own, killed if it does not end."""
+    lines.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--phase", phase, "--out", str(lines)]
+    command += ["--seconds", str(deadline), "--backends", *settings.backends]
+    command += ["--dry-run"] if settings.dry_run else []
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # PyTorch, in a phase of its own, finds the memory free; and so does each child.
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if settings.dry_run:
+        environment["JAX_PLATFORMS"] = "cpu"
+    with lines.with_suffix(".log").open("w") as log:
+        try:
+            subprocess.run(
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                timeout=max(1, deadline - time.time()) + GRACE,
+            )
+        except subprocess.TimeoutExpired:
+            log.write("killed at its deadline\n")
+
+
+def _gather(results: Results, phase: str, lines: Path) -> None:
+    """Adds the lines of a phase to the results, and what it has not come to."""
+    planned, done = [], set()
+    text = lines.read_text() if lines.exists() else ""
+    for line in filter(None, text.splitlines()):
+        found = json.loads(line)
+        if "planned" in found:
+            planned = found["planned"]
+        elif "done" in found:
+            done.add(found["done"])
+        elif "problem" in found:
+            results["problems"].append(found)
+        else:
+            _add(results, phase, found["row"])
+    if not planned:
+        log = lines.with_suffix(".log").read_text().splitlines()
+        problem = {"item": phase, "problem": " ".join(log[-3:]) or "it did not start"}
+        results["problems"].append(problem)
+        results["not_run"].append(f"{phase}: all")
+    results["not_run"] += [f"{phase}: {name}" for name in planned if name not in done]
+
+
+def _add(results: Results, phase: str, row: dict[str, Any]) -> None:
+    if phase != "ceilings":
+        results[TABLES.get(phase, phase)].append(row)
+    elif "ceiling" in row:
+        results["ceilings"][row["ceiling"]] = row["value"]
+    elif "card_after" in row:
+        results["cards"].append(row["card_after"])
+    else:
+        results["cards"].append(row.pop("card"))
+        results |= row
+
+
+def _right(results: Results, backends: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of which no check has failed, and some has run."""
+    checks = results["checks"]
+    if not checks:
+        return backends
+    own = {b: [c["ok"] for c in checks if c["backend"] == b] for b in backends}
+    return tuple(b for b in backends if own[b] and all(own[b]))
+
+
+def _write(out: Path, results: Results) -> None:
+    (out / "on_gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "on_gpu.md").write_text(summary.markdown(results))
+
+
+def report(results: Results, table_folder: Path, defaults: Path) -> None:
+    """The table of a run, and the defaults for its device; a dry run has none."""
+    table_folder.mkdir(parents=True, exist_ok=True)
+    device = results["device"].replace(" ", "_").lower()
+    (table_folder / f"on_gpu_{device}.md").write_text(summary.markdown(results))
+    if results["dry_run"]:
+        return
+    known = json.loads(defaults.read_text())
+    boxes = decide.defaults(results)
+    known = {k: v for k, v in known.items() if k != results["device"]}
+    known |= {results["device"]: boxes} if boxes else {}
+    defaults.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=420, help="for all phases")
+    parser.add_argument("--out", type=Path, default=Path("on_gpu"), metavar="FOLDER")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny arrays")
+    parser.add_argument("--backends", nargs="*", default=BACKENDS, choices=BACKENDS)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="of an earlier run")
+    parser.add_argument("--tables", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--defaults", type=Path, default=DEFAULTS, metavar="FILE")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    settings = Settings(args.dry_run, tuple(args.backends))
+    if args.phase:
+        work.main(args.phase, settings, args.out, args.seconds)
+    elif args.report:
+        results = json.loads(args.report.read_text())
+        report(results, args.tables, args.defaults)
+        print(summary.markdown(results), end="")
+    else:
+        print(summary.markdown(run(args.out, args.seconds, settings)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
