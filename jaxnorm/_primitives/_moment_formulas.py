@@ -213,7 +213,20 @@ def on_gpu(axes: Axes, x: Array) -> MeanVarResidue:
         return about_a_pivot(axes, x)
     # A longer row is in no kernel as a whole, so that a second sum reads it again.
     wide = axes.size_is_known and axes.size > 16384
-    return (about_a_pivot_apart if wide else about_the_mean)(axes, x)
+    return (about_a_pivot_apart if wide else about_the_mean_in_turn)(axes, x)
+
+
+def about_the_mean_in_turn(axes: Axes, x: Array) -> MeanVarResidue:
+    """As `about_the_mean`, with each sum of what the sums before it leave.
+
+    XLA puts such a chain into the kernel of each use of the result. Sums side by side
+    become kernels of their own as soon as there are two uses.
+    """
+    x = to_working(x, None, axes)
+    mean = drop_last_bit(mean_of(x, axes))
+    offset = x - mean
+    residue = mean_of(offset, axes)
+    return mean, mean_of(abs_square(offset - residue), axes), residue
 
 
 def about_the_mean(axes: Axes, x: Array) -> MeanVarResidue:
