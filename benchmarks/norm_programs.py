@@ -1,9 +1,9 @@
 """Programs around norms, as inside networks, for any library of Flax's layer classes.
 
 Activations and the weights of products are bfloat16 unless a layer has another dtype,
-parameters of norms float32. All
-arguments are shapes only. Gradients are taken as inside a network: the cotangent is the
-result of one more product, so that it depends on all of the forward pass.
+parameters of norms float32. All arguments are shapes only. Gradients are taken as inside
+a network: the cotangent is the result of one more product, so that it depends on all of
+the forward pass.
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.linen import fp8_ops
+
+import jaxnorm
 
 DTYPE = jnp.bfloat16
 LAYERS = 12
@@ -157,6 +160,27 @@ def inference(make: Callable[[Library], Layer], shape, library):
         return layer(params, stats, x)[0]
 
     return [Program(forward, (layer.array(*shape), params, stats))]
+
+
+def to_float8(make: Callable[[Library], Layer], shape, with_largest: bool, library):
+    """Inference of a norm in float32 that becomes float8, and its largest magnitude.
+
+    Both are functions of Flax's, too, though of its products alone.
+    """
+    layer = make(library)
+    params, stats = layer.variables(*shape)
+
+    def forward(x, scale, params, stats):
+        y = layer(params, stats, x)[0]
+        if library.name == "Flax":
+            q = fp8_ops.quantize(y, jnp.float8_e4m3fn, scale, jnp.float32)
+            largest = abs(y).max()
+        else:
+            q, largest = jaxnorm.to_float8(y, scale)
+        return (q, largest) if with_largest else q
+
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    return [Program(forward, (array(*shape), scale, params, stats))]
 
 
 def split(make: Callable[[Library], Layer], shape, library):

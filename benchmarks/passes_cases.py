@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 from model_programs import bottleneck, scanned, transformer
 from norm_programs import (
     DTYPE,
@@ -16,6 +17,7 @@ from norm_programs import (
     inference,
     sandwich,
     split,
+    to_float8,
 )
 
 # Of which XLA makes programs for GPUs that differ: by the bytes of the array, and of a
@@ -113,6 +115,13 @@ def cases(target: str) -> Iterator[Case]:
         programs = functools.partial(inference, make, shape)
         name = f"{name}, inference"
         yield Case(name, kind, shape, floor, programs, products=False)
+
+    for name, kind in (("LN", "LayerNorm"), ("RMS", "RMSNorm")):
+        make = norm(kind, dtype=jnp.float32)
+        for with_largest in (False, True):
+            programs = functools.partial(to_float8, make, rows, with_largest)
+            title = f"{name} to float8" + " and amax" * with_largest
+            yield Case(title, kind, rows, 1.5, programs, products=False)
 
     for name, kind, make, shape, floor in (
         ("BN", "BatchNorm", batch, images, 8),

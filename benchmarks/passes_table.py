@@ -73,7 +73,8 @@ Not measured: times. Nothing runs.
 `train` is the forward pass and the gradient, `split` the two as programs of their own,
 `kept` what the first of these hands over to the second, `temporaries` what XLA
 allocates beside arguments and results per layer of a `lax.scan` over {layers}. `*`:
-with a branch or a loop of which it is not known how often it runs.
+with a branch or a loop of which it is not known how often it runs. `to float8` is
+inference with a result of one byte each, `amax` the largest magnitude before that.
 
 Compiled with {versions}.
 """

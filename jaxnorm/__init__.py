@@ -5,6 +5,7 @@ import typing
 from jaxnorm._axes import Axes as Axes
 from jaxnorm._base import Norm as Norm
 from jaxnorm._devices import sync as sync
+from jaxnorm._float8 import to_float8 as to_float8
 from jaxnorm._methods.act_norm import ActNorm as ActNorm
 from jaxnorm._methods.act_norm import act_norm as act_norm
 from jaxnorm._methods.batch_norm import BatchNorm as BatchNorm
@@ -196,6 +197,7 @@ __all__ = [
     "standardize",
     "switchable_norm",
     "sync",
+    "to_float8",
     "update_stats",
     "virtual_batch_norm",
     "weight_norm",

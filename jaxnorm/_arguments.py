@@ -175,6 +175,11 @@ def as_dtype(name: str, value: DTypeLike) -> jnp.dtype:
             f"{name} must be a dtype of floating point, such as jnp.float32, got "
             f"{shown(value)}"
         )
+    if dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} must be a dtype of 16 bits or more, got {dtype}: compute in "
+            "jnp.float32, and pass the result to jaxnorm.to_float8"
+        )
     return dtype
 
 
@@ -250,7 +255,8 @@ def check_real(name: str, value: Array, x: Array) -> None:
 def _scalar(value: Any) -> Any:
     """`value` as a Python scalar, if it is an array of one that is known."""
     if isinstance(value, np.generic | np.ndarray | Array):
-        if not isinstance(value, Tracer) and not value.shape:
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.extended)
+        if not isinstance(value, Tracer) and not value.shape and not is_key:
             return value.item()
     return value
 

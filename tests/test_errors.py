@@ -166,6 +166,7 @@ PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         jaxnorm.normalize,
         {"x": IMAGES, "params": {}, "axes": AXES, "epsilon": 1e-5},
     ),
+    "to_float8": (jaxnorm.to_float8, {"y": IMAGES, "scale": 0.1}),
     "init_stats": (jaxnorm.init_stats, {"feature_shape": (6,)}),
     "update_stats": (
         jaxnorm.update_stats,

@@ -98,6 +98,7 @@ PARAMETER = (*MISFIT, np.ones(6, np.complex64), 1j)
 # What each argument is, by its name or else by its annotation.
 BY_NAME: dict[str, tuple[Any, ...]] = {
     "x": (*ARRAY, None),
+    "y": (*ARRAY, None, 1j),
     "kernel": (*ARRAY, None),
     "u": (*MISFIT, None, np.ones(6, np.complex64)),
     "mean": (*MISFIT, None),
@@ -151,6 +152,7 @@ BY_TYPE: dict[Any, tuple[Any, ...]] = {
     tuple[int, ...]: SHAPE,
     int | Sequence[int] | None: AXIS,
     Axes: (*WORDS, *OBJECTS, None, -1, (0, 1)),
+    ArrayLike: (*PARAMETER, None, True, 0.0, -1),
     ArrayLike | None: PARAMETER,
     DTypeLike: (*DTYPE, None),
     DTypeLike | None: DTYPE,

@@ -44,8 +44,8 @@ def _checks(results: Results) -> Iterator[str]:
     for backend in dict.fromkeys(c["backend"] for c in results["checks"]):
         own = [c for c in results["checks"] if c["backend"] == backend]
         wrong = [c for c in own if not c["ok"]]
-        right, kernel = len(own) - len(wrong), sum(c["by_kernel"] for c in own)
-        yield f"Of {backend}, {right} of {len(own)} checks pass; {kernel} are of kernels."
+        passed, kernels = len(own) - len(wrong), sum(c["by_kernel"] for c in own)
+        yield f"{backend}: {passed} of {len(own)} checks pass, {kernels} by kernels."
         for c in wrong[:3]:
             same = "" if c["repeatable"] else ", repeats differ"
             yield (
