@@ -1,9 +1,9 @@
 """Programs around norms, as inside networks, for any library of Flax's layer classes.
 
 Activations and the weights of products are bfloat16 unless a layer has another dtype,
-parameters of norms float32. All arguments are shapes only. Gradients are taken as inside
-a network: the cotangent is the result of one more product, so that it depends on all of
-the forward pass.
+parameters of norms float32. All arguments are shapes only. Gradients are taken as
+inside a network: the cotangent is the result of one more product, so that it depends on
+all of the forward pass.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ in `on_gpu.json` and `on_gpu.md` of the folder before the next one starts. A bac
 whose kernels fail a check is not timed. `--report` needs no GPU: it writes the table to
 `benchmarks/results`, and where kernels are the default, by the rule in `gpu/decide.py`,
 to `jaxnorm/_kernels/defaults.json`. `--dry-run` walks through all of it on a CPU, with
-tiny arrays and interpreted kernels; its times mean nothing.
+tiny arrays and Triton's kernels interpreted; its times mean nothing.
 """
 
 import argparse
@@ -167,7 +167,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    settings = Settings(args.dry_run, tuple(args.backends))
+    backends = ("triton",) if args.dry_run else tuple(args.backends)
+    settings = Settings(args.dry_run, backends)
     if args.phase:
         work.main(args.phase, settings, args.out, args.seconds)
     elif args.report:
