@@ -138,9 +138,14 @@ class Computation(dict[str, Instruction]):
 
     @functools.cached_property
     def results(self) -> list[Instruction]:
-        """What the root holds: the elements of its tuple, behind their bitcasts."""
+        """What the root holds: the elements of its tuple, behind their bitcasts.
+
+        A root of several results that is no tuple, as of a reduction of several arrays
+        at once, stands for each of them.
+        """
         outer = self.root
-        names = outer.operands if outer.op == "tuple" else [outer.name]
+        names = [outer.name] * len(parts_of(outer.shape))
+        names = outer.operands if outer.op == "tuple" else names
         return [self.behind_bitcasts(name) for name in names]
 
     @functools.cached_property

@@ -217,6 +217,26 @@ def test_results_of_several_kinds_are_told_apart():
     assert k.written == 8 * 128 * 4 + 0 + 8  # the slice, what stays on chip, the flags
 
 
+def test_a_reduction_of_several_arrays_at_once_writes_each_of_its_results():
+    text = module(
+        """
+  %p = bf16[64,256]{1,0} parameter(0)
+  ROOT %f = (f32[64]{0}, s32[64]{0}) fusion(%p), kind=kInput, calls=%fused
+""",
+        fused(
+            "  %q = bf16[64,256]{1,0} parameter(0)",
+            "  %w = f32[64,256]{1,0} convert(%q)",
+            "  %i = s32[64,256]{1,0} iota(), iota_dimension=1",
+            "  %z = f32[] constant(0)",
+            "  %n = s32[] constant(0)",
+            "  ROOT %r = (f32[64]{0}, s32[64]{0}) reduce(%w, %i, %z, %n), "
+            "dimensions={1}",
+        ),
+    )
+    k = only(text)
+    assert (k.read, k.written) == (64 * 256 * 2, 2 * 64 * 4)
+
+
 def test_moves_between_memories_count_on_the_side_of_the_main_memory():
     text = module("""
   %p = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
