@@ -15,6 +15,7 @@ from norms import MOMENTS, assert_close, changed, expected, problem
 from test_activation import NAMES as ACTIVATED
 
 import jaxnorm
+from jaxnorm._primitives._parts import parts_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -81,6 +82,34 @@ def expected_in_jax(row, x, params):
     shape = [n if a in axes.feature else 1 for a, n in enumerate(x.shape)]
     y = y * params["scale"].reshape(shape)
     return y + params["bias"].reshape(shape) if "bias" in params else y
+
+
+PARTED = {  # shapes, and the axes of what is summed
+    "batch": ((4, 264, 64), (0, 1)),
+    "layer": ((128, 1024), (0,)),
+    "group": ((16, 128, 64), (1,)),
+}
+
+
+@pytest.mark.parametrize("offset", [3.0, 1e4])
+@pytest.mark.parametrize("name", PARTED)
+def test_sums_that_a_gpu_takes_in_parts(name, offset):
+    row, (shape, along) = MOMENTS[name], PARTED[name]
+    assert parts_of(shape, along)[0] > 1
+    p = problem(row, shape, offset=offset)
+
+    def f(x, params):
+        return row.norm(x, params, p.stats)[0]
+
+    with lowered_as("cuda"):
+        y, grads = value_and_gradients(f, p.cotangent, p.x, p.params)
+    assert_close(y, expected(row, p.x, p.params).y, summed=p.x.size, size=4)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: np.asarray(v, np.float64), (p.x, p.params))
+        definition = functools.partial(expected_in_jax, row)
+        _, desired = value_and_gradients(definition, p.cotangent, *wide)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(desired), strict=True):
+        assert_close(a, b, summed=p.x.size, size=4)
 
 
 def with_residual(name):

@@ -14,6 +14,7 @@ from jaxnorm._dtypes import at_least_float32
 from jaxnorm._exact import abs_square, drop_last_bit, two_sum, two_sum_denoised
 from jaxnorm._moments import Moments
 from jaxnorm._primitives._operation import Reduction, Struct
+from jaxnorm._primitives._parts import sum_in_parts
 from jaxnorm._working import mask_to_working, to_working
 
 MeanVarResidue = tuple[Array, Array, Array]
@@ -42,6 +43,14 @@ def mean_of(x: Array, axes: Axes, size: Any = None) -> Array:
     for step in axes.reduce_in_order:
         x = x.sum(step, keepdims=True) if step else x
     return x / count_of(axes, size, x.dtype)
+
+
+def mean_in_parts(x: Array, axes: Axes) -> Array:
+    """As `mean_of`, of which a GPU sums all but features in parts."""
+    plain, features = axes.reduce_in_order
+    x = sum_in_parts(x, plain) if plain else x
+    x = x.sum(features, keepdims=True) if features else x
+    return x / count_of(axes, None, x.dtype)
 
 
 def count_of(axes: Axes, size: Any, dtype: DTypeLike) -> Array:
@@ -149,7 +158,9 @@ def about_a_pivot(axes: Axes, x: Array) -> MeanVarResidue:
     """Both sums of `x - pivot`: one pass, where elementwise work is free."""
     x = to_working(x, None, axes)
     pivot = _pivot(x, axes)
-    shift, var = _moments_about(axes, x, None, None, pivot)
+    offset = x - pivot
+    shift, square = (mean_in_parts(v, axes) for v in (offset, abs_square(offset)))
+    var = jnp.maximum(square - abs_square(shift), 0)
     mean, residue = two_sum_denoised(pivot, shift, var)
     return mean, var, residue
 

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxnorm._axes import Axes
 from jaxnorm._primitives._linear import Linear
 from jaxnorm._primitives._operation import Operation, Reduction, Struct
+from jaxnorm._primitives._parts import spread
 from jaxnorm._working import from_working, to_working
 
 
@@ -130,6 +131,14 @@ def by_sums(centered: Array, line: Line, dx: Array | None, dline: Line) -> Array
         centered = centered if residue is None else centered - residue
         dy = dy + centered * rstd * dline.scale
     return affine(dy, None, dline.bias)
+
+
+def by_sums_in_parts(
+    centered: Array, line: Line, dx: Array | None, dline: Line
+) -> Array:
+    """The same, of which the transpose sums along columns in parts."""
+    both = (v if v is None else spread(v, centered.shape) for v in dline[3:])
+    return by_sums(centered, line, dx, Line(*dline[:3], *both))
 
 
 def by_products(centered: Array, line: Line, dx: Array | None, dline: Line) -> Array:

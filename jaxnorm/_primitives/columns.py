@@ -14,6 +14,7 @@ from jaxnorm._moments import Moments
 from jaxnorm._primitives import _moment_formulas as formulas
 from jaxnorm._primitives._linear import Linear
 from jaxnorm._primitives._operation import Operation, Reduction, Struct
+from jaxnorm._primitives._parts import spread
 from jaxnorm._working import from_working, to_working
 
 
@@ -76,6 +77,15 @@ class _Line(Linear):
 
 
 LINE = _Line("line", "sums", _line, _line_results)
+
+
+def line_in_parts(
+    reduction: Reduction, centered: Centered, terms: Terms
+) -> tuple[Array, ...]:
+    """The same, of which the transpose sums in parts."""
+    shape = reduction.axes.working_shape
+    both = (v if v is None else spread(v, shape) for v in terms[1:3])
+    return _line(reduction, centered, Terms(terms.array, *both, terms.rest))
 
 
 def line(reduction: Reduction, centered: Centered, terms: Terms) -> Array:

@@ -3,7 +3,8 @@
 import functools
 
 from jaxnorm._primitives import _moment_formulas as formulas
-from jaxnorm._primitives import activated, affine, cpu, gpu, rows
+from jaxnorm._primitives import activated, affine, columns, cpu, gpu, rows
+from jaxnorm._primitives._linear import transposed
 from jaxnorm._primitives.activated import ACTIVATED_NORM, ACTIVATED_TANGENT
 from jaxnorm._primitives.affine import TANGENT
 from jaxnorm._primitives.columns import LINE, MOMENTS
@@ -15,6 +16,7 @@ MOMENTS.lower("cpu", formula=formulas.of_any(formulas.on_cpu), kernel=cpu.MOMENT
 MOMENTS.lower(*GPUS, formula=formulas.of_any(formulas.on_gpu))
 
 LINE.lower("cpu", adjoint_kernel=cpu.SUMS)
+LINE.adjoint.lower(*GPUS, formula=transposed(columns.line_in_parts))
 
 TANGENT.lower("cpu", formula=functools.partial(affine.tangent, affine.by_products))
 
@@ -31,7 +33,7 @@ ROW_TANGENT.lower(
     formula=functools.partial(rows.tangent, rows.as_given, affine.by_products),
     adjoint_kernel=cpu.ROW_GRADIENT,
 )
-_on_gpus = functools.partial(rows.tangent, rows.moments_again, affine.by_sums)
+_on_gpus = functools.partial(rows.tangent, rows.moments_again, affine.by_sums_in_parts)
 ROW_TANGENT.lower("cuda", formula=_on_gpus, adjoint_kernel=gpu.row_gradient())
 ROW_TANGENT.lower("rocm", formula=_on_gpus)
 

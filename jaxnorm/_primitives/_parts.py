@@ -1,0 +1,56 @@
+"""Sums along columns in parts, where a GPU would otherwise write what they are of."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxnorm._axes import Shape, is_known
+
+BLOCKS = 264  # of threads, to fill a GPU: two for each multiprocessor of an H100
+SUMS = 32  # that XLA:GPU gives to each of them
+LONGEST = 4096  # elements: XLA parts longer sums itself
+SHORTEST = 8  # elements of a part: partial sums cost at most half a pass over bfloat16
+
+
+def parts_of(shape: Shape, along: Sequence[int]) -> tuple[int, int]:
+    """Into how many parts to split sums of an array, and which axis of those summed.
+
+    Where the sums are too few to fill a GPU, XLA first writes what is summed to memory,
+    in float32, by a kernel that does.
+    """
+    if not along or not is_known(*shape) or not math.prod(shape):
+        return 1, 0
+    length = math.prod(shape[a] for a in along)
+    least = -(-BLOCKS * SUMS * length // math.prod(shape))
+    if length <= LONGEST:
+        for a in reversed(along):
+            for parts in range(least, min(length // SHORTEST, shape[a], 4 * least) + 1):
+                if shape[a] % parts == 0:
+                    return parts, a
+    return 1, 0
+
+
+def sum_in_parts(x: Array, along: Sequence[int]) -> Array:
+    """The sum of `x` along these axes, which are kept."""
+    parts, at = parts_of(x.shape, along)
+    if parts == 1:
+        return x.sum(tuple(along), keepdims=True)
+    x = x.reshape(*x.shape[:at], -1, parts, *x.shape[at + 1 :])
+    x = x.sum(tuple(a + (a > at) for a in along), keepdims=True)
+    return lax.optimization_barrier(x).sum(at + 1)  # or XLA would join the two sums
+
+
+def spread(v: Array, shape: Shape) -> Array:
+    """`v` for an array of `shape`, to which it broadcasts; the transpose of what it is
+    broadcast by is `sum_in_parts`."""
+    pairs = enumerate(zip(shape, v.shape, strict=True))
+    parts, at = parts_of(shape, [a for a, (n, m) in pairs if m == 1 and n != 1])
+    if parts == 1:
+        return v
+    v = jnp.expand_dims(v, at)
+    v = jnp.broadcast_to(v, (*v.shape[: at + 1], parts, *v.shape[at + 2 :]))
+    v = lax.optimization_barrier(v)
+    wide = *shape[:at], shape[at] // parts, parts, *shape[at + 1 :]
+    return jnp.broadcast_to(v, wide).reshape(shape)
