@@ -176,6 +176,10 @@ class Program:
         def used_by(i: Instruction, at: int) -> float:
             if i.op in VIEWS:
                 return used(i.name)
+            if i.op in SLICES and at == 0:
+                # Of which another slice may be taken.
+                part = self._part_read(computation, i, at)
+                return part * min(1.0, used(i.name))
             if i.op == "dynamic-update-slice" and not computation.updated_in_place(i):
                 return 1.0
             return self._part_read(computation, i, at)

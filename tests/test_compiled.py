@@ -106,6 +106,23 @@ def test_what_is_read_whole_as_well_counts_once():
     assert (k.read, k.written) == (X.nbytes, 256)
 
 
+def test_slices_of_slices_count_as_the_last_ones():
+    text = module(
+        """
+  %p = f32[64,256]{1,0} parameter(0)
+  ROOT %f = f32[16]{0} fusion(%p), kind=kInput, calls=%fused
+""",
+        fused(
+            "  %q = f32[64,256]{1,0} parameter(0)",
+            "  %s = f32[16,256]{1,0} slice(%q), slice={[0:16], [0:256]}",
+            "  %t = f32[16,32]{1,0} slice(%s), slice={[0:16], [0:32]}",
+            "  ROOT %a = f32[16]{0} reduce(%t), dimensions={1}",
+        ),
+    )
+    k = only(text)
+    assert k.read == X.nbytes / 4 / 8
+
+
 def test_slices_are_seen_behind_conversions_views_and_nested_fusions():
     inner = fused(
         "  %q = bf16[128,128]{1,0} parameter(0)",
