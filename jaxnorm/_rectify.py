@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxnorm._activation import pack, unpack
-from jaxnorm._axes import Axes
+from jaxnorm._axes import Axes, Shape
 from jaxnorm._fused import (
     Operands,
     both_moments,
@@ -19,6 +19,7 @@ from jaxnorm._fused import (
 )
 from jaxnorm._moments import Moments
 from jaxnorm._primitives._operation import Reduction
+from jaxnorm._primitives._parts import spread
 from jaxnorm._primitives.affine import Line, affine, apply_line, line_tangent
 from jaxnorm._sharding import vary_together
 from jaxnorm._working import from_working, to_working
@@ -102,7 +103,8 @@ def _rectify_tangent(
     direct = affine(line.rstd, line.scale, None) * to_working(dx, mask, axes)
     if dresidual is not None:
         direct = direct + to_working(dresidual, mask, axes)
-    direct, dslope, dshift = _barrier_on_gpu((gated(direct), *changes))
+    direct, *changes = _barrier_on_gpu((gated(direct), *changes))
+    dslope, dshift = (_spread_on_gpu(v, axes.working_shape) for v in changes)
     centered = to_working(x, mask, axes) - line.mean
     return direct + gated(centered * dslope + dshift)
 
@@ -112,6 +114,20 @@ def _barrier_on_gpu(values: T) -> T:
     barrier = lax.optimization_barrier
     return lax.platform_dependent(
         values, cuda=barrier, rocm=barrier, default=lambda same: same
+    )
+
+
+def _spread_on_gpu(v: Array, shape: Shape) -> Array:
+    """`v` for an array of `shape`, of which the transpose sums in parts on a GPU."""
+    in_parts = functools.partial(spread, shape=shape)
+    wide = jax.eval_shape(in_parts, v).shape
+    if wide == v.shape:
+        return v
+    return lax.platform_dependent(
+        v,
+        cuda=in_parts,
+        rocm=in_parts,
+        default=lambda v: jnp.broadcast_to(v, wide),
     )
 
 

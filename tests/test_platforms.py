@@ -91,24 +91,32 @@ PARTED = {  # shapes, and the axes of what is summed
 }
 
 
-@pytest.mark.parametrize("offset", [3.0, 1e4])
-@pytest.mark.parametrize("name", PARTED)
-def test_sums_that_a_gpu_takes_in_parts(name, offset):
+@pytest.mark.parametrize("platform", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    "name, offset, relu",
+    [
+        *((name, offset, False) for name in PARTED for offset in (3.0, 1e4)),
+        *((name, 3.0, True) for name in PARTED if name in ACTIVATED),
+    ],
+)
+def test_sums_that_a_gpu_takes_in_parts(name, offset, relu, platform):
     row, (shape, along) = MOMENTS[name], PARTED[name]
     assert parts_of(shape, along)[0] > 1
     p = problem(row, shape, offset=offset)
+    norm = changed(row.norm, activation="relu") if relu else row.norm
 
     def f(x, params):
-        return row.norm(x, params, p.stats)[0]
+        return norm(x, params, p.stats)[0]
 
-    with lowered_as("cuda"):
-        y, grads = value_and_gradients(f, p.cotangent, p.x, p.params)
-    assert_close(y, expected(row, p.x, p.params).y, summed=p.x.size, size=4)
+    def definition(x, params):
+        y = expected_in_jax(row, x, params)
+        return jnp.maximum(y, 0) if relu else y
+
+    found = value_and_gradients(f, p.cotangent, p.x, p.params)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: np.asarray(v, np.float64), (p.x, p.params))
-        definition = functools.partial(expected_in_jax, row)
-        _, desired = value_and_gradients(definition, p.cotangent, *wide)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(desired), strict=True):
+        desired = value_and_gradients(definition, p.cotangent, *wide)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(desired), strict=True):
         assert_close(a, b, summed=p.x.size, size=4)
 
 
