@@ -30,9 +30,9 @@ def moments(
         var = (abs(x - mean) ** 2).mean(axes.reduce, keepdims=True, where=mask)
 
     but exact whatever the mean: the squares are those of `x - pivot`, where the pivot
-    is the mean or, where that saves a pass over `x`, the mean of a sixteenth or more
-    of the elements. The squared mean that is subtracted then magnifies the rounding of
-    the sums at most 16 times (Chan, Golub and LeVeque, 1983). Where nothing is valid,
+    is the mean or, where that saves a pass over `x`, the mean of a 32nd or more of
+    the elements. The squared mean that is subtracted then magnifies the rounding of the
+    sums at most 32 times (Chan, Golub and LeVeque, 1983). Where nothing is valid,
     mean, variance and size are 0.
 
     `mask` is boolean (or 0 and 1) and broadcasts to `x`. Raises ValueError or TypeError

@@ -79,7 +79,7 @@ def _one_element(x: Array, axes: Axes) -> Array:
 
 
 def _pivot(x: Array, axes: Axes) -> Array:
-    """The mean of at least a sixteenth of the elements of each statistic.
+    """The mean of at least a 32nd of the elements of each statistic.
 
     The variance between that part and the rest is part of the whole variance, so the
     pivot is within sqrt(1 / part - 1) standard deviations of the mean.
@@ -87,7 +87,7 @@ def _pivot(x: Array, axes: Axes) -> Array:
     along = _slab_axes(x, axes)
     if not along or not axes.size:
         return drop_last_bit(mean_of(x, axes))
-    slab, enough = x, -(-axes.size // 16)
+    slab, enough = x, -(-axes.size // 32)
     for a in along:
         # As few along this axis as leave enough, if the axes to come are kept whole.
         count = -(-x.shape[a] * enough // math.prod(slab.shape[i] for i in axes.reduce))
