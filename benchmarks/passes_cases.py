@@ -89,11 +89,13 @@ def cases(target: str) -> Iterator[Case]:
         ("BN + ReLU", "BatchNorm", batch_relu, images, 8),
         ("BN + ReLU", "BatchNorm", batch_relu, (256, 28, 28, 128), 8),
         ("BN + ReLU", "BatchNorm", batch_relu, (256, 14, 14, 256), 8),
+        ("BN + ReLU", "BatchNorm", batch_relu, (32, 7, 7, 2048), 8),
         # Forward x twice and r; backward x, dy twice, dx, dr; a bit per element thrice.
         ("BN + add + ReLU", "BatchNorm", batch_relu, images, 10 + 3 / 16),
         *(("LN", "LayerNorm", layer, shape, 5) for shape in all_rows),
         *(("RMS", "RMSNorm", rms, shape, 5) for shape in all_rows),
         ("GN", "GroupNorm", group, maps, 8),
+        ("GN", "GroupNorm", group, MAPS[1], 8),
         *(("GN + SiLU", "GroupNorm", group_silu, shape, 8) for shape in all_maps),
     ):
         programs = functools.partial(sandwich, make, shape, "add" in name)

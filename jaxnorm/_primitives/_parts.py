@@ -9,27 +9,34 @@ from jax import Array, lax
 from jaxnorm._axes import Shape, is_known
 
 BLOCKS = 264  # of threads, to fill a GPU: two for each multiprocessor of an H100
+BUSY_BLOCKS = 2112  # where much is computed of what is summed: all that can be resident
+BUSY_SHORTEST = 128  # elements of a part there
 SUMS = 32  # that XLA:GPU gives to each of them
 LONGEST = 4096  # elements: XLA parts longer sums itself
 SHORTEST = 8  # elements of a part: partial sums cost at most half a pass over bfloat16
 
 
-def parts_of(shape: Shape, along: Sequence[int]) -> tuple[int, int]:
+def parts_of(shape: Shape, along: Sequence[int], busy: bool = False) -> tuple[int, int]:
     """Into how many parts to split sums of an array, and which axis of those summed.
 
     Where the sums are too few to fill a GPU, XLA first writes what is summed to memory,
-    in float32, by a kernel that does.
+    in float32, by a kernel that does. `busy` says that it may come from an activation,
+    whose derivative XLA takes in the kernel of the sums if that has many blocks.
     """
     if not along or not is_known(*shape) or not math.prod(shape):
         return 1, 0
     length = math.prod(shape[a] for a in along)
-    least = -(-BLOCKS * SUMS * length // math.prod(shape))
+    sums = math.prod(shape) // length
+    least = -(-BLOCKS * SUMS // sums)
+    if busy:
+        many = min(-(-BUSY_BLOCKS * SUMS // sums), length // BUSY_SHORTEST)
+        least = max(least, many)
     if length <= LONGEST:
         for a in reversed(along):
             for parts in range(least, min(length // SHORTEST, shape[a], 4 * least) + 1):
                 if shape[a] % parts == 0:
                     return parts, a
-    return 1, 0
+    return parts_of(shape, along) if busy else (1, 0)
 
 
 def sum_in_parts(x: Array, along: Sequence[int]) -> Array:
@@ -42,11 +49,12 @@ def sum_in_parts(x: Array, along: Sequence[int]) -> Array:
     return lax.optimization_barrier(x).sum(at + 1)  # or XLA would join the two sums
 
 
-def spread(v: Array, shape: Shape) -> Array:
+def spread(v: Array, shape: Shape, busy: bool = False) -> Array:
     """`v` for an array of `shape`, to which it broadcasts; the transpose of what it is
     broadcast by is `sum_in_parts`."""
     pairs = enumerate(zip(shape, v.shape, strict=True))
-    parts, at = parts_of(shape, [a for a, (n, m) in pairs if m == 1 and n != 1])
+    along = [a for a, (n, m) in pairs if m == 1 and n != 1]
+    parts, at = parts_of(shape, along, busy)
     if parts == 1:
         return v
     v = jnp.expand_dims(v, at)

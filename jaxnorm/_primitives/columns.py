@@ -84,7 +84,7 @@ def line_in_parts(
 ) -> tuple[Array, ...]:
     """The same, of which the transpose sums in parts."""
     shape = reduction.axes.working_shape
-    both = (v if v is None else spread(v, shape) for v in terms[1:3])
+    both = (v if v is None else spread(v, shape, busy=True) for v in terms[1:3])
     return _line(reduction, centered, Terms(terms.array, *both, terms.rest))
 
 
