@@ -13,7 +13,7 @@ BUSY_BLOCKS = 2112  # where much is computed of what is summed: all that can be 
 BUSY_SHORTEST = 128  # elements of a part there
 SUMS = 32  # that XLA:GPU gives to each of them
 LONGEST = 4096  # elements: XLA parts longer sums itself
-SHORTEST = 8  # elements of a part: partial sums cost at most half a pass over bfloat16
+SHORTEST = 8  # elements of a part: those of one sum cost half a pass over bfloat16
 
 
 def parts_of(shape: Shape, along: Sequence[int], busy: bool = False) -> tuple[int, int]:

@@ -84,8 +84,11 @@ def line_in_parts(
 ) -> tuple[Array, ...]:
     """The same, of which the transpose sums in parts."""
     shape = reduction.axes.working_shape
-    both = (v if v is None else spread(v, shape, busy=True) for v in terms[1:3])
-    return _line(reduction, centered, Terms(terms.array, *both, terms.rest))
+    slope, shift = (
+        None if v is None else spread(v, shape, busy=True)
+        for v in (terms.slope, terms.shift)
+    )
+    return _line(reduction, centered, terms._replace(slope=slope, shift=shift))
 
 
 def line(reduction: Reduction, centered: Centered, terms: Terms) -> Array:
