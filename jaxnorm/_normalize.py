@@ -83,6 +83,7 @@ def normalize(
         implementation=implementation,
         dtype=dtype,
     )
+    reduction = _with_default(reduction, x, activation)
     formula = functools.partial(_normalize_and_activate, reduction, activation)
     return _on_any_mesh(formula, operands, like=(x, like_moments(x, axes)))
 
@@ -97,6 +98,7 @@ def pass_and_normalize(
     """
     x = as_floating(x)
     reduction, operands = _checked(x, None, params, axes, **how)
+    reduction = _with_default(reduction, x)
     formula = functools.partial(_pass_and_normalize, reduction)
     return _on_any_mesh(formula, operands, like=(x, x))
 
@@ -123,7 +125,6 @@ def _checked(
     check_axes(axes, x.shape)
     epsilon = as_epsilon("epsilon", epsilon)
     implementation = as_implementation("implementation", implementation)
-    implementation = implementation or _usual_on_this_gpu(axes, x.dtype)
     wide = at_least_float32(x.dtype)
     center, dtype = as_bool("center", center), out_dtype(x, dtype)
     reduction = Reduction(axes, center, dtype, implementation)
@@ -150,12 +151,24 @@ def as_implementation(name: str, value: Any) -> str | None:
     return value
 
 
-def _usual_on_this_gpu(axes: Axes, dtype: DTypeLike) -> str | None:
-    """The kernels that are the default for such arrays, if there is such a GPU."""
-    rows = axes.as_rows
-    if rows is not None:
-        return defaults.backend("rows", axes.shape, rows.size, dtype)
-    return defaults.backend("columns", axes.shape, axes.shape[-1], dtype)
+def _with_default(
+    reduction: Reduction, x: Array, activation: str | None = None
+) -> Reduction:
+    """With the kernels that are the default on this GPU, where none is asked for.
+
+    Of columns these are measured for silu of the groups of each example alone.
+    """
+    axes = reduction.axes
+    if reduction.implementation is not None:
+        return reduction
+    if axes.as_rows is not None:
+        pattern, features = "rows", axes.as_rows.size
+    elif activation == "silu" and axes.stats_shape[0] == axes.shape[0]:
+        pattern, features = "columns", axes.shape[-1]
+    else:
+        return reduction
+    found = defaults.backend(pattern, axes.shape, features, x.dtype)
+    return reduction._replace(implementation=found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -90,6 +90,21 @@ def test_what_is_in_no_box_is_xlas(shape, dtype):
     assert code_of_gradient(jaxnorm.layer_norm, shape, dtype).kernel is None
 
 
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_batch_norm_has_no_kernels_by_default(activation):
+    """They are measured for the groups of each example alone."""
+    norm = jaxnorm.BatchNorm(activation=activation)
+    x, *params = given((64, 28, 28, 128))
+    stats = {"mean": jnp.zeros(128), "var": jnp.ones(128)}
+
+    def loss(x, scale, bias):
+        return norm(x, {"scale": scale, "bias": bias}, stats)[0].sum()
+
+    said = str(implementations(jax.grad(loss), x, *params))
+    assert "activated" not in said and "kernel for NVIDIA" not in said
+
+
 @pytest.mark.parametrize(
     ("kind", "capability"), [("NVIDIA H100", "9.0"), ("AMD", "gfx942")]
 )

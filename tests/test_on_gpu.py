@@ -38,9 +38,9 @@ def test_a_dry_run_walks_through_every_phase(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "on_gpu.json").read_text())
     assert found["dry_run"] and not found["not_run"]
-    others = ("torch", "No module named 'liger_kernel'")
-    problems = [str(p) for p in found["problems"]]
-    assert not [p for p in problems if not any(word in p for word in others)]
+    missing = ("No module named 'liger_kernel'", "No module named 'torch'")
+    problems = [p["problem"] for p in found["problems"]]
+    assert not [p for p in problems if not p.endswith(missing)]
     assert {"copy", "read", "write", "launch_us"} < found["ceilings"].keys()
     assert all(check["ok"] for check in found["checks"])
     kinds = {(c["pattern"], c["by_kernel"]) for c in found["checks"]}
@@ -102,7 +102,8 @@ def test_nothing_follows_a_lost_gpu():
 def test_what_a_phase_did_not_come_to_is_listed(tmp_path):
     lines = tmp_path / "times.jsonl"
     found = [{"planned": ["a", "b"]}, {"row": {"norm": "LN"}}, {"done": "a"}]
-    lines.write_text("\n".join(map(json.dumps, found)))
+    cut_off = '{"row": {"norm": "cut o'
+    lines.write_text("\n".join([*map(json.dumps, found), cut_off]))
     results = {"times": [], "problems": [], "not_run": []}
     on_gpu._gather(results, "times", lines)
     assert results == {
@@ -122,8 +123,28 @@ def test_a_phase_that_does_not_start_is_a_problem(tmp_path):
 
 
 def test_a_backend_that_fails_a_check_is_not_timed():
-    checks = [{"backend": "triton", "ok": True}, {"backend": "mosaic", "ok": False}]
-    assert on_gpu._right({"checks": checks}, ("triton", "mosaic")) == ("triton",)
+    both = ("triton", "mosaic")
+    found = results(backends=both)
+    assert on_gpu._right(found, both) == both
+    found["not_run"] = ["checks: mosaic rows, the last ones"]
+    assert on_gpu._right(found, both) == both
+    found["problems"] = [{"item": "mosaic rows, first", "problem": "RuntimeError: no"}]
+    assert on_gpu._right(found, both) == ("triton",)
+    found["checks"] = [c for c in found["checks"] if c["backend"] == "mosaic"]
+    assert on_gpu._right(found, both) == ()
+
+
+@pytest.mark.parametrize("kept", ["ceilings", "versions", "times", "checks", "steps"])
+def test_a_page_is_made_of_whatever_there_is(kept, tmp_path):
+    found = results()
+    empty = {k: type(v)() for k, v in found.items() if isinstance(v, list | dict)}
+    on_gpu._write(tmp_path, found | empty | {kept: found[kept]})
+    assert (tmp_path / "on_gpu.md").read_text().startswith("# Norms on NVIDIA H200")
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    found = work.finite({"error": math.inf, "us": [1.0, math.nan], "n": (2, "inf")})
+    assert found == {"error": None, "us": [1.0, None], "n": [2, "inf"]}
 
 
 # ---- From results to defaults ------------------------------------------------------
@@ -142,6 +163,7 @@ def timed(norm, shape, dtype, **us):
             "impl": impl,
             "us": [value, value * 1.004],
             "wall_us": value,
+            "by_kernel": impl in ("triton", "mosaic"),
         }
         for impl, value in us.items()
     ]
@@ -158,7 +180,7 @@ def results(ratio=lambda shape: 0.75, backends=("triton",), dtypes=("bfloat16",)
     for backend in backends:
         for pattern in ("rows", "columns"):
             check = {"pattern": pattern, "backend": backend, "ok": True}
-            check |= {"by_kernel": True, "case": "any", "shape": [1, 1]}
+            check |= {"by_kernel": True, "fits": True, "case": "any", "shape": [1, 1]}
             checks.append(check | {"dtype": "float32", "quantity": "dx"})
             checks[-1] |= {"error": 1e-7, "limit": 1e-6, "repeatable": True}
     for step in ("4 blocks, RMSNorm, scan", "U-Net level (16, 64, 64, 320)"):
@@ -226,17 +248,39 @@ def test_what_is_faster_by_less_than_the_noise_is_no_default():
     assert boxes(found) == {}
 
 
-@pytest.mark.parametrize("what", ["ok", "by_kernel"])
-def test_a_failed_check_is_no_default(what):
+def test_a_failed_check_is_no_default():
     found = results()
-    found["checks"][0][what] = False
+    found["checks"] += [found["checks"][0] | {"ok": False}]
     assert boxes(found).keys() == {"columns"}
+
+
+def test_a_check_that_raises_is_no_default():
+    found = results()
+    found["problems"] = [{"item": "triton rows, first", "problem": "RuntimeError: no"}]
+    assert boxes(found).keys() == {"columns"}
+
+
+def test_checks_and_times_without_a_kernel_decide_nothing():
+    found = results()
+    found["checks"][0]["by_kernel"] = False
+    assert boxes(found).keys() == {"columns"}
+    found = results()
+    for row in found["times"]:
+        if row["shape"][-1] == 8192:
+            row["by_kernel"] = False
+    assert boxes(found)["rows"]["features"] == [128, 5120]
 
 
 def test_checks_that_were_not_run_are_no_checks():
     found = results()
-    found["not_run"] = ["checks: triton layer_norm, jit"]
-    assert boxes(found) == {}
+    found["not_run"] = ["checks: triton rows, layer_norm, jit"]
+    assert boxes(found).keys() == {"columns"}
+
+
+def test_steps_that_were_not_run_are_no_steps():
+    found = results()
+    found["not_run"] = ["steps: step of 4 blocks, LayerNorm, unrolled"]
+    assert boxes(found).keys() == {"columns"}
 
 
 @pytest.mark.parametrize(
@@ -254,18 +298,23 @@ def test_the_smallest_array_must_not_be_slower_by_the_clock():
     found = results()
     for row in found["times"]:
         if row["shape"] == [512, 4096] and row["impl"] == "triton":
-            row["wall_us"] = 101.0
+            row["wall_us"] = 103.0
     assert boxes(found)["rows"]["least_bytes"] > 2 * 512 * 4096
 
 
-def test_other_dtypes_join_where_they_are_faster():
-    both = boxes(results(dtypes=("bfloat16", "float32")))["rows"]
-    assert both["dtypes"] == ["bfloat16", "float32"]
-    found = results(dtypes=("bfloat16", "float32"))
-    for row in found["times"]:
-        if row["dtype"] == "float32" and row["impl"] == "triton":
-            row["us"] = [98.0, 98.0]
-    assert boxes(found)["rows"]["dtypes"] == ["bfloat16"]
+def test_another_dtype_has_a_box_where_it_was_timed_and_is_faster():
+    found = results()
+    shape = ROWS[0]
+    found["times"] += timed("LN", shape, "float32", xla=100.0, triton=75.0)
+    usual, other, _ = decide.defaults(found)
+    assert usual["dtypes"] == ["bfloat16"] and usual["features"] == [128, 8192]
+    assert other == usual | {
+        "dtypes": ["float32"],
+        "features": [shape[-1]] * 2,
+        "least_bytes": 4 * math.prod(shape),
+    }
+    found["times"][-1]["us"] = [98.0, 98.0]
+    assert len(decide.defaults(found)) == 2
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,20 @@ def _device(settings: Settings) -> Row:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "jaxnorm": revision()}
+    found = {"python": platform.python_version(), "jaxnorm": _revision()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _revision() -> str:
+    try:
+        return revision()
+    except OSError:
+        return "unknown, as there is no git"
 
 
 def _card() -> str:

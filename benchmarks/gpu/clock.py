@@ -3,7 +3,6 @@
 import collections
 import itertools
 import re
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,19 +31,24 @@ def kernel_times(call: Callable[[], Any], plan: Plan) -> dict[str, float] | None
     if extension is None:
         return None
     jax.block_until_ready(call())
-    extension._cupti_init()
     try:
+        extension._cupti_init()
         jax.block_until_ready([call() for _ in range(plan.repeats)])
-    finally:
         found = extension._cupti_get_timings(False)
+    except RuntimeError:
+        _refused.append(True)
+        return None
     total = collections.Counter()
     for name, milliseconds in found or ():
         total[name] += milliseconds * 1000 / plan.repeats
     return dict(total) or None
 
 
+_refused: list[bool] = []  # not empty once it has refused to work
+
+
 def _cupti() -> Any:
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or _refused:
         return None
     # Its own `measure` takes one compiled function and one set of arguments.
     from jax.experimental.mosaic.gpu import profiler
@@ -63,10 +67,15 @@ def by_clock(call: Callable[[], Any], plan: Plan) -> float:
         jax.block_until_ready(call())
         return time.perf_counter() - start
 
-    few, many = plan.queued
     seconds(1)
-    slopes = [(seconds(many) - seconds(few)) / (many - few) for _ in range(3)]
-    return statistics.median(slopes) * 1e6
+    few, many = counts(seconds(2) / 2, plan)
+    return max(0.0, seconds(many) - seconds(few)) / (many - few) * 1e6
+
+
+def counts(each: float, plan: Plan) -> tuple[int, int]:
+    """How many calls to queue, twice, for a slope of about `plan.seconds_queued`."""
+    few = max(1, min(50, int(plan.seconds_queued / max(each, 1e-6) / 4)))
+    return few, 3 * few
 
 
 def without_products(times: dict[str, float]) -> dict[str, float]:

@@ -10,7 +10,9 @@ class Plan(NamedTuple):
 
     check_rows: tuple[Shape, ...]
     check_columns: tuple[Shape, ...]
-    check_values: tuple[str, ...]  # that are unusual
+    special_rows: Shape  # for unusual values and ways, which every kernel takes
+    special_columns: Shape
+    check_values: tuple[str, ...]
     many_rows: Shape  # more than 2**31 elements
     main_rows: tuple[Shape, ...]  # those that decide
     more_rows: tuple[Shape, ...]
@@ -28,21 +30,20 @@ class Plan(NamedTuple):
     buffer: int  # bytes, for the ceilings
     cache: int  # bytes that inputs rotate over, so that none is in the cache
     repeats: int  # of a program, for the times of its kernels
-    queued: tuple[int, int]  # calls, for the time by the clock
-    warm_up: int  # steps
-    steps: int
+    seconds_queued: float  # of calls, for the time by the clock
+    steps: int  # in each of three repeats
 
 
 FULL = Plan(
     check_rows=(
-        (1, 1),
+        (1, 7),
         (5, 3),
-        (31, 100),
         (33, 127),
+        (513, 5120),
+        (31, 100),
         (127, 768),
         (257, 1000),
         (2048, 4096),
-        (513, 5120),
         (64, 8192),
         (4096, 128),
     ),
@@ -54,6 +55,8 @@ FULL = Plan(
         (16, 4096, 128),
         (2, 16384, 64),
     ),
+    special_rows=(127, 768),
+    special_columns=(2, 256, 1280),
     check_values=("100 +- 1", "1e4 +- 1", "constant", "outlier", "nan", "inf"),
     many_rows=((2**31 + 2**20) // 4096, 4096),
     main_rows=((8192, 4096), (16384, 4096), (8192, 8192), (65536, 768)),
@@ -87,9 +90,9 @@ FULL = Plan(
     tokens=(8, 2048, 4096),
     blocks=4,
     stacks=(
-        ("RMSNorm", "unrolled"),
-        ("LayerNorm", "unrolled"),
         ("RMSNorm", "scan"),
+        ("LayerNorm", "unrolled"),
+        ("RMSNorm", "unrolled"),
         ("LayerNorm", "scan"),
         ("RMSNorm", "scan, remat"),
         ("LayerNorm", "scan, remat"),
@@ -105,17 +108,18 @@ FULL = Plan(
     sweep_maps=((16, 64, 64, 320), (16, 64, 64, 128)),
     buffer=2**31,
     cache=240 * 2**20,
-    repeats=20,
-    queued=(50, 150),
-    warm_up=20,
-    steps=60,
+    repeats=10,
+    seconds_queued=0.1,
+    steps=8,
 )
 
 # What the same code walks through where kernels are interpreted.
 TINY = Plan(
     check_rows=((5, 3),),
     check_columns=((2, 9, 32),),
-    check_values=("1e4 +- 1", "nan"),
+    special_rows=(16, 128),
+    special_columns=(2, 16, 128),
+    check_values=("constant", "outlier", "nan"),
     many_rows=(40, 128),
     main_rows=((16, 128),),
     more_rows=(),
@@ -133,8 +137,7 @@ TINY = Plan(
     buffer=2**12,
     cache=0,
     repeats=1,
-    queued=(1, 2),
-    warm_up=1,
+    seconds_queued=0.0,
     steps=1,
 )
 

@@ -24,6 +24,7 @@ from gpu.work import Item, Row
 
 RATE = 1e-3
 LOSS_AFTER = 5
+AHEAD = 1  # items that are compiled together
 AGREE = 1e-2
 
 
@@ -41,12 +42,12 @@ def items(settings: Settings) -> Iterator[Item]:
         interpret_kernels()
     plan = settings.plan
     attention = "xla" if settings.dry_run else "cudnn"
-    for kind, way in plan.stacks:
-        make = functools.partial(transformer, kind, plan, way, attention)
-        yield _item(settings, f"{plan.blocks} blocks, {kind}, {way}", kind, make)
     for shape in plan.levels:
         make = functools.partial(level, shape)
         yield _item(settings, f"U-Net level {shape}", "GroupNorm", make)
+    for kind, way in plan.stacks:
+        make = functools.partial(transformer, kind, plan, way, attention)
+        yield _item(settings, f"{plan.blocks} blocks, {kind}, {way}", kind, make)
     for shape in plan.bottlenecks:
         make = functools.partial(bottleneck, shape)
         yield _item(settings, f"bottleneck {shape}", "BatchNorm", make)
@@ -59,12 +60,18 @@ def _item(
     builds = tuple(functools.partial(compiled_step, make, v) for v in chosen)
 
     def run(*compiled: Any) -> Iterator[Row]:
-        losses = {}
+        first = None
         for library, step in zip(chosen, compiled, strict=True):
-            found = timed(step, make(library), settings.plan)
-            losses[library.name] = loss = found["loss"]
-            off = abs(loss - losses["flax"]) / abs(losses["flax"])
-            yield {"step": name, "impl": library.name, "agrees": off <= AGREE, **found}
+            row = {"step": name, "impl": library.name}
+            try:
+                found = timed(step, make(library), settings.plan)
+            except Exception as error:  # whatever a library or a driver raises
+                problem = step if isinstance(step, str) else str(error)
+                yield row | {"problem": problem[:300]}
+                continue
+            first = found["loss"] if first is None else first
+            agrees = abs(found["loss"] - first) <= AGREE * abs(first)
+            yield row | {"agrees": agrees, **found}
 
     return Item(f"step of {name}", run, builds)
 
@@ -155,7 +162,14 @@ def _mean_square(x: Any) -> Any:
 
 
 def compiled_step(make: Callable[[Library], Model], library: Library) -> Any:
-    model = make(library)
+    """A step, or why there is none."""
+    try:
+        return _compiled(make(library))
+    except Exception as error:  # whatever a library or a compiler raises
+        return f"{type(error).__name__}: {error}"
+
+
+def _compiled(model: Model) -> Any:
 
     def step(params: Any, stats: Any, batch: Any) -> tuple[Any, Any, Any]:
         gradient = jax.value_and_grad(model.loss, has_aux=True)
@@ -172,9 +186,9 @@ def timed(step: Any, model: Model, plan: Plan) -> Row:
     params, stats, batch = (arrays(v, seed) for seed, v in enumerate(model[1:]))
     params = _weights(params)
     first = 0.0
-    for k in range(max(plan.warm_up, LOSS_AFTER)):
+    for _ in range(LOSS_AFTER):
         params, stats, loss = step(params, stats, batch)
-        first = float(loss) if k == LOSS_AFTER - 1 else first
+        first = float(loss)
     repeats = []
     for _ in range(3):
         jax.block_until_ready(params)

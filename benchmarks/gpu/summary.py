@@ -7,7 +7,8 @@ from gpu.decide import decisions
 from gpu.predicted import MISSED, PREDICTED, factor
 
 LINES = 60
-COLUMNS = ("flax", "xla", "triton", "mosaic", "jax.pallas", "torch", "liger")
+COLUMNS = ("flax", "xla", "triton", "mosaic", "jax.pallas", "torch")
+COLUMNS += ("torch.compile", "liger")
 MODES = ("both", "both, skip", "both, add", "backward", "inference")
 
 Row = Results = dict[str, Any]
@@ -16,7 +17,8 @@ Row = Results = dict[str, Any]
 def markdown(results: Results) -> str:
     """Parts in order of weight; what does not fit is counted in the last line."""
     lines = [*_head(results), *_checks(results), *_missed(results)]
-    lines += [*_decisions(results), "", *_steps(results), "", *_times(results)]
+    lines += [*_decisions(results), *_sweep(results), "", *_steps(results), ""]
+    lines += _times(results)
     if len(lines) > LINES:
         left = len(lines) - LINES + 1
         lines = [*lines[: LINES - 1], f"({left} lines more: all is in the JSON file)"]
@@ -32,7 +34,7 @@ def _head(results: Results) -> Iterator[str]:
         yield "A dry run, of interpreted kernels on a CPU: its times mean nothing."
     yield f"{named}."
     found = results["ceilings"]
-    if found:
+    if {"copy", "read", "write", "launch_us", "by_cupti"} <= found.keys():
         bandwidth = [f"{k} {found[k]:.0f} GB/s" for k in ("copy", "read", "write")]
         clock = "CUPTI" if found["by_cupti"] else "the clock, of queued calls"
         yield f"{', '.join(bandwidth)}; launch {found['launch_us']:.1f} us; by {clock}."
@@ -50,10 +52,16 @@ def _checks(results: Results) -> Iterator[str]:
             same = "" if c["repeatable"] else ", repeats differ"
             yield (
                 f"- {c['case']}, {c['dtype']} {c['shape']}, {c['quantity']}: "
-                f"{c['error']:.1e} (limit {c['limit']:.1e}){same}"
+                f"{_error(c)} (limit {c['limit']:.1e}){same}"
             )
     for problem in results["problems"][:3]:
         yield f"- {problem['item']}: {problem['problem'][:120]}"
+
+
+def _error(check: Row) -> str:
+    if check["by_kernel"] != check["fits"]:
+        return "a kernel fits and did not run" if check["fits"] else "no kernel fits"
+    return "not finite" if check["error"] is None else f"{check['error']:.1e}"
 
 
 def _missed(results: Results) -> Iterator[str]:
@@ -71,7 +79,20 @@ def _missed(results: Results) -> Iterator[str]:
 
 def _decisions(results: Results) -> Iterator[str]:
     for d in decisions(results):
-        yield f"{d.pattern}, {d.backend}: {d.box or 'no default'} ({d.why})"
+        yield f"{d.pattern}, {d.backend}: {list(d.boxes) or 'no default'} ({d.why})"
+
+
+def _sweep(results: Results) -> Iterator[str]:
+    """The best sizes at each shape, beside those that the kernel has."""
+    shapes: dict[str, list[Row]] = {}
+    for row in results["sweep"]:
+        shapes.setdefault(f"{row['pattern']} {_shape(row)}", []).append(row)
+    for name, rows in shapes.items():
+        usual = [r["us"] for r in rows if r["setting"] is None]
+        best = min(rows, key=lambda r: r["us"])
+        if usual and best["setting"] is not None:
+            faster = f"{best['us']:.0f} us at {best['setting']}"
+            yield f"- sizes of {name}: {faster}, {usual[0]:.0f} as they are"
 
 
 def _steps(results: Results) -> Iterator[str]:

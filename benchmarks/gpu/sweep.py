@@ -1,8 +1,10 @@
-"""Other sizes of tiles and grids than the kernels have, in Triton."""
+"""Other sizes of tiles and grids than the kernels have, in Triton: per multiprocessor
+programs and their warps for rows, slabs and the rows of a tile for columns."""
 
+import contextlib
+import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,93 +16,104 @@ from gpu import clock
 from gpu.plan import Plan, Settings, Shape
 from gpu.times import arrays
 from gpu.work import Item, Row
-from jaxnorm._kernels import columns_triton, rows_triton, tiles
+from jaxnorm._kernels import columns, columns_triton, rows, rows_triton, tiles
 
-TILE_ROWS = (16, 32, 64)
-SLABS_PER_SM = (2, 4, 8)
+ROWS = tuple(itertools.product((1, 2, 4), (4, 8, 16)))  # programs per SM, warps
+COLUMNS = tuple(itertools.product((2, 4, 8), (16, 32, 64)))  # slabs per SM, rows
 
 
 def items(settings: Settings) -> Iterator[Item]:
+    """The sizes that the kernels have first, then all others at each shape in turn."""
     plan = settings.plan
     if "triton" not in settings.backends:
         return
-    few = 2 if settings.dry_run else None
-    for shape in plan.sweep_rows:
-        chosen = itertools.product((1, 2, 4), (4, 8, 16), (1, 2, 4))
-        for setting in itertools.islice(chosen, few):
-            yield _rows(settings, shape, *setting)
-    for shape in plan.sweep_maps:
-        chosen = itertools.product(TILE_ROWS, SLABS_PER_SM)
-        for setting in itertools.islice(chosen, few):
-            yield _columns(settings, shape, *setting)
+    few = 1 if settings.dry_run else None
+    for setting in (None, *ROWS[:few]):
+        for shape in plan.sweep_rows:
+            yield _rows(settings, shape, setting)
+    for setting in (None, *COLUMNS[:few]):
+        for shape in plan.sweep_maps:
+            yield _columns(settings, shape, setting)
 
 
-def _rows(
-    settings: Settings, shape: Shape, per_sm: int, warps: int, height: int
-) -> Item:
-    """`per_sm` programs in each multiprocessor, each of which takes `height` rows."""
-    count, features = shape
-    usual = rows_triton._block(count, features)
-    block = usual._replace(height=height, warps=warps)
-    programs = max(1, min(per_sm * tiles.MULTIPROCESSORS, count // height))
-
-    def build() -> Any:
-        with (
-            mock.patch.object(rows_triton, "_block", lambda *_: block),
-            mock.patch.object(tiles, "programs", lambda *_: programs),
-        ):
-            return _compiled(backward, shape)
+def _rows(settings: Settings, shape: Shape, setting: tuple[int, int] | None) -> Item:
+    """The gradient of layer norm, its partial sums summed."""
+    usual = rows_triton._block
 
     def backward(x: Any, dy: Any, scale: Any) -> Any:
-        how = {"center": True, "wanted": ("scale", "bias")}
-        how |= {"interpret": settings.dry_run}
-        given = x[None], dy[None], None, scale[None], jnp.full((1,), 1e-6)
-        return rows_triton.backward(*given, **how)
+        how = {"center": True, "with_scale": True, "with_bias": True}
+        how |= {"backend": "triton", "interpret": settings.dry_run, "one_device": True}
+        f = rows.backward.__wrapped__
+        return f(x[None], dy[None], None, scale[None], jnp.float32(1e-6), **how)
 
-    row = {"pattern": "rows", "shape": list(shape)}
-    row |= {"per_sm": per_sm, "warps": warps, "height": height}
-    return _item(settings, row, build)
+    row = {"pattern": "rows", "shape": list(shape), "setting": setting}
+    if setting is None:
+        return _item(settings, row, backward, shape, contextlib.nullcontext)
+    per_sm, warps = setting
+    count = per_sm * tiles.MULTIPROCESSORS
+
+    def programs(batch: int, rows: int, height: int, _: int) -> int:
+        return max(1, min(count, rows // height))
+
+    patches = {
+        (rows_triton, "_block"): lambda *sizes: usual(*sizes)._replace(warps=warps),
+        (tiles, "programs"): programs,
+    }
+    return _item(settings, row, backward, shape, functools.partial(_patched, patches))
 
 
-def _columns(settings: Settings, shape: Shape, height: int, per_sm: int) -> Item:
-    """Tiles of `height` rows, `per_sm` slabs for each multiprocessor."""
+def _columns(settings: Settings, shape: Shape, setting: tuple[int, int] | None) -> Item:
+    """The sums of the gradient of group norm and SiLU, whose parts are summed."""
     batch, *space, features = shape
-    flat = batch, math.prod(space), features
-    usual = columns_triton.slabs(*flat)
-    count = max(1, per_sm * tiles.MULTIPROCESSORS // (batch * usual.columns))
-    steps = max(1, -(-flat[1] // (count * height)))
-    cut = usual._replace(height=height, steps=steps)
-
-    def build() -> Any:
-        with mock.patch.object(columns_triton, "slabs", lambda *_: cut):
-            return _compiled(sums, flat)
+    usual = columns_triton.slabs
 
     def sums(x: Any, dy: Any, scale: Any) -> Any:
         each = jnp.broadcast_to(scale, (batch, features))
         how = {"activation": "silu", "interpret": settings.dry_run}
-        return columns_triton.gradient_sums(x, dy, each, each, each, **how)
+        f = columns.gradient_sums.__wrapped__
+        return f(x, dy, each, each, each, backend="triton", one_device=True, **how)
 
-    row = {"pattern": "columns", "shape": list(shape)}
-    return _item(settings, row | {"per_sm": per_sm, "height": height}, build)
+    flat = batch, math.prod(space), features
+    row = {"pattern": "columns", "shape": list(shape), "setting": setting}
+    if setting is None:
+        return _item(settings, row, sums, flat, contextlib.nullcontext)
+    per_sm, height = setting
+
+    def cut(batch: int, space: int, features: int) -> Any:
+        found = usual(batch, space, features)
+        count = max(1, per_sm * tiles.MULTIPROCESSORS // (batch * found.columns))
+        return found._replace(height=height, steps=-(-space // (count * height)))
+
+    patched = functools.partial(_patched, {(columns_triton, "slabs"): cut})
+    return _item(settings, row, sums, flat, patched)
 
 
-def _compiled(f: Callable[..., Any], shape: Shape) -> Any:
-    """Within the patches, as tracing reads what is patched."""
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    args = arrays((x, x, jax.ShapeDtypeStruct(shape[-1:], jnp.float32)))
-    return jax.jit(f).lower(*args).compile(), args
+@contextlib.contextmanager
+def _patched(values: dict[tuple[Any, str], Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in values.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
 
 
-def _item(settings: Settings, row: Row, build: Callable[[], Any]) -> Item:
+def _item(
+    settings: Settings,
+    row: Row,
+    f: Callable[..., Any],
+    shape: Shape,
+    patched: Callable[[], Any],
+) -> Item:
+    """One after the other, as tracing reads what is patched."""
     plan: Plan = settings.plan
 
     def run() -> Iterator[Row]:
-        start = time.perf_counter()
-        compiled, args = build()
-        compile_ms = (time.perf_counter() - start) * 1000
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        args = arrays((x, x, jax.ShapeDtypeStruct(shape[-1:], jnp.float32)))
+        with patched():
+            compiled = jax.jit(lambda *args: f(*args)).lower(*args).compile()
         call = clock.rotating(compiled, args, plan.cache)
         times = clock.kernel_times(call, plan)
         us = sum(times.values()) if times else clock.by_clock(call, plan)
-        yield row | {"us": us, "compile_ms": compile_ms}
+        yield row | {"us": us}
 
     return Item(f"sweep {row}", run)

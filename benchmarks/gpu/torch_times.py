@@ -7,11 +7,11 @@ they are those of the kernels.
 import functools
 import importlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpu.clock import counts
 from gpu.plan import Plan, Settings, Shape
 from gpu.work import Item, Row
 
@@ -57,7 +57,9 @@ def _liger(norm: str) -> Callable[..., Any]:
         ops = importlib.import_module("liger_kernel.ops.layer_norm")
         return lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, EPSILON)
     ops = importlib.import_module("liger_kernel.ops.rms_norm")
-    return lambda x, w, b: ops.LigerRMSNormFunction.apply(x, w, EPSILON)
+    # Not in place, or it would write the gradient over the cotangent of the next call.
+    how = EPSILON, 0.0, "llama", False
+    return lambda x, w, b: ops.LigerRMSNormFunction.apply(x, w, *how)
 
 
 def maps(plan: Plan, shape: Shape) -> Iterator[Row]:
@@ -135,8 +137,6 @@ def _array(torch: Any, shape: Shape) -> Any:
 
 
 def _microseconds(torch: Any, call: Callable[[int], None], plan: Plan) -> float:
-    few, many = plan.queued
-
     def seconds(count: int) -> float:
         if not torch.cuda.is_available():
             start = time.perf_counter()
@@ -151,6 +151,6 @@ def _microseconds(torch: Any, call: Callable[[int], None], plan: Plan) -> float:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    seconds(few)
-    slopes = [(seconds(many) - seconds(few)) / (many - few) for _ in range(3)]
-    return statistics.median(slopes) * 1e6
+    seconds(1)
+    few, many = counts(seconds(2) / 2, plan)
+    return max(0.0, seconds(many) - seconds(few)) / (many - few) * 1e6

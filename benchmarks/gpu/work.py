@@ -1,10 +1,13 @@
 """Runs the items of a phase until its deadline; what they find are lines of JSON."""
 
 import importlib
+import itertools
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +15,13 @@ from gpu.plan import Settings
 
 THREADS = 12  # of the compiler
 AHEAD = 12  # items that are compiled together; while any is timed, nothing compiles
-LOST = ("CUDA_ERROR", "illegal memory access", "device-side assert")
+LOST = (
+    "CUDA_ERROR_ILLEGAL",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_MISALIGNED",
+    "CUDA_ERROR_ASSERT",
+    "illegal memory access",
+)
 
 Row = dict[str, Any]
 
@@ -32,34 +41,41 @@ def main(phase: str, settings: Settings, lines: Path, deadline: float) -> None:
     with lines.open("a") as file:
 
         def write(line: Row) -> None:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
             file.flush()
 
         write({"planned": [item.name for item in items]})
-        for line in results(items, deadline):
+        for line in results(items, deadline, getattr(module, "AHEAD", AHEAD)):
             write(line)
+    os._exit(0)  # whatever still compiles
 
 
-def results(items: list[Item], deadline: float) -> Iterator[Row]:
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def results(items: list[Item], deadline: float, ahead: int = AHEAD) -> Iterator[Row]:
     """The rows of each item, and that it is done or what went wrong.
 
     Nothing follows what costs the process its GPU.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(items), AHEAD):
-            chosen = items[start : start + AHEAD]
+    pool = ThreadPoolExecutor(THREADS)
+    for start in range(0, len(items), ahead):
+        chosen = items[start : start + ahead]
+        built = [[pool.submit(f) for f in item.builds] for item in chosen]
+        wait(itertools.chain(*built), timeout=max(0.0, deadline - time.time()))
+        for item, futures in zip(chosen, built, strict=True):
             if time.time() > deadline:
+                pool.shutdown(wait=False, cancel_futures=True)
                 return
-            built = [[pool.submit(f) for f in item.builds] for item in chosen]
-            for futures in built:
-                for future in futures:
-                    future.exception()  # waits for it
-            for item, futures in zip(chosen, built, strict=True):
-                if time.time() > deadline:
-                    return
-                problem = yield from _rows(item, futures)
-                if any(word in problem for word in LOST):
-                    return
+            problem = yield from _rows(item, futures)
+            if any(word in problem for word in LOST):
+                return
 
 
 def _rows(item: Item, futures: list[Future]) -> Iterator[Row]:
