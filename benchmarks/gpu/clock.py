@@ -67,15 +67,18 @@ def by_clock(call: Callable[[], Any], plan: Plan) -> float:
         jax.block_until_ready(call())
         return time.perf_counter() - start
 
+    return each_of_many(seconds, plan)
+
+
+def each_of_many(seconds: Callable[[int], float], plan: Plan) -> float:
+    """Microseconds of one more call, where `seconds(count)` times a queue of them."""
     seconds(1)
-    few, many = counts(seconds(2) / 2, plan)
-    return max(0.0, seconds(many) - seconds(few)) / (many - few) * 1e6
-
-
-def counts(each: float, plan: Plan) -> tuple[int, int]:
-    """How many calls to queue, twice, for a slope of about `plan.seconds_queued`."""
-    few = max(1, min(50, int(plan.seconds_queued / max(each, 1e-6) / 4)))
-    return few, 3 * few
+    each = max(seconds(2) / 2, 1e-6)
+    few = max(1, min(50, int(plan.seconds_queued / each / 4)))
+    more, less = seconds(3 * few), seconds(few)
+    # Where all is noise, as of tiny arrays, at least no less than nothing.
+    slope = (more - less) / (2 * few)
+    return 1e6 * (slope if slope > 0 else more / (3 * few))
 
 
 def without_products(times: dict[str, float]) -> dict[str, float]:

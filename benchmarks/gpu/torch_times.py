@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gpu.clock import counts
+from gpu.clock import each_of_many
 from gpu.plan import Plan, Settings, Shape
 from gpu.work import Item, Row
 
@@ -151,6 +151,4 @@ def _microseconds(torch: Any, call: Callable[[int], None], plan: Plan) -> float:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    seconds(1)
-    few, many = counts(seconds(2) / 2, plan)
-    return max(0.0, seconds(many) - seconds(few)) / (many - few) * 1e6
+    return each_of_many(seconds, plan)
