@@ -5,11 +5,11 @@
 
 Each phase is a process of its own, which ends at its deadline, and what it has found is
 in `on_gpu.json` and `on_gpu.md` of the folder before the next one starts; what all of
-them have printed is in `on_gpu.log`. A backend
-whose kernels fail a check is not timed. `--report` needs no GPU: it writes the table to
-`benchmarks/results`, and where kernels are the default, by the rule in `gpu/decide.py`,
-to `jaxnorm/_kernels/defaults.json`. `--dry-run` walks through all of it on a CPU, with
-tiny arrays and Triton's kernels interpreted; its times mean nothing.
+them have printed is in `on_gpu.log`. A backend whose kernels fail a check is not timed.
+`--report` needs no GPU: it writes the table to `benchmarks/results`, and where kernels
+are the default, by the rule in `gpu/decide.py`, to `jaxnorm/_kernels/defaults.json`.
+`--dry-run` walks through all of it on a CPU, with tiny arrays and Triton's kernels
+interpreted; its times mean nothing.
 """
 
 import argparse
