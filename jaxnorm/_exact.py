@@ -19,9 +19,9 @@ def two_sum_denoised(pivot: Array, shift: Array, var: Array) -> tuple[Array, Arr
     variance is, too: it is noise, and would keep what is constant from becoming 0."""
     total, rest = two_sum(pivot, shift)
     noise = 64 * jnp.finfo(rest.dtype).eps
-    rest_is = jnp.abs(rest) <= noise * jnp.abs(shift)
-    constant = var <= noise * abs_square(shift)
-    return total, jnp.where(rest_is & constant, jnp.zeros_like(rest), rest)
+    is_small = jnp.abs(rest) <= noise * jnp.abs(shift)
+    is_constant = var <= noise * abs_square(shift)
+    return total, jnp.where(is_small & is_constant, jnp.zeros_like(rest), rest)
 
 
 def drop_last_bit(x: Array) -> Array:

@@ -45,12 +45,12 @@ def mean_of(x: Array, axes: Axes, size: Any = None) -> Array:
     return x / count_of(axes, size, x.dtype)
 
 
-def mean_in_parts(x: Array, axes: Axes) -> Array:
+def mean_in_parts(x: Array, axes: Axes, size: Any = None) -> Array:
     """As `mean_of`, of which a GPU sums all but features in parts."""
     plain, features = axes.reduce_in_order
     x = sum_in_parts(x, plain) if plain else x
     x = x.sum(features, keepdims=True) if features else x
-    return x / count_of(axes, None, x.dtype)
+    return x / count_of(axes, size, x.dtype)
 
 
 def count_of(axes: Axes, size: Any, dtype: DTypeLike) -> Array:
@@ -109,14 +109,19 @@ def _slab_axes(x: Array, axes: Axes) -> list[int]:
 
 
 def _moments_about(
-    axes: Axes, x: Array, mask: Array | None, size: Any, pivot: Array
+    axes: Axes,
+    x: Array,
+    mask: Array | None,
+    size: Any,
+    pivot: Array,
+    mean: Callable[..., Array] = mean_of,
 ) -> tuple[Array, Array]:
     """The mean of working `x - pivot`, and the variance, in one pass over `x`."""
     offset = x - pivot
     if mask is not None:
         offset = jnp.where(mask_to_working(mask, axes), offset, jnp.zeros((), x.dtype))
-    shift = mean_of(offset, axes, size)
-    var = mean_of(abs_square(offset), axes, size) - abs_square(shift)
+    shift = mean(offset, axes, size)
+    var = mean(abs_square(offset), axes, size) - abs_square(shift)
     return shift, jnp.maximum(var, 0)
 
 
@@ -158,9 +163,7 @@ def about_a_pivot(axes: Axes, x: Array) -> MeanVarResidue:
     """Both sums of `x - pivot`: one pass, where elementwise work is free."""
     x = to_working(x, None, axes)
     pivot = _pivot(x, axes)
-    offset = x - pivot
-    shift, square = (mean_in_parts(v, axes) for v in (offset, abs_square(offset)))
-    var = jnp.maximum(square - abs_square(shift), 0)
+    shift, var = _moments_about(axes, x, None, None, pivot, mean_in_parts)
     mean, residue = two_sum_denoised(pivot, shift, var)
     return mean, var, residue
 
