@@ -11,16 +11,9 @@ HEAD = 128
 
 def bottleneck(shape, library):
     """A residual block of ResNet: three convolutions, each with batch norm and ReLU."""
-    *space, width = shape
-    inner = width // 4
+    width = shape[-1]
     layer = Layer(library, "BatchNorm", "relu", use_running_average=False, momentum=0.9)
-    narrow, wide = layer.variables(*space, inner), layer.variables(*space, width)
-    params, stats = zip(narrow, narrow, wide, strict=True)
-    weights = (
-        array(1, 1, width, inner),
-        array(3, 3, inner, inner),
-        array(1, 1, inner, width),
-    )
+    params, stats, weights = bottleneck_variables(layer, shape)
 
     def step(x, weights, params, stats, last):
         def block(x, weights, params):
@@ -31,6 +24,20 @@ def bottleneck(shape, library):
 
     last = array(1, 1, width, width)
     return [Program(step, (array(*shape), weights, params, stats, last))]
+
+
+def bottleneck_variables(layer: Layer, shape):
+    """The shapes of what the norms hold, of their statistics, and of the weights."""
+    *space, width = shape
+    inner = width // 4
+    narrow, wide = layer.variables(*space, inner), layer.variables(*space, width)
+    params, stats = zip(narrow, narrow, wide, strict=True)
+    weights = (
+        array(1, 1, width, inner),
+        array(3, 3, inner, inner),
+        array(1, 1, inner, width),
+    )
+    return params, stats, weights
 
 
 def bottleneck_block(layer: Layer, params, stats, weights, x):
@@ -57,12 +64,7 @@ def transformer(kind: str, shape, library):
     width = shape[-1]
     layer = Layer(library, kind)
     params, _ = layer.variables(*shape)
-    weights = (
-        array(4 * width, width),
-        array(width, 3 * width),
-        array(width, width),
-        array(width, 4 * width),
-    )
+    weights = transformer_weights(width)
 
     def step(x, hidden, weights, params, last):
         def block(x, hidden, weights, params):
@@ -74,6 +76,16 @@ def transformer(kind: str, shape, library):
     hidden = array(*shape[:-1], 4 * width)
     last = array(width, width), array(4 * width, 4 * width)
     return [Program(step, (array(*shape), hidden, weights, (params, params), last))]
+
+
+def transformer_weights(width: int):
+    """The shapes of the products' weights of a block."""
+    return (
+        array(4 * width, width),
+        array(width, 3 * width),
+        array(width, width),
+        array(width, 4 * width),
+    )
 
 
 def transformer_block(

@@ -19,11 +19,11 @@ QUERY = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 def items(settings: Settings) -> Iterator[Item]:
-    yield Item("device", lambda: [_device(settings)])
+    yield Item("device", lambda: [_device()])
     yield Item("ceilings", lambda: _ceilings(settings))
 
 
-def _device(settings: Settings) -> Row:
+def _device() -> Row:
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -71,9 +71,8 @@ def _ceilings(settings: Settings) -> Iterator[Row]:
         ("write", lambda v: jnp.broadcast_to(v, x.shape), (x[0],), 1),
     ):
         call = clock.rotating(jax.jit(f), args, 0)
-        times = clock.kernel_times(call, plan)
-        microseconds = sum(times.values()) if times else clock.by_clock(call, plan)
-        yield {"ceiling": name, "value": moved * x.nbytes / microseconds / 1000}
+        bandwidth = moved * x.nbytes / clock.microseconds(call, plan) / 1000
+        yield {"ceiling": name, "value": bandwidth}
     small = clock.rotating(jax.jit(lambda v: v + 1), (x[:8],), 0)
     yield {"ceiling": "launch_us", "value": clock.by_clock(small, plan)}
     yield {"ceiling": "by_cupti", "value": clock.kernel_times(small, plan) is not None}

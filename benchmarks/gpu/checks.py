@@ -110,9 +110,8 @@ def _rows_item(
         dy = _values(USUAL, shape, "float32", 6) if wide else dy
         return (x, *params), (ds, dy) if skip else dy
 
-    fits = not support.why_unfit("rows", backend, shape, dtype)
-    row = {"pattern": "rows", "backend": backend, "dtype": dtype, "case": case}
-    row |= {"shape": list(shape), "fits": fits and way != "vmap, scale too"}
+    row = _row("rows", backend, shape, dtype, case)
+    row["fits"] &= way != "vmap, scale too"
     return _item(row, values, names, WAYS[way](layer), exact, given)
 
 
@@ -154,9 +153,7 @@ def _flat(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def _many_rows_item(backend: str, shape: Shape) -> Item:
     """More elements than 32 bits count: some rows against float64, twice."""
-    fits = not support.why_unfit("rows", backend, shape, "bfloat16")
-    row = {"pattern": "rows", "backend": backend, "dtype": "bfloat16"}
-    row |= {"shape": list(shape), "case": "many rows", "fits": fits, "quantity": "dx"}
+    row = _row("rows", backend, shape, "bfloat16", "many rows") | {"quantity": "dx"}
 
     def run() -> Iterator[Row]:
         x, dy = (_values(USUAL, shape, "bfloat16", k) for k in (0, 6))
@@ -205,13 +202,23 @@ def _columns_item(
             dy = jnp.where(abs(z) < 1e-5, jnp.zeros_like(dy), dy)
         return (x, *params), dy
 
-    fits = not support.why_unfit("columns", backend, shape, dtype)
-    row = {"pattern": "columns", "backend": backend, "dtype": dtype, "case": case}
-    row |= {"shape": list(shape), "fits": fits}
+    row = _row("columns", backend, shape, dtype, case)
     return _item(row, values, ["scale", "bias"], ours, exact, given)
 
 
 # ---- Both --------------------------------------------------------------------------
+
+
+def _row(pattern: str, backend: str, shape: Shape, dtype: str, case: str) -> Row:
+    """What is known of a check before it runs; whether the kernel is to serve."""
+    return {
+        "pattern": pattern,
+        "backend": backend,
+        "dtype": dtype,
+        "case": case,
+        "shape": list(shape),
+        "fits": not support.why_unfit(pattern, backend, shape, dtype),
+    }
 
 
 def _item(
@@ -227,12 +234,11 @@ def _item(
         functools.partial(reference.gradients, f) for f in (ours, exact)
     )
 
-    def compiled(f: Callable[..., Any], wide: bool) -> Callable[[], Any]:
-        def build() -> Any:
-            structs = jax.eval_shape(given)
-            return jax.jit(f).lower(*(_widened(structs) if wide else structs)).compile()
+    def compiled(f: Callable[..., Any], given: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: jax.jit(f).lower(*jax.eval_shape(given)).compile()
 
-        return build
+    def widened() -> Any:
+        return _widened(given())
 
     def run(ours: Any, exact: Any) -> Iterator[Row]:
         arrays = given()
@@ -240,17 +246,12 @@ def _item(
         yield from _check(row, values, names, ours, exact, arrays, by_kernel)
 
     name = "{backend} {pattern}, {case}, {dtype} {shape}".format(**row)
-    return Item(name, run, (compiled(program, False), compiled(reference_of, True)))
+    builds = compiled(program, given), compiled(reference_of, widened)
+    return Item(name, run, builds)
 
 
-def _widened(tree: Any) -> Any:
-    def one(v: Any) -> Any:
-        wide = jnp.float64
-        if isinstance(v, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(v.shape, wide)
-        return v.astype(wide)
-
-    return jax.tree.map(one, tree)
+def _widened(arrays: Any) -> Any:
+    return jax.tree.map(lambda v: v.astype(jnp.float64), arrays)
 
 
 def _check(

@@ -81,5 +81,11 @@ def each_of_many(seconds: Callable[[int], float], plan: Plan) -> float:
     return 1e6 * (slope if slope > 0 else more / (3 * few))
 
 
+def microseconds(call: Callable[[], Any], plan: Plan) -> float:
+    """Of all kernels of a call, by CUPTI, or else of the call by the clock."""
+    times = kernel_times(call, plan)
+    return sum(times.values()) if times else by_clock(call, plan)
+
+
 def without_products(times: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in times.items() if not PRODUCTS.search(k)}

@@ -17,6 +17,7 @@ then on. Cases in which the kernel did not serve decide nothing.
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -168,13 +169,9 @@ def _points(results: Results, pattern: str, backend: str) -> Iterator[Point]:
         xla, own = by["xla"], by[backend]
         if min(*xla["us"], *own["us"], xla["wall_us"], own["wall_us"]) <= 0:
             continue  # a clock that was of no use
-        ratio = _median(own["us"]) / _median(xla["us"])
+        ratio = statistics.mean(own["us"]) / statistics.mean(xla["us"])
         noise = max(map(_noise, (xla["us"], own["us"])))
         yield Point(*case, ratio, noise, own["wall_us"] / xla["wall_us"])
-
-
-def _median(times: list[float]) -> float:
-    return sum(times) / len(times)
 
 
 def _noise(times: list[float]) -> float:

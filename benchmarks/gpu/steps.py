@@ -13,14 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from model_programs import bottleneck_block, conv, transformer_block
+from model_programs import (
+    bottleneck_block,
+    bottleneck_variables,
+    conv,
+    transformer_block,
+    transformer_weights,
+)
 from norm_programs import Layer, Library, array
 
 from gpu.interpreted import interpret_kernels
 from gpu.libraries import libraries
 from gpu.plan import Plan, Settings, Shape
 from gpu.times import arrays
-from gpu.work import Item, Row
+from gpu.work import Item, Row, said
 
 RATE = 1e-3
 LOSS_AFTER = 5
@@ -63,11 +69,13 @@ def _item(
         first = None
         for library, step in zip(chosen, compiled, strict=True):
             row = {"step": name, "impl": library.name}
+            if isinstance(step, str):
+                yield row | {"problem": step}
+                continue
             try:
                 found = timed(step, make(library), settings.plan)
-            except Exception as error:  # whatever a library or a driver raises
-                problem = step if isinstance(step, str) else str(error)
-                yield row | {"problem": problem[:300]}
+            except Exception as error:  # such as too little memory for this one
+                yield row | {"problem": said(error)}
                 continue
             first = found["loss"] if first is None else first
             agrees = abs(found["loss"] - first) <= AGREE * abs(first)
@@ -86,15 +94,9 @@ def transformer(
     *tokens, width = plan.tokens
     layer = Layer(library, kind)
     norm, _ = layer.variables(*plan.tokens)
-    weights = (
-        array(4 * width, width),
-        array(width, 3 * width),
-        array(width, width),
-        array(width, 4 * width),
-    )
     params = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct((plan.blocks, *v.shape), v.dtype),
-        ((norm, norm), weights),
+        ((norm, norm), transformer_weights(width)),
     )
 
     def block(carry: Any, of_block: Any) -> Any:
@@ -135,16 +137,8 @@ def level(shape: Shape, library: Library) -> Model:
 
 
 def bottleneck(shape: Shape, library: Library) -> Model:
-    *space, width = shape
-    inner = width // 4
     layer = Layer(library, "BatchNorm", "relu", use_running_average=False)
-    narrow, wide = layer.variables(*space, inner), layer.variables(*space, width)
-    norms, stats = zip(narrow, narrow, wide, strict=True)
-    weights = (
-        array(1, 1, width, inner),
-        array(3, 3, inner, inner),
-        array(1, 1, inner, width),
-    )
+    norms, stats, weights = bottleneck_variables(layer, shape)
 
     def loss(params: Any, stats: Any, x: Any) -> tuple[Any, Any]:
         norms, weights = params
@@ -166,11 +160,10 @@ def compiled_step(make: Callable[[Library], Model], library: Library) -> Any:
     try:
         return _compiled(make(library))
     except Exception as error:  # whatever a library or a compiler raises
-        return f"{type(error).__name__}: {error}"
+        return said(error)
 
 
 def _compiled(model: Model) -> Any:
-
     def step(params: Any, stats: Any, batch: Any) -> tuple[Any, Any, Any]:
         gradient = jax.value_and_grad(model.loss, has_aux=True)
         (loss, stats), grads = gradient(params, stats, batch)
@@ -185,10 +178,9 @@ def timed(step: Any, model: Model, plan: Plan) -> Row:
     """Milliseconds of a step, of three repeats; the loss; the bytes that it needs."""
     params, stats, batch = (arrays(v, seed) for seed, v in enumerate(model[1:]))
     params = _weights(params)
-    first = 0.0
     for _ in range(LOSS_AFTER):
         params, stats, loss = step(params, stats, batch)
-        first = float(loss)
+    loss_then = float(loss)
     repeats = []
     for _ in range(3):
         jax.block_until_ready(params)
@@ -200,21 +192,20 @@ def timed(step: Any, model: Model, plan: Plan) -> Row:
     return {
         "ms": statistics.median(repeats),
         "repeats": repeats,
-        "loss": first,
+        "loss": loss_then,
         "peak_bytes": _bytes(step),
     }
 
 
 def _weights(params: Any) -> Any:
-    """Those of products and convolutions, so that what they give is as large as what
-    they take; stacked or not."""
+    """With the weights of products and convolutions, stacked or not, such that what
+    they give is as large as what they take."""
 
     def one(v: Any) -> Any:
         if v.dtype == jnp.float32:
             return v
         taken = v.shape[-2] * (v.shape[0] * v.shape[1] if v.ndim == 4 else 1)
-        uniform = jax.random.normal(jax.random.key(7), v.shape, jnp.float32)
-        return (uniform * taken**-0.5).astype(v.dtype)
+        return (v * taken**-0.5).astype(v.dtype)
 
     return jax.tree.map(one, params)
 

@@ -1,5 +1,6 @@
 """The results of a run as a page of at most sixty lines."""
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,7 +72,7 @@ def _missed(results: Results) -> Iterator[str]:
         key = t["norm"], t["mode"], tuple(t["shape"]), t["impl"]
         if scale is None or key not in PREDICTED or "us" not in t:
             continue
-        expected, found = PREDICTED[key] * scale, sum(t["us"]) / 2
+        expected, found = PREDICTED[key] * scale, statistics.mean(t["us"])
         if t["dtype"] == "bfloat16" and abs(found / expected - 1) > MISSED:
             name = f"{t['norm']} {_shape(t)}, {t['impl']}"
             yield f"- predicted {expected:.0f} us, measured {found:.0f}: {name}"
@@ -107,7 +108,7 @@ def _times(results: Results) -> Iterator[str]:
         dtype = "" if t["dtype"] == "bfloat16" else f" {t['dtype']}"
         return f"{t['norm']}, {t['mode']}, {_shape(t)}{dtype}"
 
-    yield from _table(timed, name, lambda t: sum(t["us"]) / len(t["us"]), "us")
+    yield from _table(timed, name, lambda t: statistics.mean(t["us"]), "us")
 
 
 def _shape(row: Row) -> str:

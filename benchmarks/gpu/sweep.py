@@ -2,7 +2,6 @@
 programs and their warps for rows, slabs and the rows of a tile for columns."""
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from jaxnorm._kernels import columns, columns_triton, rows, rows_triton, tiles
 
 ROWS = tuple(itertools.product((1, 2, 4), (4, 8, 16)))  # programs per SM, warps
 COLUMNS = tuple(itertools.product((2, 4, 8), (16, 32, 64)))  # slabs per SM, rows
+
+Patches = dict[tuple[Any, str], Callable[..., Any]]  # by module and name
 
 
 def items(settings: Settings) -> Iterator[Item]:
@@ -47,19 +48,18 @@ def _rows(settings: Settings, shape: Shape, setting: tuple[int, int] | None) -> 
         return f(x[None], dy[None], None, scale[None], jnp.float32(1e-6), **how)
 
     row = {"pattern": "rows", "shape": list(shape), "setting": setting}
-    if setting is None:
-        return _item(settings, row, backward, shape, contextlib.nullcontext)
-    per_sm, warps = setting
-    count = per_sm * tiles.MULTIPROCESSORS
+    patches: Patches = {}
+    if setting is not None:
+        per_sm, warps = setting
 
-    def programs(batch: int, rows: int, height: int, _: int) -> int:
-        return max(1, min(count, rows // height))
+        def programs(batch: int, rows: int, height: int, _: int) -> int:
+            return max(1, min(per_sm * tiles.MULTIPROCESSORS, rows // height))
 
-    patches = {
-        (rows_triton, "_block"): lambda *sizes: usual(*sizes)._replace(warps=warps),
-        (tiles, "programs"): programs,
-    }
-    return _item(settings, row, backward, shape, functools.partial(_patched, patches))
+        patches = {
+            (rows_triton, "_block"): lambda *sizes: usual(*sizes)._replace(warps=warps),
+            (tiles, "programs"): programs,
+        }
+    return _item(settings, row, backward, shape, patches)
 
 
 def _columns(settings: Settings, shape: Shape, setting: tuple[int, int] | None) -> Item:
@@ -75,21 +75,21 @@ def _columns(settings: Settings, shape: Shape, setting: tuple[int, int] | None) 
 
     flat = batch, math.prod(space), features
     row = {"pattern": "columns", "shape": list(shape), "setting": setting}
-    if setting is None:
-        return _item(settings, row, sums, flat, contextlib.nullcontext)
-    per_sm, height = setting
+    patches: Patches = {}
+    if setting is not None:
+        per_sm, height = setting
 
-    def cut(batch: int, space: int, features: int) -> Any:
-        found = usual(batch, space, features)
-        count = max(1, per_sm * tiles.MULTIPROCESSORS // (batch * found.columns))
-        return found._replace(height=height, steps=-(-space // (count * height)))
+        def cut(batch: int, space: int, features: int) -> Any:
+            found = usual(batch, space, features)
+            count = max(1, per_sm * tiles.MULTIPROCESSORS // (batch * found.columns))
+            return found._replace(height=height, steps=-(-space // (count * height)))
 
-    patched = functools.partial(_patched, {(columns_triton, "slabs"): cut})
-    return _item(settings, row, sums, flat, patched)
+        patches = {(columns_triton, "slabs"): cut}
+    return _item(settings, row, sums, flat, patches)
 
 
 @contextlib.contextmanager
-def _patched(values: dict[tuple[Any, str], Any]) -> Iterator[None]:
+def _patched(values: Patches) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for (module, name), value in values.items():
             stack.enter_context(mock.patch.object(module, name, value))
@@ -101,7 +101,7 @@ def _item(
     row: Row,
     f: Callable[..., Any],
     shape: Shape,
-    patched: Callable[[], Any],
+    patches: Patches,
 ) -> Item:
     """One after the other, as tracing reads what is patched."""
     plan: Plan = settings.plan
@@ -109,11 +109,9 @@ def _item(
     def run() -> Iterator[Row]:
         x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         args = arrays((x, x, jax.ShapeDtypeStruct(shape[-1:], jnp.float32)))
-        with patched():
+        with _patched(patches):
             compiled = jax.jit(lambda *args: f(*args)).lower(*args).compile()
         call = clock.rotating(compiled, args, plan.cache)
-        times = clock.kernel_times(call, plan)
-        us = sum(times.values()) if times else clock.by_clock(call, plan)
-        yield row | {"us": us}
+        yield row | {"us": clock.microseconds(call, plan)}
 
     return Item(f"sweep {row}", run)

@@ -5,7 +5,7 @@ Of programs as inside networks (`norm_programs`): what products take is left out
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from gpu.checks import KERNEL
 from gpu.interpreted import interpret_kernels
 from gpu.libraries import libraries
 from gpu.plan import Plan, Settings, Shape
-from gpu.work import Item, Row
+from gpu.work import Item, Row, said
 from jaxnorm import models
 
 BACKWARD = "backward"
@@ -65,23 +65,16 @@ def cases(plan: Plan) -> Iterator[Case]:
     both, skip, add = "both", "both, skip", "both, add"
     for shape, of_maps in itertools.zip_longest(plan.main_rows, plan.maps):
         if shape is not None:
-            yield Case("LN", both, shape)
-            yield Case("RMS", both, shape)
+            yield from _of_rows(both, [shape])
         if of_maps is not None:
             yield Case("GN + SiLU", both, of_maps)
-    for shape in plan.main_rows:
-        yield Case("LN", skip, shape)
-        yield Case("RMS", skip, shape)
-    for shape in plan.more_rows:
-        yield Case("LN", both, shape)
-        yield Case("RMS", both, shape)
+    yield from _of_rows(skip, plan.main_rows)
+    yield from _of_rows(both, plan.more_rows)
     for dtype in ("float32", "float16"):
         yield Case("LN", both, plan.main_rows[0], dtype)
         yield Case("GN + SiLU", both, plan.maps[0], dtype)
     for mode in (BACKWARD, "inference"):
-        for shape in plan.main_rows:
-            yield Case("LN", mode, shape)
-            yield Case("RMS", mode, shape)
+        yield from _of_rows(mode, plan.main_rows)
     for shape in plan.images:
         yield Case("BN + ReLU", both, shape)
         yield Case("BN + ReLU", add, shape)
@@ -93,6 +86,12 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield Case("IN + SiLU", both, shape)
     for shape in plan.maps:
         yield Case("GN", both, shape)
+
+
+def _of_rows(mode: str, shapes: Iterable[Shape]) -> Iterator[Case]:
+    for shape in shapes:
+        yield Case("LN", mode, shape)
+        yield Case("RMS", mode, shape)
 
 
 def items(settings: Settings) -> Iterator[Item]:
@@ -124,7 +123,7 @@ def build(case: Case, library: Library) -> Built:
         compiled = jax.jit(f).lower(*args).compile()
         by_kernel = KERNEL in str(models.implementations(f, *args))
     except Exception as error:  # whatever a library or a compiler raises
-        return Built(None, (), problem=f"{type(error).__name__}: {error}"[:300])
+        return Built(None, (), problem=said(error))
     return Built(compiled, args, by_kernel)
 
 

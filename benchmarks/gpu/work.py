@@ -78,14 +78,19 @@ def results(items: list[Item], deadline: float, ahead: int = AHEAD) -> Iterator[
                 return
 
 
+def said(error: Exception) -> str:
+    """What an error is and says first."""
+    first, *_ = [*str(error).splitlines(), ""]
+    return f"{type(error).__name__}: {first}"[:300]
+
+
 def _rows(item: Item, futures: list[Future]) -> Iterator[Row]:
     problem = ""
     try:
         for row in item.run(*(f.result() for f in futures)):
             yield {"row": row}
     except Exception as error:  # whatever a library or a driver raises
-        first, *_ = [*str(error).splitlines(), ""]
-        problem = f"{type(error).__name__}: {first}"
+        problem = said(error)
         yield {"item": item.name, "problem": problem}
     yield {"done": item.name}
     return problem
