@@ -243,6 +243,23 @@ def test_vectors_of_vmap_are_rows_of_one_array():
     assert [v.shape for v in found if v.kernel] == [x.shape] * 2
 
 
+@pytest.mark.parametrize("way", ["by kernels", "by the formula"])
+def test_vectors_of_vmap_share_a_cotangent_that_is_not_mapped(way):
+    """It has x's shape, which a parameter of a vector has, too."""
+    x, dy = normal(6, 32), normal(32)
+    how = {} if way == "by kernels" else {"implementation": "xla"}
+
+    def gradient(x, scale, bias):
+        norm = functools.partial(jaxnorm.layer_norm, **how)
+        return jax.vjp(norm, x, scale, bias)[1](dy)
+
+    params = jnp.ones(32), jnp.zeros(32)
+    found = jax.vmap(gradient, (0, None, None))(x, *params)
+    alone = [gradient(row, *params) for row in x]
+    for got, want in zip(found, zip(*alone, strict=True), strict=True):
+        np.testing.assert_allclose(got, np.stack(want), rtol=1e-5, atol=1e-6)
+
+
 def test_implementations_say_what_is_taken_and_why():
     x = jax.ShapeDtypeStruct((4, 5, 8, 8), jnp.complex64)
     said = str(models.implementations(lambda x: jaxnorm.layer_norm(x), x))
